@@ -1,0 +1,243 @@
+"""Train Stable Diffusion 3 as one TOML file says:  deepspeed train.py --config sd35.toml
+
+The story of a run: check everything, encode the dataset, cut the network over the processes, train, save, export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.base import PipelineLayer
+from utils import checkpoint, distributed, export, lora
+from utils.banner import describe
+from utils.config.load import ConfigError, Problem, dump_toml
+from utils.data.batches import BatchOrder
+from utils.data.dataset import Example
+from utils.data.precompute import EncodedData, cache_dataset
+from utils.log import RunLog, StepMetrics, say
+from utils.optimizer import learning_rate, make_optimizer
+from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
+from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
+from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare
+from utils.rectified_flow import flow_matching_loss
+from utils.sampling import Previews
+
+EXIT_BAD_INPUT = 1
+FOLLOWER_PATIENCE_SECONDS = 10.0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, type=Path, help="the experiment file (TOML)")
+    parser.add_argument("--check", action="store_true", help="check everything, say what training would do, and stop")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on in the newest run of output_dir, or in the run folder RUN; where there is none, start one",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key (repeatable)"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        experiment = prepare(arguments.config, arguments.overrides, arguments.resume, distributed.world())
+        if arguments.check:
+            order = BatchOrder(experiment.dataset.examples, experiment.global_batch, experiment.config.experiment.seed)
+            output = f"nothing: only checked; a run would write to {experiment.config.experiment.output_dir}"
+            say(describe(experiment, order, output), is_main=distributed.world().is_main)
+            sys.exit(0)
+        run(experiment)
+    except ConfigError as error:
+        refuse(error)
+    except Exception:
+        print(f"rank {distributed.world().rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        distributed.finish(1)
+    distributed.finish(0)
+
+
+def refuse(error: ConfigError) -> None:
+    """Print every problem and leave with 1. Other ranks let rank 0 speak first: launchers end all at the first exit."""
+    if not distributed.world().is_main:
+        time.sleep(FOLLOWER_PATIENCE_SECONDS)
+    count = len(error.problems)
+    print(f"\nThis run cannot start; {count} problem{'s' if count > 1 else ''}:\n{error}\n", file=sys.stderr)
+    distributed.finish(EXIT_BAD_INPUT)
+
+
+def run(experiment: Experiment) -> None:
+    """All ranks, from the process group's start to the last file."""
+    config, is_main = experiment.config.experiment, distributed.world().is_main
+    device = distributed.start()
+    folder = open_run_folder(experiment)
+    data, examples = encode_dataset(experiment, device)
+    order = BatchOrder(examples, experiment.global_batch, config.seed)
+    pipeline = build_pipeline(experiment)
+    if experiment.resume_from is not None:
+        checkpoint.load(pipeline, experiment.resume_from)
+    say(f"\n{describe(experiment, order, str(folder))}\n", is_main=is_main)
+    train(experiment, folder, pipeline, data, order)
+    say(f"done: {folder}", is_main=is_main)
+
+
+def open_run_folder(experiment: Experiment) -> Path:
+    """The folder of this run, on every rank: the one to go on in, or a new one named after the time."""
+    config = experiment.config.experiment
+    folder = experiment.resume_run
+    if distributed.world().is_main:
+        if folder is None:
+            folder = config.output_dir / time.strftime("%Y-%m-%d_%H-%M-%S")
+            while folder.exists():
+                folder = folder.with_name(folder.name + "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "dataset.toml").write_text(dump_toml(experiment.config.dataset), encoding="utf-8")
+        (folder / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+    shared = distributed.broadcast(folder)
+    assert shared is not None
+    return shared
+
+
+def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[EncodedData, list[Example]]:
+    """Fill the cache; then what it holds, and the examples that could be encoded. Raises ConfigError for bad files."""
+    config, examples = experiment.config, experiment.dataset.examples
+    sampling = config.experiment.sampling
+    captions = {EMPTY_CAPTION, sampling.negative_prompt, *sampling.prompts, *(example.caption for example in examples)}
+    data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), config.experiment.cache_folder, device)
+    problems = [Problem(bad.path, "", bad.reason) for bad in bad_files]
+    if problems and config.dataset.on_bad_file == "error":
+        raise ConfigError([*problems, Problem(config.dataset_path, "on_bad_file", BAD_FILE_ADVICE)])
+    for problem in problems:
+        say(f"left out: {problem}", is_main=distributed.world().is_main)
+    bad_paths = {bad.path for bad in bad_files}
+    usable = [example for example in examples if example.image not in bad_paths]
+    if not usable:
+        raise ConfigError([Problem(config.dataset_path, "directory", "no picture could be encoded")])
+    return data, usable
+
+
+def build_pipeline(experiment: Experiment) -> Pipeline:
+    """The network over the processes, each with its own layers only, and what is trained of it."""
+    config = experiment.config.experiment
+    adapter = config.adapter
+
+    def prepare_layer(layer: PipelineLayer, module: nn.Module) -> None:
+        if adapter is not None:
+            alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
+            targets = experiment.lora_targets
+            lora.inject(module, layer.prefix, targets, rank=adapter.rank, alpha=alpha, seed=config.seed)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        velocity = experiment.adapter.velocity(output, target.shape[-2], target.shape[-1])
+        return flow_matching_loss(velocity, target)
+
+    settings = EngineSettings(
+        micro_batch_size=config.pipeline.micro_batch_size_per_gpu,
+        num_micro_batches=config.pipeline.gradient_accumulation_steps,
+        gradient_clipping=config.optimizer.gradient_clipping,
+        dtype=config.model.torch_dtype,
+    )
+    return Pipeline(
+        experiment.adapter.layers,
+        experiment.bounds,
+        settings,
+        loss=loss,
+        prepare=prepare_layer,
+        make_optimizer=partial(make_optimizer, config.optimizer),
+    )
+
+
+def make_feed(experiment: Experiment, pipeline: Pipeline, data: EncodedData, order: BatchOrder) -> Feed:
+    config = experiment.config.experiment
+    layout = Layout(
+        micro_batch_size=config.pipeline.micro_batch_size_per_gpu,
+        num_micro_batches=config.pipeline.gradient_accumulation_steps,
+        num_replicas=experiment.num_replicas,
+        replica=pipeline.replica,
+        is_first_stage=pipeline.stage == 0,
+        is_last_stage=pipeline.stage == pipeline.num_stages - 1,
+    )
+    return Feed(
+        experiment.adapter,
+        data,
+        order,
+        config.objective,
+        seed=config.seed,
+        layout=layout,
+        dtype=config.model.torch_dtype,
+    )
+
+
+def due(step: int, every: int | None, num_steps: int) -> bool:
+    """Whether something is to be done after `step` steps: every so often, and at the end."""
+    return step == num_steps or (every is not None and step % every == 0)
+
+
+def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData, order: BatchOrder) -> None:
+    """Every step that is left, with its previews, exports and checkpoints."""
+    config = experiment.config.experiment
+    num_steps = experiment.num_steps(order)
+    start_step = experiment.resume_from.step if experiment.resume_from is not None else 0
+    feed = make_feed(experiment, pipeline, data, order)
+    previews = Previews(
+        experiment.adapter,
+        data,
+        pipeline,
+        config.sampling,
+        shift=config.objective.discrete_flow_shift,
+        dtype=config.model.torch_dtype,
+        folder=folder / "samples",
+    )
+    with RunLog(
+        folder,
+        start_step=start_step,
+        num_steps=num_steps,
+        global_batch=experiment.global_batch,
+        tensorboard=config.monitoring.tensorboard,
+        is_main=distributed.world().is_main,
+    ) as log:
+        if start_step == 0 and previews.due(0, num_steps):
+            previews.draw(0)
+        for step in range(start_step, num_steps):
+            log.start_clock()
+            rate = learning_rate(config.optimizer, step, num_steps)
+            result = pipeline.train_step(feed.micro_batches(step), rate)
+            stop_if_not_finite(result, step, order)
+            done = step + 1
+            log.write(StepMetrics(done, step // order.steps_per_epoch, result.loss, rate, result.grad_norm))
+            # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.
+            if previews.due(done, num_steps):
+                previews.draw(done)
+            if due(done, config.save.export_every_n_steps, num_steps):
+                export.write_weights(pipeline, experiment.adapter, config, folder / "weights", done)
+            if due(done, config.save.checkpoint_every_n_steps, num_steps):
+                checkpoint.save(pipeline, folder / CHECKPOINTS, done, experiment.identity(), config.save.keep_last)
+
+
+def stop_if_not_finite(result: StepResult, step: int, order: BatchOrder) -> None:
+    """Raise FloatingPointError naming the step's examples when its loss or gradient is no number."""
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        names = ", ".join(visit.example.key for visit in order.global_batch(step))
+        raise FloatingPointError(
+            f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the batch was {names}. "
+            "Nothing of this step was saved."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What a user is told before a run: the model, how it is cut, the data, the batch, where output goes."""
+
+from __future__ import annotations
+
+import itertools
+
+from models.base import PipelineLayer
+from utils.data.batches import BatchOrder
+from utils.log import table
+from utils.preflight import Experiment
+
+MAX_BUCKETS_SHOWN = 12
+
+
+def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
+    """The start banner. `output`: where results go, in words."""
+    config, dataset = experiment.config.experiment, experiment.dataset
+    buckets = dataset.bucket_counts()
+    shown = [f"{bucket}: {count}" for bucket, count in buckets.items()][:MAX_BUCKETS_SHOWN]
+    if len(buckets) > len(shown):
+        shown.append(f"and {len(buckets) - len(shown)} more")
+    pipeline = config.pipeline
+    fillers = f", {order.num_fillers} of them filled up with a second showing" if order.num_fillers else ""
+    num_steps = experiment.num_steps(order)
+    rows = [
+        ("model", experiment.adapter.describe()),
+        ("training", _what_is_trained(experiment)),
+        *_stage_rows(experiment),
+        ("images", f"{dataset.num_images} ({len(dataset.examples)} examples; by bucket {', '.join(shown)})"),
+        (
+            "global batch",
+            f"{experiment.global_batch} = {pipeline.micro_batch_size_per_gpu} a micro-batch "
+            f"x {pipeline.gradient_accumulation_steps} micro-batches x {experiment.num_replicas} replicas",
+        ),
+        ("steps", f"{num_steps}, {order.steps_per_epoch} an epoch{fillers}"),
+        ("pipeline idle", _bubble(experiment)),
+        ("cache", str(config.cache_folder)),
+        ("output", output),
+    ]
+    notes = [f"note: {warning}" for warning in dataset.warnings]
+    notes += [f"left out: {bad}" for bad in dataset.bad_files]
+    return "\n".join([table(rows), *(f"  {note}" for note in notes)])
+
+
+def _what_is_trained(experiment: Experiment) -> str:
+    adapter = experiment.config.experiment.adapter
+    if adapter is None:
+        return f"every weight ({_millions(sum(layer.num_parameters for layer in experiment.adapter.layers))} parameters)"
+    trained = sum(_num_trained(experiment, layer) for layer in experiment.adapter.layers)
+    return f"LoRA of rank {adapter.rank} on {len(experiment.lora_targets)} modules ({_millions(trained)} parameters)"
+
+
+def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:
+    adapter = experiment.config.experiment.adapter
+    if adapter is None:
+        return layer.num_parameters
+    targets = set(experiment.lora_targets)
+    return sum(
+        adapter.rank * (shape[0] + shape[1])
+        for name, shape in layer.shapes.items()
+        if (layer.prefix + name).removesuffix(".weight") in targets
+    )
+
+
+def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    rows = []
+    for stage, (start, stop) in enumerate(itertools.pairwise(experiment.bounds)):
+        layers = experiment.adapter.layers[start:stop]
+        total = sum(layer.num_parameters for layer in layers)
+        trained = sum(_num_trained(experiment, layer) for layer in layers)
+        text = f"{layers[0].name} to {layers[-1].name}: {_millions(total)} parameters, {_millions(trained)} trained"
+        rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))
+    return rows
+
+
+def _bubble(experiment: Experiment) -> str:
+    """1F1B's idle share, (P - 1) / (M + P - 1), and what lowers it."""
+    stages, micro_batches = experiment.num_stages, experiment.config.experiment.pipeline.gradient_accumulation_steps
+    idle = (stages - 1) / (micro_batches + stages - 1)
+    advice = f"; more gradient_accumulation_steps (now {micro_batches}) lower it" if idle > 0.2 else ""
+    return f"{idle:.0%} of the time{advice}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"

@@ -1,0 +1,240 @@
+"""TOML files to checked configuration, with every mistake of every file at once.
+
+A mistake is a `Problem`: file, key, what is wrong, what to do. Nothing raises at the first one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import toml
+from pydantic import BaseModel, ValidationError
+
+import models
+from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class
+
+TableT = TypeVar("TableT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's, in one line."""
+
+    file: Path
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key}: {self.message}" if self.key else f"{self.file}: {self.message}"
+
+
+class ConfigError(Exception):
+    """Every mistake found; its text has one line for each."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Both files of an experiment, checked."""
+
+    path: Path
+    experiment: ExperimentConfig
+    dataset: DatasetConfig
+
+    @property
+    def dataset_path(self) -> Path:
+        return self.experiment.dataset
+
+
+# --- reading and overriding --------------------------------------------------------------------------------------------
+
+
+def read_toml(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """The file's content, or None and a problem added."""
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(Problem(path, "", "does not exist"))
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem(path, "", f"cannot be read: {error}"))
+    except (toml.TomlDecodeError, IndexError, ValueError) as error:
+        problems.append(Problem(path, "", f"is not valid TOML: {error}"))
+    return None
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=VALUE` to (["a", "b"], value). VALUE is read as TOML; what is not TOML is a string.
+
+    Raises ValueError without an equals sign.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"--set {text}: must be KEY=VALUE, such as optimizer.learning_rate=1e-4")
+    try:
+        parsed = toml.loads(f"value = {value}")["value"]
+    except (toml.TomlDecodeError, IndexError, ValueError):
+        parsed = value
+    return [part.strip() for part in key.split(".")], parsed
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[Problem]) -> None:
+    """Write the `--set` values over what the file said."""
+    for text in overrides:
+        try:
+            keys, value = parse_override(text)
+        except ValueError as error:
+            problems.append(Problem(path, "", str(error)))
+            continue
+        table = raw
+        for key in keys[:-1]:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                problems.append(Problem(path, ".".join(keys), f"{key} is no table, so it has no key {keys[-1]}"))
+                break
+        else:
+            table[keys[-1]] = value
+
+
+# --- checking ----------------------------------------------------------------------------------------------------------
+
+
+def check_table(
+    table: type[TableT], raw: Mapping[str, Any], path: Path, problems: list[Problem], elsewhere: Mapping[str, list[str]]
+) -> TableT | None:
+    """The table of the values, or None and the problems added. `elsewhere`: key -> places in other files it belongs to."""
+    try:
+        return table.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            key = _key_path(item["loc"])
+            if item["type"] == "extra_forbidden":
+                message = _unknown_key_message(str(item["loc"][-1]), item["loc"][:-1], table, elsewhere)
+            elif item["type"] == "missing":
+                message = "is missing"
+            else:
+                message = f"= {item['input']!r}: {_plain(item['msg'])}"
+            problem = Problem(path, key, message)
+            if problem not in problems:
+                problems.append(problem)
+        return None
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _key_path(location: Sequence[str | int]) -> str:
+    """("directory", 1, "path") -> "directory[1].path". Parts that only name a branch of a union are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif "[" not in part and not part.startswith(("function-", "constrained-", "literal")):
+            text += f".{part}" if text else part
+    for branch in (".int", ".float", ".str"):
+        text = text.removesuffix(branch)
+    return text
+
+
+def _tables(table: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    """Every key below a table as (table path, key)."""
+    for name, field in table.model_fields.items():
+        yield path, name
+        for inner in [field.annotation, *get_args(field.annotation)]:
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _tables(inner, f"{path}.{name}" if path else name)
+
+
+def known_keys(table: type[BaseModel]) -> dict[str, list[str]]:
+    """Key -> the tables that have it ("" is the top level)."""
+    known: dict[str, list[str]] = {}
+    for path, name in _tables(table):
+        known.setdefault(name, []).append(path)
+    return known
+
+
+def _unknown_key_message(
+    key: str, location: Sequence[str | int], table: type[BaseModel], elsewhere: Mapping[str, list[str]]
+) -> str:
+    here = ".".join(str(part) for part in location if not isinstance(part, int))
+    known = known_keys(table)
+    if key in known:
+        return f"unknown key here; it belongs {_place(known[key][0])}"
+    if key in elsewhere:
+        return f"unknown key here; it belongs {elsewhere[key][0]}"
+    own = [name for name, places in known.items() if here in places]
+    close = difflib.get_close_matches(key, own, n=1) or difflib.get_close_matches(key, list(known), n=1)
+    if close:
+        places = known[close[0]]
+        where = "" if here in places else f", {_place(places[0])}"
+        return f"unknown key; did you mean `{close[0]}`{where}?"
+    other = difflib.get_close_matches(key, list(elsewhere), n=1)
+    if other:
+        return f"unknown key; did you mean `{other[0]}`, {elsewhere[other[0]][0]}?"
+    return f"unknown key; this table has {', '.join(own)}"
+
+
+def _place(table_path: str) -> str:
+    return f"in [{table_path}]" if table_path else "at the top level, above the first [table]"
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Both files, checked key by key. Raises ConfigError with every problem of both."""
+    problems: list[Problem] = []
+    raw = read_toml(path, problems)
+    if raw is None:
+        raise ConfigError(problems)
+    apply_overrides(raw, overrides, path, problems)
+    experiment = _check_experiment(raw, path, problems)
+    dataset_path = raw.get("dataset")
+    dataset = None
+    if isinstance(dataset_path, str):
+        dataset = _check_dataset(Path(dataset_path), problems)
+    if experiment is None or dataset is None or problems:
+        raise ConfigError(problems)
+    return Config(path, experiment, dataset)
+
+
+def _check_experiment(raw: Mapping[str, Any], path: Path, problems: list[Problem]) -> ExperimentConfig | None:
+    model = raw.get("model")
+    family = model.get("type") if isinstance(model, dict) else None
+    table: type[ExperimentConfig] = ExperimentConfig
+    if isinstance(family, str) and family in models.family_names():
+        table = experiment_class(family)
+    elif isinstance(model, dict):
+        known = ", ".join(repr(name) for name in models.family_names())
+        given = "is missing" if family is None else f"= {family!r}: unknown model type"
+        problems.append(Problem(path, "model.type", f"{given}; known: {known}"))
+    dataset_keys = {key: ["in the dataset file"] for key in known_keys(DatasetConfig)}
+    experiment = check_table(table, raw, path, problems, dataset_keys)
+    if experiment is not None and experiment.epochs is None and experiment.max_steps is None:
+        problems.append(Problem(path, "max_steps", "is missing; say how long to train by `max_steps` or `epochs`"))
+    return experiment
+
+
+def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
+    raw = read_toml(path, problems)
+    if raw is None:
+        return None
+    experiment_keys = {
+        key: [f"in the experiment file, {_place(places[0])}"] for key, places in known_keys(ExperimentConfig).items()
+    }
+    dataset = check_table(DatasetConfig, raw, path, problems, experiment_keys)
+    if dataset is not None and dataset.min_ar > dataset.max_ar:
+        problems.append(Problem(path, "min_ar", f"= {dataset.min_ar}: must not be above max_ar, {dataset.max_ar}"))
+    return dataset
+
+
+def dump_toml(table: BaseModel) -> str:
+    """The values of a table, defaults included, as TOML that loads to an equal table. Unset keys are left out."""
+    return toml.dumps(table.model_dump(mode="json", exclude_none=True))

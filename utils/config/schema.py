@@ -1,0 +1,178 @@
+"""Every key of the experiment file and of the dataset file: type, default, check, and the sentence that documents it.
+
+docs/configuration.md is generated from this file. A key is here if, and only if, the program reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+import models
+from utils.rectified_flow import TimestepSampling
+
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _refuse_bool(value: Any) -> Any:
+    """TOML's true is no number, whatever Python thinks."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_bool)]
+Float = Annotated[float, BeforeValidator(_refuse_bool)]
+
+
+class Table(BaseModel):
+    """A table of a TOML file: typed, closed, read-only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ObjectiveConfig(Table):
+    """What the network is trained to do."""
+
+    timestep_sampling: TimestepSampling = Field(
+        "logit_normal", description="How the flow time t is drawn: `sigma` (uniform) or `logit_normal` (SD3 paper, eq. 19)."
+    )
+    logit_mean: Float = Field(0.0, description="Mean of logit(t); above 0 is noisier.")
+    logit_std: Float = Field(1.0, gt=0, description="Standard deviation of logit(t).")
+    discrete_flow_shift: Float = Field(
+        3.0, gt=0, description="sigma = s t / (1 + (s - 1) t). SD3 and SD3.5 are sampled with 3.0 at 1024 pixels."
+    )
+    caption_dropout_rate: Float = Field(
+        0.0, ge=0, le=1, description="Share of visits at which the caption is replaced by an empty one, for guidance."
+    )
+
+
+class AdapterConfig(Table):
+    """Train a low-rank adapter; without this table the whole network is trained."""
+
+    type: Literal["lora"] = Field(description="Kind of adapter.")
+    rank: Int = Field(16, ge=1, description="Rank of each pair.")
+    alpha: Float | None = Field(None, gt=0, description="Strength: the update is scaled by alpha / rank. Default: rank.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Regular expressions over native module names, each matching whole names. Default: attention and "
+        "MLP of both streams in every block, and the final layer.",
+    )
+
+
+class PipelineConfig(Table):
+    """How the network and the batch are laid out over the processes."""
+
+    pipeline_stages: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Consecutive parts the network is cut into, one a process; must divide the number of processes. What "
+        "remains is data parallel. `auto`: one stage for each process.",
+    )
+    micro_batch_size_per_gpu: Int = Field(1, ge=1, description="Pictures that go through a stage at once.")
+    gradient_accumulation_steps: Int = Field(
+        1, ge=1, description="Micro-batches in a step for each replica. At least four times the stages keeps them busy."
+    )
+
+
+class OptimizerConfig(Table):
+    """How weights follow gradients."""
+
+    type: str = Field("AdamW", description="Name of a class in torch.optim.")
+    learning_rate: Float = Field(gt=0, description="Highest learning rate.")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of that class, such as `weight_decay` or `betas`."
+    )
+    gradient_clipping: Float = Field(
+        1.0, ge=0, description="Largest norm of the gradient over all stages; larger ones are scaled down. 0: off."
+    )
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up; linear and cosine end at the last step."
+    )
+    lr_warmup_steps: Int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from near 0.")
+    lr_min_ratio: Float = Field(0.0, ge=0, le=1, description="Learning rate of the last step, as a share of the highest.")
+
+
+class SamplingConfig(Table):
+    """Preview pictures, drawn by the network in training at the start, now and then, and at the end."""
+
+    prompts: list[str] = Field(default_factory=list, description="One picture each. None: no previews.")
+    negative_prompt: str = Field("", description="What guidance leads away from.")
+    every_n_steps: Int | None = Field(None, ge=1, description="Steps between previews. Unset: only the first and last step.")
+    steps: Int = Field(28, ge=1, description="Euler steps a picture.")
+    cfg: Float = Field(4.5, ge=1, description="Strength of classifier-free guidance; 1 is none.")
+    width: Int = Field(1024, ge=16, description="Pixels.")
+    height: Int = Field(1024, ge=16, description="Pixels.")
+    seed: Int = Field(0, ge=0, description="Each prompt draws its noise from this and its own place in the list.")
+    batch_size: Int = Field(4, ge=1, description="Pictures drawn at once.")
+
+
+class SaveConfig(Table):
+    """Training checkpoints, to go on from, and weights, to use."""
+
+    checkpoint_every_n_steps: Int | None = Field(None, ge=1, description="Steps between checkpoints. Unset: only the last.")
+    keep_last: Int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    export_every_n_steps: Int | None = Field(
+        None, ge=1, description="Steps between exports of weights. Unset: only the last."
+    )
+    dtype: ExportDtype = Field("bfloat16", description="Precision of exported weights.")
+
+
+class MonitoringConfig(Table):
+    """What is written down while training."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
+
+
+class ExperimentConfig(Table):
+    """One run. `[model]` has the fields of its family; see `experiment_class`."""
+
+    output_dir: Path = Field(description="Folder of all runs of this experiment; each run makes a folder in it.")
+    dataset: Path = Field(description="The dataset file.")
+    cache_dir: Path | None = Field(None, description="Where encoded data is kept. Default: `cache` in output_dir.")
+    seed: Int = Field(0, ge=0, lt=2**63, description="Decides every random draw of the run.")
+    epochs: Int | None = Field(None, ge=1, description="Times the dataset is gone through.")
+    max_steps: Int | None = Field(None, ge=1, description="Optimizer steps; with `epochs` too, whichever ends first.")
+    model: Any
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig | None = None
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
+    optimizer: OptimizerConfig
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    save: SaveConfig = Field(default_factory=SaveConfig)
+    monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache_dir if self.cache_dir is not None else self.output_dir / "cache"
+
+
+class DirectoryConfig(Table):
+    """One `[[directory]]` of captioned pictures."""
+
+    path: Path = Field(description="Folder of pictures, each with a caption in a .txt file of the same name.")
+    num_repeats: Int = Field(1, ge=1, description="Times each picture is shown in an epoch.")
+
+
+class DatasetConfig(Table):
+    """The dataset file. Its keys follow diffusion-pipe's."""
+
+    resolutions: list[Annotated[Int, Field(ge=16)]] = Field(
+        min_length=1, description="Side in pixels of a square of the trained area; each picture is used at every one."
+    )
+    enable_ar_bucket: bool = Field(True, description="Keep pictures' shapes, sorted into buckets; else crop all square.")
+    min_ar: Float = Field(0.5, gt=0, description="Narrowest width / height of a bucket.")
+    max_ar: Float = Field(2.0, gt=0, description="Widest width / height of a bucket.")
+    num_ar_buckets: Int = Field(7, ge=1, description="Buckets between the two, evenly spaced in the logarithm.")
+    on_bad_file: Literal["error", "skip"] = Field(
+        "error", description="What a picture or caption that cannot be read does: stop the run, or be left out of it."
+    )
+    directory: list[DirectoryConfig] = Field(min_length=1, description="Where the pictures are.")
+
+
+def experiment_class(family: str) -> type[ExperimentConfig]:
+    """ExperimentConfig whose `[model]` is checked by the family's own settings. Raises KeyError for an unknown family."""
+    field = (models.settings_class(family), Field(description="The network and its encoders."))
+    return create_model("ExperimentConfig", __base__=ExperimentConfig, model=field)

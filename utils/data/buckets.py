@@ -1,0 +1,68 @@
+"""Aspect-ratio buckets: which sizes a run trains on, and how a picture is cut to one. Pure arithmetic on pixels.
+
+A picture is scaled until it just covers its bucket, then the centre is cropped; the bucket is the one that loses the
+least of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Width and height in pixels, both multiples of the model's."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
+class CropBox:
+    """Scale to (resized_width, resized_height), then cut the bucket out at (left, top); pixels."""
+
+    resized_width: int
+    resized_height: int
+    left: int
+    top: int
+    bucket: Bucket
+
+    def key(self) -> str:
+        """Identifies the geometry in the cache."""
+        return f"{self.resized_width}x{self.resized_height}+{self.left}+{self.top}:{self.bucket}"
+
+
+def bucket_of_ratio(resolution: int, ratio: float, multiple: int) -> Bucket:
+    """The bucket of about resolution**2 pixels and width / height = ratio, with sides that are multiples of `multiple`."""
+    width = resolution * math.sqrt(ratio)
+    height = resolution / math.sqrt(ratio)
+    return Bucket(*(max(multiple, round(side / multiple) * multiple) for side in (width, height)))
+
+
+def make_buckets(resolution: int, min_ar: float, max_ar: float, num_ar_buckets: int, multiple: int) -> list[Bucket]:
+    """Buckets with ratios evenly spaced in log(width / height), the square among them, without repeats, sorted."""
+    ratios = [1.0]
+    if num_ar_buckets > 1:
+        step = (math.log(max_ar) - math.log(min_ar)) / (num_ar_buckets - 1)
+        ratios += [math.exp(math.log(min_ar) + index * step) for index in range(num_ar_buckets)]
+    return sorted({bucket_of_ratio(resolution, ratio, multiple) for ratio in ratios})
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket whose aspect ratio is nearest to width / height, in the logarithm; ties go to the first in order."""
+    ratio = math.log(width / height)
+    return min(sorted(buckets), key=lambda bucket: abs(math.log(bucket.width / bucket.height) - ratio))
+
+
+def crop_box(width: int, height: int, bucket: Bucket) -> CropBox:
+    """How a picture of width x height covers the bucket: scaled in proportion, centre cropped."""
+    scale = max(bucket.width / width, bucket.height / height)
+    resized_width = max(bucket.width, round(width * scale))
+    resized_height = max(bucket.height, round(height * scale))
+    left, top = (resized_width - bucket.width) // 2, (resized_height - bucket.height) // 2
+    return CropBox(resized_width, resized_height, left, top, bucket)

@@ -1,0 +1,59 @@
+"""Low-rank adapters through peft: choose modules by native name, put adapters in, take their weights out.
+
+Works on one pipeline layer at a time; a layer's module names with its prefix in front are the network's native names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from models.base import LoraWeights
+from utils import randomness
+
+ADAPTER_NAME = "default"
+
+
+def match_targets(module_names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The modules that any of the patterns (regular expressions, whole name) chooses, in the order given."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return [name for name in module_names if any(pattern.fullmatch(name) for pattern in compiled)]
+
+
+def inject(layer: nn.Module, prefix: str, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
+    """Freeze the layer and give those of its linear modules that are among `targets` (native names) an adapter.
+
+    A starts as torch.nn.Linear's default, drawn by the module's name so that no layout changes it; B starts at zero.
+    """
+    layer.requires_grad_(False)
+    local = [name for name, _ in layer.named_modules() if prefix + name in set(targets)]
+    if not local:
+        return
+    chosen = "|".join(re.escape(name) for name in local)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, layer, adapter_name=ADAPTER_NAME)
+    for name, module in _adapted_modules(layer):
+        down = module.get_parameter(f"lora_A.{ADAPTER_NAME}.weight")
+        up = module.get_parameter(f"lora_B.{ADAPTER_NAME}.weight")
+        drawn = randomness.kaiming_uniform(seed, "lora", prefix + name, shape=tuple(down.shape))
+        with torch.no_grad():
+            down.copy_(drawn)
+            up.zero_()
+
+
+def _adapted_modules(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in layer.named_modules() if isinstance(module, LoraLayer)]
+
+
+def collect(layer: nn.Module, prefix: str, values: dict[str, Tensor], alpha: float) -> LoraWeights:
+    """The layer's adapters by native module name, with the tensors taken from `values` (parameter name -> tensor)."""
+    pairs = {}
+    for name, _ in _adapted_modules(layer):
+        down = values[f"{name}.lora_A.{ADAPTER_NAME}.weight"]
+        pairs[prefix + name] = (down, values[f"{name}.lora_B.{ADAPTER_NAME}.weight"])
+    return LoraWeights(pairs, alpha)

@@ -1,0 +1,248 @@
+"""The network cut over processes, on DeepSpeed's pipeline engine. One of the two files that import it.
+
+What this file adds to the engine, and why (DeepSpeed 0.19.8):
+* each rank builds and reads its own layers only (`_StageSpec`), at boundaries given from outside;
+* a stage in which nothing is trained gets an anchor, a parameter that is multiplied by zero: the engine needs something
+  to run backward through and the optimizer something to hold;
+* under float32 the norm that clips is summed in float64 over all stages before it is rounded once, so that the number of
+  stages does not change its last bits and with them the run;
+* shapes are announced anew in every step, because steps differ in bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import Tensor, nn
+
+from models.base import PipelineLayer
+from utils import distributed
+from utils.pipeline.feed import MicroBatch
+from utils.pipeline.optimizer_state import flat_partitions, read_state, write_states
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
+MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the engine must know besides the layers."""
+
+    micro_batch_size: int
+    num_micro_batches: int
+    gradient_clipping: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step, the same on every rank."""
+
+    loss: float
+    """Mean over the global batch."""
+    grad_norm: float
+    """Over all stages, before clipping."""
+
+
+@dataclass(frozen=True)
+class LocalLayer:
+    """A layer of this rank's stage."""
+
+    index: int
+    layer: PipelineLayer
+    module: nn.Module
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameter name within the layer -> parameter; the anchor is none of the network's."""
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and name != _ANCHOR
+        }
+
+
+_ANCHOR = "anchor"
+
+
+def _anchor(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    anchor = module.get_parameter(_ANCHOR)
+    return output + anchor.to(output.dtype) * 0
+
+
+class _StageSpec(LayerSpec):
+    """Builds one layer where the pipeline wants it."""
+
+    def __init__(self, layer: PipelineLayer, prepare: PrepareLayer) -> None:
+        super().__init__(nn.Module)
+        self._layer, self._prepare = layer, prepare
+
+    def build(self, log: bool = False) -> nn.Module:
+        module = self._layer.build()
+        self._prepare(self._layer, module)
+        return module
+
+
+class _StagedModule(PipelineModule):
+    """A PipelineModule cut at given bounds."""
+
+    def __init__(self, bounds: Sequence[int], **arguments: Any) -> None:
+        self._given_bounds = list(bounds)
+        super().__init__(**arguments)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._given_bounds
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+
+class Pipeline:
+    """This rank's stage of the network, with its optimizer. Every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        layers: Sequence[PipelineLayer],
+        bounds: Sequence[int],
+        settings: EngineSettings,
+        *,
+        loss: LossFunction,
+        prepare: PrepareLayer,
+        make_optimizer: MakeOptimizer,
+    ) -> None:
+        """`prepare` may freeze and change each layer after it is built; `loss` takes the last layer's output and the
+        micro-batch's target."""
+        self._layers = list(layers)
+        distributed.quiet_deepspeed()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layer table; the start banner has ours
+            module = _StagedModule(
+                bounds,
+                layers=[_StageSpec(layer, prepare) for layer in layers],
+                num_stages=len(bounds) - 1,
+                loss_fn=loss,
+            )
+            self._bounds = (bounds[module.stage_id], bounds[module.stage_id + 1])
+            self._module = module
+            parameters = self._trainable_or_anchor()
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=make_optimizer(parameters), config=_deepspeed_config(settings)
+            )
+        if settings.dtype == torch.float32:
+            _use_exact_norm(self._engine)
+
+    def _trainable_or_anchor(self) -> list[nn.Parameter]:
+        """What this stage's optimizer gets; marked so that DeepSpeed counts every stage in the gradient norm."""
+        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        if not parameters:
+            last = self.local_layers()[-1].module
+            last.register_parameter(_ANCHOR, nn.Parameter(torch.zeros(1, device=next(last.parameters()).device)))
+            last.register_forward_hook(_anchor)
+            parameters = [last.get_parameter(_ANCHOR)]
+        for parameter in parameters:
+            parameter.model_parallel = True
+        return parameters
+
+    @property
+    def stage(self) -> int:
+        return int(self._engine.stage_id)
+
+    @property
+    def num_stages(self) -> int:
+        return int(self._engine.num_stages)
+
+    @property
+    def replica(self) -> int:
+        return int(self._engine.grid.get_data_parallel_id())
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def local_layers(self) -> list[LocalLayer]:
+        """This rank's layers, in order."""
+        start, stop = self._bounds
+        modules = self._module.forward_funcs
+        return [LocalLayer(index, self._layers[index], modules[index - start]) for index in range(start, stop)]
+
+    def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        """Forward, backward and one optimizer step over one global batch."""
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.reset_activation_shape()
+        loss = self._engine.train_batch(micro_batches)
+        return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
+
+    def predict(self, inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor] | None:
+        """The last layer's output of each micro-batch of equal shape, without gradients; None off the last stage."""
+        self._engine.reset_activation_shape()
+        self._engine.total_loss = None  # eval_batch adds to what the last training step left
+        no_target = torch.empty(0)
+        outputs = self._engine.eval_batch(
+            iter([(entry, no_target) for entry in inputs]),
+            compute_loss=False,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=len(inputs),
+        )
+        self._engine.total_loss = None
+        self._engine.fwd_outputs = []
+        self._engine.reset_activation_shape()
+        return outputs if self._engine.is_last_stage() else None
+
+    def from_last_stage(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """The last stage's float32 tensor, on every rank of this replica."""
+        box = torch.empty(tuple(shape), dtype=torch.float32, device=self.device) if tensor is None else tensor.contiguous()
+        if self.num_stages > 1:
+            source = self._engine.grid.stage_to_global(self.num_stages - 1)
+            dist.broadcast(box, src=source, group=self._engine.grid.get_pipe_parallel_group())
+        return box
+
+    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Float32 weights and optimizer state of one parameter, on the CPU; all replicas in the same order."""
+        return read_state(self._engine.optimizer, parameter)
+
+    def write_states(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+        """Set what `read_state` gave, for every trainable parameter of this rank."""
+        if states:
+            write_states(self._engine.optimizer, states)
+
+
+def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.num_micro_batches,
+        "gradient_clipping": settings.gradient_clipping,
+        "steps_per_print": None,
+        # Under ZeRO-1 alone does DeepSpeed count every stage's gradients in the norm.
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    if settings.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _use_exact_norm(engine: Any) -> None:
+    """Sum squares in float64 over parameters, replicas and stages, and round once at the end.
+
+    DeepSpeed rounds each stage's sum to float32 first, so its norm, and with clipping the run, would depend on the stages.
+    """
+    optimizer = engine.optimizer
+    assert len(flat_partitions(optimizer)) == 1
+    assert callable(optimizer.scaled_global_norm), "DeepSpeed's ZeRO-1 optimizer has changed"
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        gradients = [g for g in optimizer.averaged_gradients[0] if not getattr(g, "_zero_padding", False)]
+        squares = [gradient.double().square().sum() for gradient in gradients]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=engine.device)
+        dist.all_reduce(total)  # every rank holds other parameters or other parts of them
+        return total.sqrt().float()
+
+    optimizer.scaled_global_norm = scaled_global_norm

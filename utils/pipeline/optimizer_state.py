@@ -1,0 +1,61 @@
+"""Training state by parameter name, out of ZeRO-1's flat partitions and back.
+
+DeepSpeed keeps one flat float32 vector for each parameter group, cut over the replicas, and the optimizer's moments in the
+same shape. A checkpoint that any layout can read holds them parameter by parameter instead. Written for DeepSpeed 0.19.8,
+whose two optimizers under ZeRO-1 (float32 and bfloat16) name the vectors differently.
+
+All replicas of a stage must call these functions together, parameter by parameter in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASTER = "master"
+"""The float32 weights, as an entry beside the optimizer's own."""
+
+
+def flat_partitions(zero_optimizer: Any) -> list[Tensor]:
+    """This rank's part of each group's flat float32 weights."""
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(zero_optimizer, name):
+            return list(getattr(zero_optimizer, name))
+    raise TypeError(f"{type(zero_optimizer).__name__} is not one of DeepSpeed 0.19.8's ZeRO-1 optimizers")
+
+
+def read_state(zero_optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """`master` and every optimizer state of one parameter, whole, in its shape; per-group numbers as scalars."""
+    (flat,) = flat_partitions(zero_optimizer)
+    state = zero_optimizer.optimizer.state.get(flat, {})
+    tensors = {MASTER: parameter.get_full_hp_param()}  # type: ignore[attr-defined]
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == flat.shape:
+            tensors[name] = parameter.get_full_hp_param(optim_state_key=name)  # type: ignore[attr-defined]
+        else:
+            tensors[name] = torch.as_tensor(value).clone()
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def write_states(zero_optimizer: Any, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+    """Set what `read_state` gave, for every trainable parameter of this rank, and the working weights from it."""
+    (flat,) = flat_partitions(zero_optimizer)
+    one = next(iter(states.values()))
+    parameter = next(iter(states))
+    fresh: dict[str, Any] = {}
+    for name, value in one.items():
+        if name != MASTER:
+            fresh[name] = torch.zeros_like(flat) if value.shape == parameter.shape and value.dim() > 0 else value.clone()
+    if fresh:
+        zero_optimizer.optimizer.state[flat] = fresh
+        zero_optimizer._hp_optimizer_states_linked = False
+        zero_optimizer._lazy_init_hp_params_optimizer_state()
+    for parameter, tensors in states.items():
+        for name, value in tensors.items():
+            if name == MASTER:
+                parameter.set_full_hp_param(value.to(flat.device))  # type: ignore[attr-defined]
+            elif isinstance(fresh[name], Tensor) and fresh[name].shape == flat.shape:
+                parameter.set_full_hp_param(value.to(flat.device), optim_state_key=name)  # type: ignore[attr-defined]
+    zero_optimizer.update_lp_params()

@@ -1,0 +1,194 @@
+"""Everything that can be wrong with a run, found before any process group starts.
+
+Each rank checks for itself and comes to the same answer; nothing here talks to another rank or changes a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models import adapter_class
+from models.base import ModelAdapter, ModelFilesError
+from utils.checkpoint import SavedState, find_checkpoints, identity_problems
+from utils.config.load import Config, ConfigError, Problem, load_config
+from utils.data.batches import BatchOrder
+from utils.data.dataset import Dataset, resolution_problems, scan
+from utils.distributed import World
+from utils.lora import match_targets
+from utils.optimizer import optimizer_problems
+from utils.pipeline.partition import balanced_bounds
+
+CHECKPOINTS = "checkpoints"
+MAX_BAD_FILES_SHOWN = 20
+BAD_FILE_ADVICE = 'mend or remove these files, or leave them out with on_bad_file = "skip"'
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that can start: all files read, all numbers known."""
+
+    config: Config
+    adapter: ModelAdapter
+    dataset: Dataset
+    num_stages: int
+    num_replicas: int
+    bounds: list[int]
+    lora_targets: list[str]
+    resume_run: Path | None
+    """The run folder to go on in; None for a new one."""
+    resume_from: SavedState | None
+
+    @property
+    def global_batch(self) -> int:
+        pipeline = self.config.experiment.pipeline
+        return pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * self.num_replicas
+
+    def num_steps(self, order: BatchOrder) -> int:
+        """Optimizer steps of the whole run."""
+        experiment = self.config.experiment
+        limits = [experiment.max_steps, experiment.epochs and experiment.epochs * order.steps_per_epoch]
+        return min(limit for limit in limits if limit is not None)
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to go on from the other's checkpoint."""
+        return run_identity(self.config, self.global_batch)
+
+
+def run_identity(config: Config, global_batch: int) -> dict[str, Any]:
+    experiment = config.experiment
+    return {
+        "seed": experiment.seed,
+        "global batch": global_batch,
+        "model.type": experiment.model.type,
+        "adapter": experiment.adapter.model_dump(mode="json") if experiment.adapter else "none",
+        "optimizer.type": experiment.optimizer.type,
+    }
+
+
+def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, world: World) -> Experiment:
+    """Check everything. Raises ConfigError with every problem found. `resume`: None, "" (newest run) or a run folder."""
+    config = load_config(config_path, overrides)
+    problems: list[Problem] = []
+    problems += [Problem(config_path, key, text) for key, text in optimizer_problems(config.experiment.optimizer)]
+    num_stages = _check_stages(config, world, problems)
+    adapter = _open_model(config, problems)
+    dataset, bounds, targets = Dataset([], [], []), [0, 1], []
+    if adapter is not None:
+        dataset = _open_dataset(config, adapter, problems)
+        bounds = _check_bounds(config, adapter, num_stages, problems)
+        targets = _check_targets(config, adapter, problems)
+        _check_preview_size(config, adapter, problems)
+    num_replicas = max(1, world.size // num_stages)
+    run, saved = _find_resume(config, resume, num_replicas, problems)
+    if problems or adapter is None:
+        raise ConfigError(problems)
+    return Experiment(config, adapter, dataset, num_stages, num_replicas, bounds, targets, run, saved)
+
+
+def _check_stages(config: Config, world: World, problems: list[Problem]) -> int:
+    stages = config.experiment.pipeline.pipeline_stages
+    if stages == "auto":
+        return world.size
+    if world.size % stages:
+        message = f"= {stages}: must divide the number of processes, {world.size}; start a multiple of {stages} processes"
+        problems.append(Problem(config.path, "pipeline.pipeline_stages", message))
+    return stages
+
+
+def _open_model(config: Config, problems: list[Problem]) -> ModelAdapter | None:
+    model = config.experiment.model
+    try:
+        adapter: ModelAdapter = adapter_class(model.type)(model)
+    except ModelFilesError as error:
+        problems += [Problem(config.path, f"model.{key}", text) for key, text in error.problems]
+        return None
+    return adapter
+
+
+def _open_dataset(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> Dataset:
+    found = [Problem(config.dataset_path, key, text) for key, text in resolution_problems(config.dataset, adapter.latent)]
+    if found:
+        problems += found
+        return Dataset([], [], [])
+    dataset = scan(config.dataset, adapter.latent.pixel_multiple)
+    if dataset.bad_files and config.dataset.on_bad_file == "error":
+        problems += [Problem(bad.path, "", bad.reason) for bad in dataset.bad_files[:MAX_BAD_FILES_SHOWN]]
+        rest = len(dataset.bad_files) - MAX_BAD_FILES_SHOWN
+        if rest > 0:
+            problems.append(Problem(config.dataset_path, "", f"{rest} more files cannot be used"))
+        problems.append(Problem(config.dataset_path, "on_bad_file", BAD_FILE_ADVICE))
+    if not dataset.examples:
+        folders = ", ".join(str(directory.path) for directory in config.dataset.directory)
+        problems.append(Problem(config.dataset_path, "directory", f"no usable picture with a caption in {folders}"))
+    return dataset
+
+
+def _check_bounds(config: Config, adapter: ModelAdapter, num_stages: int, problems: list[Problem]) -> list[int]:
+    try:
+        return balanced_bounds([layer.cost for layer in adapter.layers], num_stages)
+    except ValueError as error:
+        problems.append(Problem(config.path, "pipeline.pipeline_stages", f"= {num_stages}: {error}"))
+        return [0, len(adapter.layers)]
+
+
+def _check_targets(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> list[str]:
+    settings = config.experiment.adapter
+    if settings is None:
+        return []
+    patterns = settings.targets if settings.targets is not None else list(adapter.default_lora_targets)
+    for index, pattern in enumerate(patterns):
+        key = f"adapter.targets[{index}]"
+        try:
+            matched = match_targets(adapter.linear_modules, [pattern])
+        except re.error as error:
+            problems.append(Problem(config.path, key, f"= {pattern!r}: is no regular expression: {error}"))
+            return []
+        if not matched:
+            examples = ", ".join(adapter.linear_modules[:3])
+            message = f"= {pattern!r}: matches no linear module; names are like {examples}"
+            problems.append(Problem(config.path, key, message))
+    return match_targets(adapter.linear_modules, patterns)
+
+
+def _check_preview_size(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> None:
+    sampling, latent = config.experiment.sampling, adapter.latent
+    if not sampling.prompts:
+        return
+    for key, side in (("width", sampling.width), ("height", sampling.height)):
+        if side % latent.pixel_multiple:
+            message = f"= {side}: must be a multiple of {latent.pixel_multiple}"
+            problems.append(Problem(config.path, f"sampling.{key}", message))
+        elif side > latent.max_side_pixels:
+            message = f"= {side}: the network reaches {latent.max_side_pixels} pixels"
+            problems.append(Problem(config.path, f"sampling.{key}", message))
+
+
+def _find_resume(
+    config: Config, resume: str | None, num_replicas: int, problems: list[Problem]
+) -> tuple[Path | None, SavedState | None]:
+    """The run to go on in and its newest checkpoint; (None, None) for a new run."""
+    if resume is None:
+        return None, None
+    run = Path(resume) if resume else newest_run(config.experiment.output_dir)
+    if run is None:
+        return None, None
+    if not (run / "config.toml").is_file():
+        problems.append(Problem(run, "", "is no run folder: it has no config.toml"))
+        return None, None
+    saved = find_checkpoints(run / CHECKPOINTS)
+    if not saved:
+        return run, None
+    pipeline = config.experiment.pipeline
+    global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
+    problems += [Problem(config.path, "", text) for text in identity_problems(saved[-1], run_identity(config, global_batch))]
+    return run, saved[-1]
+
+
+def newest_run(output_dir: Path) -> Path | None:
+    """The run folder started last, by its name."""
+    runs = sorted(path.parent for path in output_dir.glob("*/config.toml"))
+    return runs[-1] if runs else None
