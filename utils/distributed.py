@@ -22,6 +22,18 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# Read by libraries when they are imported, so set here, before any of them: DeepSpeed need not probe for accelerators that
+# are not there, and only warnings and worse are shown.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed|transformers|diffusers|peft)\.")
+
+_SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What a launcher would have set for a program that runs alone; port 0 takes any free one."""
+
 GROUP_TIMEOUT = timedelta(minutes=30)
 WAIT_SECONDS = 24 * 3600.0
 """How long ranks wait for each other around work of unknown length, such as the caching pass."""
@@ -56,55 +68,31 @@ def world() -> World:
 def start() -> torch.device:
     """Join the process group and return this rank's device. Every rank must call it, once."""
     here = world()
-    for name, value in (
-        ("RANK", "0"),
-        ("LOCAL_RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-    ):
+    for name, value in _SINGLE_PROCESS.items():
         os.environ.setdefault(name, value)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _share_cores(here)
-    _quiet_libraries()
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
 
+    logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19 compiles a CPU-only operator when the group starts: half a minute, a compiler, and a lock file that
     # hangs every later start when the build is killed. Nothing here uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        _share_cores(here)
     accelerator.set_device(here.local_rank)
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if accelerator.device_name() != "cpu" else "gloo",
-        timeout=GROUP_TIMEOUT,
-        verbose=False,
-    )
-    return torch.device(accelerator.device_name(here.local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+    return torch.device("cpu" if on_cpu else accelerator.device_name(here.local_rank))
 
 
 def _share_cores(here: World) -> None:
     """On a CPU, processes that each use every core slow each other down twofold."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
-
-
-def _quiet_libraries() -> None:
-    """Only warnings and worse from DeepSpeed and friends; our own log says what a run does."""
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    for name in ("DeepSpeed", "deepspeed", "transformers", "diffusers", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def quiet_deepspeed() -> None:
-    """DeepSpeed sets its logger's level when it is imported; call this after."""
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
 
 
 def broadcast(value: T, source: int = 0) -> T:

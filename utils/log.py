@@ -42,7 +42,13 @@ class RunLog:
         self._smoothed, self._weight = 0.0, 0.0
         self._step_began = time.monotonic()
         self._bar = tqdm(
-            total=num_steps, initial=start_step, desc="training", unit="step", disable=not is_main, dynamic_ncols=True
+            total=num_steps,
+            initial=start_step,
+            desc="training",
+            unit="step",
+            disable=not is_main,
+            dynamic_ncols=True,
+            mininterval=bar_seconds(),
         )
         if not is_main:
             return
@@ -108,6 +114,11 @@ class RunLog:
     def start_clock(self) -> None:
         """A step begins: what came since the last one, previews or saving, does not count in images/s."""
         self._step_began = time.monotonic()
+
+
+def bar_seconds() -> float:
+    """How often a progress bar is redrawn: seldom where each time is a new line of a file."""
+    return 0.2 if sys.stderr.isatty() else 15.0
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from models.base import LoraWeights
@@ -34,6 +32,8 @@ def inject(layer: nn.Module, prefix: str, targets: Sequence[str], *, rank: int, 
     local = [name for name, _ in layer.named_modules() if prefix + name in set(targets)]
     if not local:
         return
+    from peft import LoraConfig, inject_adapter_in_model  # here: a run without adapter need not wait for the import
+
     chosen = "|".join(re.escape(name) for name in local)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
     inject_adapter_in_model(config, layer, adapter_name=ADAPTER_NAME)
@@ -47,7 +47,9 @@ def inject(layer: nn.Module, prefix: str, targets: Sequence[str], *, rank: int, 
 
 
 def _adapted_modules(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in layer.named_modules() if isinstance(module, LoraLayer)]
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in layer.named_modules() if isinstance(module, (LoraLayer,))]
 
 
 def collect(layer: nn.Module, prefix: str, values: dict[str, Tensor], alpha: float) -> LoraWeights:

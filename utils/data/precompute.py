@@ -21,6 +21,7 @@ from utils import distributed
 from utils.data.cache import FileHashes, ShardWriter, Store, content_key
 from utils.data.dataset import Example
 from utils.data.images import BadFile, read_pixels
+from utils.log import bar_seconds
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def _run_encoder(
     encode = encoder.load(device)
     writer = ShardWriter(plan.folder, f"rank{here.rank}")
     queue = distributed.WorkQueue(f"encode {encoder.name}", len(plan.missing))
-    with tqdm(total=len(plan.missing), desc=f"caching {encoder.name}", unit="item", disable=not here.is_main) as bar:
+    title = f"caching {encoder.name}"
+    with tqdm(total=len(plan.missing), desc=title, disable=not here.is_main, mininterval=bar_seconds()) as bar:
         for index in queue:
             what = plan.missing[index]
             try:

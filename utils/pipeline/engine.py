@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 from models.base import PipelineLayer
-from utils import distributed
+import utils.distributed  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
+import deepspeed
+from deepspeed.pipe import LayerSpec, PipelineModule
 from utils.pipeline.feed import MicroBatch
 from utils.pipeline.optimizer_state import flat_partitions, read_state, write_states
 
@@ -119,7 +119,6 @@ class Pipeline:
         """`prepare` may freeze and change each layer after it is built; `loss` takes the last layer's output and the
         micro-batch's target."""
         self._layers = list(layers)
-        distributed.quiet_deepspeed()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layer table; the start banner has ours
             module = _StagedModule(
                 bounds,
