@@ -15,6 +15,8 @@ from models.base import LoraWeights
 from utils import randomness
 
 ADAPTER_NAME = "default"
+_DOWN = f".lora_A.{ADAPTER_NAME}.weight"
+_UP = f".lora_B.{ADAPTER_NAME}.weight"
 
 
 def match_targets(module_names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -37,25 +39,21 @@ def inject(layer: nn.Module, prefix: str, targets: Sequence[str], *, rank: int, 
     chosen = "|".join(re.escape(name) for name in local)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0)  # type: ignore[arg-type]
     inject_adapter_in_model(config, layer, adapter_name=ADAPTER_NAME)
-    for name, module in _adapted_modules(layer):
-        down = module.get_parameter(f"lora_A.{ADAPTER_NAME}.weight")
-        up = module.get_parameter(f"lora_B.{ADAPTER_NAME}.weight")
+    for name in _adapted_modules(layer):
+        down = layer.get_parameter(f"{name}{_DOWN}")
         drawn = randomness.kaiming_uniform(seed, "lora", prefix + name, shape=tuple(down.shape))
         with torch.no_grad():
             down.copy_(drawn)
-            up.zero_()
+            layer.get_parameter(f"{name}{_UP}").zero_()
 
 
-def _adapted_modules(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in layer.named_modules() if isinstance(module, (LoraLayer,))]
+def _adapted_modules(layer: nn.Module) -> list[str]:
+    return [name.removesuffix(_DOWN) for name, _ in layer.named_parameters() if name.endswith(_DOWN)]
 
 
 def collect(layer: nn.Module, prefix: str, values: dict[str, Tensor], alpha: float) -> LoraWeights:
     """The layer's adapters by native module name, with the tensors taken from `values` (parameter name -> tensor)."""
     pairs = {}
-    for name, _ in _adapted_modules(layer):
-        down = values[f"{name}.lora_A.{ADAPTER_NAME}.weight"]
-        pairs[prefix + name] = (down, values[f"{name}.lora_B.{ADAPTER_NAME}.weight"])
+    for name in _adapted_modules(layer):
+        pairs[prefix + name] = (values[name + _DOWN], values[name + _UP])
     return LoraWeights(pairs, alpha)
