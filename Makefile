@@ -1,0 +1,33 @@
+# The two commands of the README and what they need. Every path is relative, so a checkout may stand anywhere.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint docs clean
+
+quickstart: .venv/ready
+	$(BIN)/python -m examples.quickstart.run
+
+test: .venv/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/python -m flake8 train.py models utils examples tests
+	$(BIN)/python -m mypy
+
+docs: .venv/ready
+	$(BIN)/python -m utils.config.document > docs/configuration.md
+
+# diffsynth is there for one thing, the three tokenizers of SD3 that it ships; nothing of it is run, so none of what it
+# depends on is installed.
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version). Say which: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps diffsynth==1.1.9
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache

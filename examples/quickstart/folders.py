@@ -1,0 +1,57 @@
+"""Folders to read from and to write: where a package keeps its files, and how to make a folder all at once.
+
+A folder made here is either complete or not there, and making it again does nothing. The contents are written to a
+temporary folder beside the target and renamed when complete, with a marker file that holds the arguments they were
+made with. A run that was interrupted leaves nothing that looks finished.
+"""
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+MARKER = "made_with.json"
+HOW_TO_INSTALL = {
+    "diffsynth": "--no-deps diffsynth==1.1.9",  # only for SD3's tokenizers; later versions lack them
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
+
+
+def package_folder(name: str) -> Path:
+    """Return where an installed package lies, without importing it: of these packages only data files are wanted."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"the package {name} is missing: pip install {HOW_TO_INSTALL.get(name, name)}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def is_complete(out: Path, arguments: Mapping[str, object]) -> bool:
+    """Return whether `out` was already made with `arguments`; exits if something else stands there."""
+    marker = out / MARKER
+    if marker.is_file():
+        made_with = json.loads(marker.read_text(encoding="utf-8"))
+        if made_with == dict(arguments):
+            return True
+        raise SystemExit(f"{out} was made with {made_with}, not {dict(arguments)}: remove it or choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"{out} exists and was not made by this script: remove it or choose another --out")
+    return False
+
+
+def make_folder(out: Path, arguments: Mapping[str, object], fill: Callable[[Path], None]) -> bool:
+    """Let `fill` write into a temporary folder and rename it to `out`; return False if `out` was complete already."""
+    if is_complete(out, arguments):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's folder is private to its owner, which a data set need not be
+        fill(temporary)
+        (temporary / MARKER).write_text(json.dumps(dict(arguments)) + "\n", encoding="utf-8")
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return True

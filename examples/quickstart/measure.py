@@ -1,0 +1,170 @@
+"""Looks at a finished run's newest previews and says how often they show what their captions ask for.
+
+Reads RUN_DIR/samples/step_NNNNNN/ (000.png, ... and prompts.json), prints a table of how many foreground colours,
+backgrounds and shapes are right, for combinations that were in the training set and for those held out of it, draws
+all previews with their prompts into one picture, and fails if too few are right. Prompts of another form ("a
+photograph of a cat") are drawn but not measured.
+
+    python -m examples.quickstart.measure runs/quickstart --out grid.png --min-colours 0.95 --min-shapes 0.80
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from examples.quickstart import pictures
+from examples.quickstart.pictures import Combination
+
+NUM_COLUMNS = 5
+PICTURE_PIXELS = 160
+MARGIN_PIXELS = 10
+LABEL_PIXELS = 44
+WRONG_COLOUR = (200, 0, 0)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A prompt, its picture, what the prompt asks for (None: not measured) and what the picture shows."""
+
+    prompt: str
+    image: Image.Image
+    asked: Combination | None
+    shown: Combination
+
+    @property
+    def wrong(self) -> bool:
+        return self.asked is not None and self.asked != self.shown
+
+    @property
+    def held_out(self) -> bool:
+        return self.asked in pictures.HELD_OUT
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many of `count` previews have each part right."""
+
+    count: int
+    colour: int
+    background: int
+    shape: int
+
+
+def newest_samples(run_dir: Path) -> Path:
+    """Return the samples folder of the highest step that has a prompts.json."""
+    folders = {int(path.parent.name[5:]): path.parent for path in run_dir.glob("samples/step_*/prompts.json")}
+    if not folders:
+        raise SystemExit(f"{run_dir}: no samples/step_*/prompts.json; has the run drawn previews yet?")
+    return folders[max(folders)]
+
+
+def load_previews(folder: Path) -> list[Preview]:
+    previews = []
+    for entry in json.loads((folder / "prompts.json").read_text(encoding="utf-8")):
+        with Image.open(folder / entry["file"]) as opened:
+            image = opened.convert("RGB")
+        previews.append(Preview(entry["prompt"], image, pictures.parse(entry["prompt"]), pictures.read(image)))
+    return previews
+
+
+def score(previews: Sequence[Preview]) -> Score:
+    """Count what is right among the previews that can be measured."""
+    pairs = [(preview.asked, preview.shown) for preview in previews if preview.asked is not None]
+    return Score(
+        count=len(pairs),
+        colour=sum(asked.colour == shown.colour for asked, shown in pairs),
+        background=sum(asked.background == shown.background for asked, shown in pairs),
+        shape=sum(asked.shape == shown.shape for asked, shown in pairs),
+    )
+
+
+def table_row(name: str, result: Score) -> str:
+    if not result.count:
+        return f"{name:<10}{0:>8}{'-':>12}{'-':>12}{'-':>12}"
+    shares = (result.colour, result.background, result.shape)
+    return f"{name:<10}{result.count:>8}" + "".join(f"{100 * share / result.count:>11.1f}%" for share in shares)
+
+
+def table(previews: Sequence[Preview]) -> str:
+    groups = {
+        "seen": [preview for preview in previews if not preview.held_out],
+        "held out": [preview for preview in previews if preview.held_out],
+        "all": list(previews),
+    }
+    header = f"{'':<10}{'number':>8}{'foreground':>12}{'background':>12}{'shape':>12}"
+    return "\n".join([header, *(table_row(name, score(group)) for name, group in groups.items())])
+
+
+def draw_cell(preview: Preview) -> Image.Image:
+    """Return one preview with its prompt below; a wrong one gets a frame and says what it was taken for."""
+    width, height = PICTURE_PIXELS + 2 * MARGIN_PIXELS, PICTURE_PIXELS + 2 * MARGIN_PIXELS + LABEL_PIXELS
+    cell = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(cell)
+    scaled = preview.image.copy()
+    factor = PICTURE_PIXELS / max(scaled.size)
+    scaled = scaled.resize((round(scaled.width * factor), round(scaled.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (width - scaled.width) // 2, MARGIN_PIXELS + (PICTURE_PIXELS - scaled.height) // 2
+    edge = 4 if preview.wrong else 1
+    box = (left - edge, top - edge, left + scaled.width + edge - 1, top + scaled.height + edge - 1)
+    pen.rectangle(box, fill=WRONG_COLOUR if preview.wrong else (160, 160, 160))
+    cell.paste(scaled, (left, top))
+    lines = textwrap.wrap(preview.prompt + (" (held out)" if preview.held_out else ""), 30)[:2]
+    if preview.wrong:
+        lines.append(f"wrong: {' '.join((preview.shown.colour, preview.shown.shape, 'on', preview.shown.background))}")
+    for i, line in enumerate(lines):
+        colour = WRONG_COLOUR if line.startswith("wrong: ") else (0, 0, 0)
+        pen.text((MARGIN_PIXELS, MARGIN_PIXELS + PICTURE_PIXELS + 6 + 14 * i), line, colour, ImageFont.load_default(11))
+    return cell
+
+
+def draw_grid(previews: Sequence[Preview]) -> Image.Image:
+    cells = [draw_cell(preview) for preview in previews]
+    num_rows = -(-len(cells) // NUM_COLUMNS)
+    width, height = cells[0].size
+    grid = Image.new("RGB", (width * min(NUM_COLUMNS, len(cells)), height * num_rows), "white")
+    for i, cell in enumerate(cells):
+        grid.paste(cell, (i % NUM_COLUMNS * width, i // NUM_COLUMNS * height))
+    return grid
+
+
+def shortfalls(result: Score, min_colours: float, min_shapes: float) -> list[str]:
+    """Return one line for each part that is right less often than asked."""
+    wanted = {"foreground": (result.colour, min_colours), "background": (result.background, min_colours)}
+    wanted["shape"] = (result.shape, min_shapes)
+    return [
+        f"{name} right in {right} of {result.count} previews, wanted {minimum:.0%}"
+        for name, (right, minimum) in wanted.items()
+        if right < minimum * result.count
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="folder of a run that has drawn previews")
+    parser.add_argument("--out", type=Path, help="draw all previews with their prompts into this PNG")
+    parser.add_argument("--min-colours", type=float, default=0.0, help="fail below this share, 0 to 1 (default: 0)")
+    parser.add_argument("--min-shapes", type=float, default=0.0, help="fail below this share, 0 to 1 (default: 0)")
+    options = parser.parse_args()
+    folder = newest_samples(options.run_dir)
+    previews = load_previews(folder)
+    result = score(previews)
+    if options.out is not None and previews:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(previews).save(options.out)
+    print(f"{folder}: {len(previews)} previews, {result.count} of them measured")
+    if not result.count:
+        raise SystemExit('no prompt has the form "a red circle on a blue background": nothing to measure')
+    print(table(previews))
+    problems = shortfalls(result, options.min_colours, options.min_shapes)
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""docs/configuration.md out of schema.py:  python -m utils.config.document > docs/configuration.md"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import models
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class
+
+_INTRODUCTION = """# Every key
+
+Made from the program's own schema by `make docs`; a test fails when the two differ. A key that is not here is refused.
+Paths are relative to the folder the program is started in. `--set table.key=VALUE` overrides any key of the experiment file.
+"""
+
+
+def document() -> str:
+    """The whole page, as Markdown."""
+    parts = [_INTRODUCTION, "## The experiment file (`--config`)\n"]
+    for family in models.family_names():
+        parts += _table(experiment_class(family), "", f' (`type = "{family}"`)')
+    parts.append("## The dataset file (`dataset`)\n")
+    parts += _table(DatasetConfig, "", "")
+    return "\n".join(parts)
+
+
+def _table(table: type[BaseModel], path: str, family: str) -> Iterator[str]:
+    """The keys of a table, then the tables inside it."""
+    inner = [(name, found) for name, field in table.model_fields.items() if (found := _inner_table(field.annotation))]
+    heading = f"### `[{path}]`{family if path == 'model' else ''}" if path else "### Top level"
+    yield f"{heading}\n\n{_first_line(table, path)}\n"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    for name, field in table.model_fields.items():
+        if name not in dict(inner):
+            yield f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |"
+    yield ""
+    for name, found in inner:
+        yield from _table(found, f"{path}.{name}" if path else name, family)
+
+
+def _first_line(table: type[BaseModel], path: str) -> str:
+    if not path and issubclass(table, ExperimentConfig):
+        return "One run."
+    return (table.__doc__ or "").strip().splitlines()[0]
+
+
+def _inner_table(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _type(field: FieldInfo) -> str:
+    limits = [_limit(item) for item in field.metadata if _limit(item)]
+    return ", ".join([_type_name(field.annotation), *limits])
+
+
+def _limit(item: Any) -> str:
+    for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        value = vars(item).get(attribute) if hasattr(item, "__dict__") else getattr(item, attribute, None)
+        if value is not None:
+            return f"{sign} {'2^63' if value == 2**63 else value}"
+    return ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return " or ".join(f'`"{value}"`' for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
+    if origin is list:
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    names = {int: "integer", float: "number", str: "string", bool: "true or false", Path: "path"}
+    return names.get(annotation, "table" if typing.get_origin(annotation) is dict else str(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.default if field.default is not PydanticUndefined else None
+    if value is None:
+        return "none"
+    shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{re.sub('^$', '[]', shown)}`"
+
+
+if __name__ == "__main__":
+    print(document(), end="")
