@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,9 +60,8 @@ def main() -> None:
     try:
         experiment = prepare(arguments.config, arguments.overrides, arguments.resume, distributed.world())
         if arguments.check:
-            order = BatchOrder(experiment.dataset.examples, experiment.global_batch, experiment.config.experiment.seed)
             output = f"nothing: only checked; a run would write to {experiment.config.experiment.output_dir}"
-            say(describe(experiment, order, output), is_main=distributed.world().is_main)
+            say(describe(experiment, order_of(experiment), output), is_main=distributed.world().is_main)
             sys.exit(0)
         run(experiment)
     except ConfigError as error:
@@ -83,17 +83,21 @@ def refuse(error: ConfigError) -> None:
 
 def run(experiment: Experiment) -> None:
     """All ranks, from the process group's start to the last file."""
-    config, is_main = experiment.config.experiment, distributed.world().is_main
+    is_main = distributed.world().is_main
     device = distributed.start()
     folder = open_run_folder(experiment)
-    data, examples = encode_dataset(experiment, device)
-    order = BatchOrder(examples, experiment.global_batch, config.seed)
+    say(f"\n{describe(experiment, order_of(experiment), str(folder))}\n", is_main=is_main)
+    data, usable = encode_dataset(experiment, device)
+    experiment = replace(experiment, dataset=replace(experiment.dataset, examples=usable))
     pipeline = build_pipeline(experiment)
     if experiment.resume_from is not None:
         checkpoint.load(pipeline, experiment.resume_from)
-    say(f"\n{describe(experiment, order, str(folder))}\n", is_main=is_main)
-    train(experiment, folder, pipeline, data, order)
+    train(experiment, folder, pipeline, data)
     say(f"done: {folder}", is_main=is_main)
+
+
+def order_of(experiment: Experiment) -> BatchOrder:
+    return BatchOrder(experiment.dataset.examples, experiment.global_batch, experiment.config.experiment.seed)
 
 
 def open_run_folder(experiment: Experiment) -> Path:
@@ -114,11 +118,15 @@ def open_run_folder(experiment: Experiment) -> Path:
 
 
 def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[EncodedData, list[Example]]:
-    """Fill the cache; then what it holds, and the examples that could be encoded. Raises ConfigError for bad files."""
+    """Fill the cache; returns it and the examples that could be encoded.
+
+    Raises ConfigError on every rank for files that could not, unless they are to be skipped.
+    """
     config, examples = experiment.config, experiment.dataset.examples
     sampling = config.experiment.sampling
     captions = {EMPTY_CAPTION, sampling.negative_prompt, *sampling.prompts, *(example.caption for example in examples)}
-    data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), config.experiment.cache_folder, device)
+    cache_folder = config.experiment.cache_folder
+    data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), cache_folder, device)
     problems = [Problem(bad.path, "", bad.reason) for bad in bad_files]
     if problems and config.dataset.on_bad_file == "error":
         raise ConfigError([*problems, Problem(config.dataset_path, "on_bad_file", BAD_FILE_ADVICE)])
@@ -188,9 +196,10 @@ def due(step: int, every: int | None, num_steps: int) -> bool:
     return step == num_steps or (every is not None and step % every == 0)
 
 
-def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData, order: BatchOrder) -> None:
+def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData) -> None:
     """Every step that is left, with its previews, exports and checkpoints."""
     config = experiment.config.experiment
+    order = order_of(experiment)
     num_steps = experiment.num_steps(order)
     start_step = experiment.resume_from.step if experiment.resume_from is not None else 0
     feed = make_feed(experiment, pipeline, data, order)

@@ -7,6 +7,7 @@ One of the two files that import it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -145,6 +146,13 @@ class WorkQueue:
     def num_taken(self) -> int:
         """How many items have been handed out so far, over all ranks."""
         return min(self._num_items, _store().add(self._key, 0))
+
+
+def free_memory() -> None:
+    """Give back what dropped tensors held, so that the next user of the accelerator finds it."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def finish(exit_code: int = 0) -> NoReturn:

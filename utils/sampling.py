@@ -95,4 +95,6 @@ class Previews:
             file = f"{index:03d}.png"
             Image.fromarray(decode(sample[None])[0].permute(1, 2, 0).numpy()).save(folder / file)
             listing.append({"prompt": prompt, "seed": self._config.seed, "file": file})
+        del decode
+        distributed.free_memory()
         (folder / "prompts.json").write_text(json.dumps(listing, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist or be empty")
     parser.add_argument("--images", type=int, default=1500, help="drawn pictures in OUT/shapes (default: 1500)")
     options = parser.parse_args()
-    arguments = {"images": options.images, "seed": SEED}
+    arguments = {"images": options.images, "seed": SEED, "max_offset": pictures.MAX_OFFSET}
     made = make_folder(options.out, arguments, lambda folder: write_dataset(folder, options.images))
     print(f"{options.out}: {'made' if made else 'already complete, nothing to do'}")
 

@@ -1,6 +1,6 @@
 """Trains the quickstart's small autoencoder: 64-pixel pictures to 16 x 8 x 8 latents and back, as SD3's VAE does.
 
-Its weights are shipped in `vae/` because this is the slow part (about ten minutes on two cores); the script is here to
+Its weights are shipped in `vae/` because this is the slow part (about eleven minutes on two cores); the script is here to
 show where they come from. It learns from drawn shapes (all captions and pink) and from random crops of the
 photographs. What made it learn quickly:
 

@@ -26,6 +26,8 @@ class Bucket:
 class CropBox:
     """Scale to (resized_width, resized_height), then cut the bucket out at (left, top); pixels."""
 
+    scale: float
+    """Above 1: the picture is enlarged."""
     resized_width: int
     resized_height: int
     left: int
@@ -65,4 +67,4 @@ def crop_box(width: int, height: int, bucket: Bucket) -> CropBox:
     resized_width = max(bucket.width, round(width * scale))
     resized_height = max(bucket.height, round(height * scale))
     left, top = (resized_width - bucket.width) // 2, (resized_height - bucket.height) // 2
-    return CropBox(resized_width, resized_height, left, top, bucket)
+    return CropBox(scale, resized_width, resized_height, left, top, bucket)

@@ -81,6 +81,9 @@ def scan(config: DatasetConfig, multiple: int) -> Dataset:
         _scan_directory(index, directory, buckets, dataset)
         if len(dataset.examples) == found:
             dataset.warnings.append(f"{directory.path} has no usable picture")
+    enlarged = sorted({example.image.name for example in dataset.examples if example.box.scale > 1})
+    if enlarged:
+        dataset.warnings.append(f"{len(enlarged)} pictures are smaller than their bucket and enlarged: {_some(enlarged)}")
     return dataset
 
 

@@ -7,10 +7,9 @@ rank ever waits for one that failed on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +69,7 @@ def cache_dataset(
 ) -> tuple[EncodedData, list[BadFile]]:
     """Encode what the cache lacks. All ranks; returns on all of them the cache and the files that could not be encoded."""
     decided = make_plan(adapter, examples, captions, cache_folder) if distributed.world().is_main else None
+    distributed.wait_for_all("cache planned")  # reading a large dataset may outlast a collective's time limit
     plan = distributed.broadcast(decided)
     assert plan is not None
     bad_files = plan.bad_files + encode_missing(adapter, plan, examples, device)
@@ -127,22 +127,29 @@ def encode_missing(
     """Encode everything the plan misses. All ranks; returns on all of them the files that could not be encoded."""
     by_key = {example.key: example for example in examples}
     bad_files: list[BadFile] = []
-
-    def pixels(key: str) -> Tensor:
-        return read_pixels(by_key[key].image, by_key[key].box)
-
-    def caption(text: str) -> str:
-        return text
-
-    _run_encoder(adapter.image_encoder, plan.images, pixels, device, bad_files)
+    pictures = EncoderInputs(
+        read=lambda key: read_pixels(by_key[key].image, by_key[key].box), files=lambda key: [by_key[key].image]
+    )
+    captions = EncoderInputs(
+        read=lambda text: text, files=lambda text: [example.image for example in examples if example.caption == text]
+    )
+    _run_encoder(adapter.image_encoder, plan.images, pictures, device, bad_files)
     for encoder in adapter.text_encoders:
-        _run_encoder(encoder, plan.texts[encoder.name], caption, device, bad_files)
+        _run_encoder(encoder, plan.texts[encoder.name], captions, device, bad_files)
     everyones = [bad for found in distributed.gather([(b.path, b.reason) for b in bad_files]) for bad in found]
     return [BadFile(path, reason) for path, reason in sorted(set(everyones))]
 
 
+@dataclass(frozen=True)
+class EncoderInputs:
+    """How what is to be encoded (an example's key, a caption) is read, and whose fault it is when it cannot be used."""
+
+    read: Callable[[str], Tensor | str]
+    files: Callable[[str], list[Path]]
+
+
 def _run_encoder(
-    encoder: FrozenEncoder, plan: EncoderPlan, read_input: Any, device: torch.device, bad_files: list[BadFile]
+    encoder: FrozenEncoder, plan: EncoderPlan, inputs: EncoderInputs, device: torch.device, bad_files: list[BadFile]
 ) -> None:
     if not plan.missing:
         return
@@ -155,18 +162,22 @@ def _run_encoder(
         for index in queue:
             what = plan.missing[index]
             try:
-                tensors = encode([read_input(what)])[0]
-                _check_finite(tensors, Path(what), encoder.name)
-                writer.add(plan.keys[what], tensors)
+                tensors = encode([inputs.read(what)])[0]
             except BadFile as bad:
                 bad_files.append(bad)
+                continue
+            if all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                writer.add(plan.keys[what], tensors)
+            else:
+                reason = f"{encoder.name} made numbers of it that are not finite"
+                files = inputs.files(what)
+                if not files:
+                    raise FloatingPointError(f"{reason}: {what!r}")  # a prompt: no file to leave out
+                bad_files += [BadFile(path, reason) for path in files]
             if here.is_main:
                 bar.update(queue.num_taken() - bar.n)
         writer.flush()
         distributed.wait_for_all(f"encoded {encoder.name}")
         bar.update(len(plan.missing) - bar.n)
-
-
-def _check_finite(tensors: dict[str, Tensor], what: Path, encoder_name: str) -> None:
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise BadFile(what, f"{encoder_name} made numbers of it that are not finite")
+    del encode
+    distributed.free_memory()
