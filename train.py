@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.base import PipelineLayer
 from utils import checkpoint, distributed, export, lora
+from utils.atomic import write_text
 from utils.banner import describe
 from utils.config.load import ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
@@ -110,8 +111,8 @@ def open_run_folder(experiment: Experiment) -> Path:
             while folder.exists():
                 folder = folder.with_name(folder.name + "_")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "dataset.toml").write_text(dump_toml(experiment.config.dataset), encoding="utf-8")
-        (folder / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+        write_text(folder / "dataset.toml", dump_toml(experiment.config.dataset))
+        write_text(folder / "config.toml", dump_toml(config))
     shared = distributed.broadcast(folder)
     assert shared is not None
     return shared

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils import distributed
-from utils.data.cache import replace_file, sync_folder
+from utils.atomic import replace_file, sync_folder, write_text
 from utils.pipeline.engine import LocalLayer, Pipeline
 
 FORMAT_VERSION = 1
@@ -90,9 +90,7 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
     distributed.wait_for_all(f"checkpoint {step} written")
     if here.is_main:
         state = {"format": FORMAT_VERSION, "step": step, "identity": identity}
-        partial = temporary / "state.partial"
-        partial.write_text(json.dumps(state, indent=1))
-        replace_file(partial, temporary / "state.json")
+        write_text(temporary / "state.json", json.dumps(state, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
         sync_folder(parent)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from models.base import LoraWeights, ModelAdapter
 from utils import distributed, lora
+from utils.atomic import replace_file
 from utils.checkpoint import step_folder
 from utils.config.schema import AdapterConfig, ExperimentConfig
-from utils.data.cache import replace_file
 from utils.pipeline.engine import LocalLayer, Pipeline
 from utils.pipeline.optimizer_state import MASTER
 

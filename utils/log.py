@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.atomic import write_text
+
 SMOOTHING = 0.98
 """Weight of the past in the smoothed loss."""
 
@@ -84,7 +86,7 @@ class RunLog:
                 break
             kept.append(line)
             self._smooth(entry["loss"])
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def _smooth(self, loss: float) -> float:
         """Running mean with exponentially falling weights, unbiased from the first step on."""

@@ -36,16 +36,12 @@ class Experiment:
     dataset: Dataset
     num_stages: int
     num_replicas: int
+    global_batch: int
     bounds: list[int]
     lora_targets: list[str]
     resume_run: Path | None
     """The run folder to go on in; None for a new one."""
     resume_from: SavedState | None
-
-    @property
-    def global_batch(self) -> int:
-        pipeline = self.config.experiment.pipeline
-        return pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * self.num_replicas
 
     def num_steps(self, order: BatchOrder) -> int:
         """Optimizer steps of the whole run."""
@@ -83,10 +79,12 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
         targets = _check_targets(config, adapter, problems)
         _check_preview_size(config, adapter, problems)
     num_replicas = max(1, world.size // num_stages)
-    run, saved = _find_resume(config, resume, num_replicas, problems)
+    pipeline = config.experiment.pipeline
+    global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
+    run, saved = _find_resume(config, resume, global_batch, problems)
     if problems or adapter is None:
         raise ConfigError(problems)
-    return Experiment(config, adapter, dataset, num_stages, num_replicas, bounds, targets, run, saved)
+    return Experiment(config, adapter, dataset, num_stages, num_replicas, global_batch, bounds, targets, run, saved)
 
 
 def _check_stages(config: Config, world: World, problems: list[Problem]) -> int:
@@ -168,7 +166,7 @@ def _check_preview_size(config: Config, adapter: ModelAdapter, problems: list[Pr
 
 
 def _find_resume(
-    config: Config, resume: str | None, num_replicas: int, problems: list[Problem]
+    config: Config, resume: str | None, global_batch: int, problems: list[Problem]
 ) -> tuple[Path | None, SavedState | None]:
     """The run to go on in and its newest checkpoint; (None, None) for a new run."""
     if resume is None:
@@ -182,8 +180,6 @@ def _find_resume(
     saved = find_checkpoints(run / CHECKPOINTS)
     if not saved:
         return run, None
-    pipeline = config.experiment.pipeline
-    global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
     problems += [Problem(config.path, "", text) for text in identity_problems(saved[-1], run_identity(config, global_batch))]
     return run, saved[-1]
 

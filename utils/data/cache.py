@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from utils.atomic import replace_file, write_text
+
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 20.0
 _HASH_BYTES = 16
@@ -28,23 +29,6 @@ _HASH_BYTES = 16
 def content_key(*parts: str) -> str:
     """A name for whatever the parts describe together; 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=_HASH_BYTES).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(temporary: Path, path: Path) -> None:
-    """Flush a finished file and give it its name in one step."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
 
 
 class Store:
@@ -160,7 +144,5 @@ class FileHashes:
         if not self._changed:
             return
         self._memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._memory.with_name(f".{self._memory.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self._entries))
-        replace_file(temporary, self._memory)
+        write_text(self._memory, json.dumps(self._entries))
         self._changed = False
