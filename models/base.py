@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,25 @@ class ModelFilesError(ValueError):
     def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
         self.problems = list(problems)
+
+
+def read_pretrained_config(folder: Path, kind: str) -> dict[str, Any]:
+    """config.json of a folder in Hugging Face's layout, which must also hold safetensors weights.
+
+    `kind` says what should be there. Raises ValueError saying what is wrong.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder of {kind}")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} has no .safetensors file (pickled .bin weights are not read)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a table of settings")
+    return config
 
 
 @dataclass(frozen=True)

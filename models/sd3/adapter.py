@@ -29,7 +29,16 @@ class SD3Adapter(ModelAdapter):
     )
 
     def __init__(self, settings: SD3Settings) -> None:
-        file = weights.MMDiTFile(settings.mmdit)
+        problems: list[tuple[str, str]] = []
+        file = None
+        try:
+            file = weights.MMDiTFile(settings.mmdit)
+        except ModelFilesError as error:
+            problems += error.problems
+        problems += vae.check_files(settings.vae, file.config.in_channels if file else None)
+        problems += text_encoders.check_files(settings, file.config if file else None)
+        if problems or file is None:
+            raise ModelFilesError(problems)
         config = file.config
         self.latent = LatentSpec(
             channels=config.in_channels,
@@ -37,10 +46,6 @@ class SD3Adapter(ModelAdapter):
             patch=config.patch_size,
             max_side_pixels=config.pos_embed_max_size * config.patch_size * vae.SPATIAL_DOWNSCALE,
         )
-        problems = vae.check_files(settings.vae, self.latent)
-        problems += text_encoders.check_files(settings, config.context_dim, config.pooled_dim)
-        if problems:
-            raise ModelFilesError(problems)
         self.settings = settings
         self.config = config
         self.image_encoder = vae.SD3ImageEncoder(settings.vae)

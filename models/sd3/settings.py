@@ -37,9 +37,12 @@ class SD3Settings(BaseModel):
         description="Precision of the network and the text encoders. The optimizer keeps float32 weights of its own; "
         "the autoencoder always runs in float32.",
     )
-    clip_max_token_length: int = Field(77, ge=3, le=77, description="Tokens a caption takes in CLIP-L and CLIP-G.")
+    clip_max_token_length: int = Field(
+        77, strict=True, ge=3, le=77, description="Tokens a caption takes in CLIP-L and CLIP-G."
+    )
     t5xxl_max_token_length: int = Field(
         256,
+        strict=True,
         ge=1,
         le=512,
         description="Tokens a caption takes in T5. Padding is not masked, so use at inference what you trained with.",

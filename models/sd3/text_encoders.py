@@ -8,7 +8,6 @@ appendix B.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import EncodedItem, EncodeFunction, FrozenEncoder
+from models.base import EncodedItem, EncodeFunction, FrozenEncoder, read_pretrained_config
+from models.sd3.mmdit import MMDiTConfig
 from models.sd3.settings import DTYPES, SD3Settings
 
 TOKENIZER_FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenizer_3"}
 _TOKENIZER_FILES = {
-    "clip_l": ("vocab.json", "merges.txt"),
-    "clip_g": ("vocab.json", "merges.txt"),
-    "t5xxl": ("tokenizer.json", "spiece.model"),
+    "clip_l": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
+    "clip_g": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
+    "t5xxl": (("tokenizer.json",), ("spiece.model",)),
 }
+"""The sets of files, any of which makes a tokenizer."""
 
 
 def find_tokenizer(name: str, folder: Path) -> Path | None:
     """The folder with the encoder's tokenizer: its own, or the one beside it in diffusers' layout; None if neither."""
     for candidate in (folder, folder.parent / TOKENIZER_FOLDERS[name]):
-        if any((candidate / file).is_file() for file in (*_TOKENIZER_FILES[name], "tokenizer.json")):
+        if any(all((candidate / file).is_file() for file in files) for files in _TOKENIZER_FILES[name]):
             return candidate
     return None
 
@@ -136,37 +137,37 @@ def _folder(settings: SD3Settings, name: str) -> Path:
     return {"clip_l": settings.clip_l, "clip_g": settings.clip_g, "t5xxl": settings.t5xxl}[name]
 
 
-def check_files(settings: SD3Settings, context_dim: int, pooled_dim: int) -> list[tuple[str, str]]:
-    """What is wrong with the three folders and how they fit the network, as (key, message); reads config.json only."""
+def check_files(settings: SD3Settings, config: MMDiTConfig | None) -> list[tuple[str, str]]:
+    """What is wrong with the three folders and, where the network is known, how they fit it, as (key, message).
+
+    Reads config.json only.
+    """
     problems: list[tuple[str, str]] = []
     configs: dict[str, dict[str, Any]] = {}
     for name in TOKENIZER_FOLDERS:
         folder = _folder(settings, name)
-        problem = _folder_problem(name, folder)
-        if problem:
-            problems.append((name, problem))
-        else:
-            configs[name] = json.loads((folder / "config.json").read_text())
-    return problems or _fit_problems(settings, configs, context_dim, pooled_dim)
-
-
-def _folder_problem(name: str, folder: Path) -> str | None:
-    if not (folder / "config.json").is_file():
-        return f"{folder} has no config.json; give a transformers folder"
-    if not list(folder.glob("*.safetensors")):
-        return f"{folder} has no .safetensors file (pickled .bin weights are not read)"
-    if find_tokenizer(name, folder) is None:
-        wanted = " and ".join(_TOKENIZER_FILES[name]) if name != "t5xxl" else " or ".join(_TOKENIZER_FILES[name])
-        return f"no tokenizer: put {wanted} into {folder} or into {folder.parent / TOKENIZER_FOLDERS[name]}"
-    return None
+        try:
+            configs[name] = read_pretrained_config(folder, "a transformers text encoder")
+        except ValueError as error:
+            problems.append((name, str(error)))
+            continue
+        if find_tokenizer(name, folder) is None:
+            wanted = " or ".join(" and ".join(files) for files in _TOKENIZER_FILES[name])
+            place = folder.parent / TOKENIZER_FOLDERS[name]
+            problems.append((name, f"no tokenizer: put {wanted} into {folder} or into {place}"))
+    if problems or config is None:
+        return problems
+    return _fit_problems(settings, configs, config.context_dim, config.pooled_dim)
 
 
 def _fit_problems(
     settings: SD3Settings, configs: Mapping[str, Mapping[str, Any]], context_dim: int, pooled_dim: int
 ) -> list[tuple[str, str]]:
     """Widths and lengths of the encoders against what the network takes."""
-    problems = []
     widths = {name: configs[name].get("hidden_size", configs[name].get("d_model")) for name in configs}
+    problems = [(name, "its config.json gives no width") for name, width in widths.items() if not isinstance(width, int)]
+    if problems:
+        return problems
     pooled = widths["clip_l"] + configs["clip_g"].get("projection_dim", widths["clip_g"])
     if pooled != pooled_dim:
         problems.append(("clip_l", f"pooled widths of CLIP-L and CLIP-G add up to {pooled}, the network takes {pooled_dim}"))

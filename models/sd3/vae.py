@@ -5,14 +5,13 @@ The only place where the latents' shift and scale are applied: z = (mean - shift
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.base import DecodeFunction, EncodedItem, EncodeFunction, FrozenEncoder, LatentSpec
+from models.base import DecodeFunction, EncodedItem, EncodeFunction, FrozenEncoder, read_pretrained_config
 
 SPATIAL_DOWNSCALE = 8
 
@@ -70,17 +69,18 @@ def load_decoder(folder: Path, device: torch.device) -> DecodeFunction:
     return decode
 
 
-def check_files(folder: Path, latent: LatentSpec) -> list[tuple[str, str]]:
-    """What is wrong with the autoencoder's folder, as (key, message); reads config.json only."""
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        return [("vae", f"{folder} has no config.json; give the folder of a diffusers AutoencoderKL")]
-    if not list(folder.glob("*.safetensors")):
-        return [("vae", f"{folder} has no .safetensors file (pickled .bin weights are not read)")]
-    config = json.loads(config_path.read_text())
+def check_files(folder: Path, num_channels: int | None) -> list[tuple[str, str]]:
+    """What is wrong with the autoencoder's folder, as (key, message); reads config.json only.
+
+    num_channels: what the network takes; None when it is not known.
+    """
+    try:
+        config = read_pretrained_config(folder, "a diffusers AutoencoderKL")
+    except ValueError as error:
+        return [("vae", str(error))]
     channels = config.get("latent_channels")
-    if channels != latent.channels:
-        return [("vae", f"{folder} has {channels} latent channels, the network takes {latent.channels}")]
+    if num_channels is not None and channels != num_channels:
+        return [("vae", f"{folder} has {channels} latent channels, the network takes {num_channels}")]
     downscale = 2 ** (len(config.get("block_out_channels", ())) - 1)
     if downscale != SPATIAL_DOWNSCALE:
         return [("vae", f"{folder} shrinks pictures {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]

@@ -44,7 +44,13 @@ def read_shapes(path: Path) -> tuple[dict[str, Shape], str]:
         raise ModelFilesError([("mmdit", f"{path} is not a readable safetensors file: {error}")]) from error
 
 
-_DEFINING_TENSORS = ("x_embedder.proj.weight", "pos_embed", "context_embedder.weight", "y_embedder.mlp.0.weight")
+_DEFINING_TENSORS = {
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "context_embedder.weight": 2,
+    "y_embedder.mlp.0.weight": 2,
+}
+"""Tensors the network's shape is read from, and how many axes each has."""
 
 
 def detect_config(shapes: Mapping[str, Shape]) -> MMDiTConfig:
@@ -54,6 +60,10 @@ def detect_config(shapes: Mapping[str, Shape]) -> MMDiTConfig:
     if missing or not blocks:
         what = ", ".join(missing) or "joint_blocks.*"
         raise ModelFilesError([("mmdit", f"not an SD3 network with native keys: it has no {what}")])
+    odd = [name for name, num_axes in _DEFINING_TENSORS.items() if len(shapes[name]) != num_axes]
+    if odd:
+        text = "; ".join(f"tensor {name} has shape {shapes[name]}, expected {_DEFINING_TENSORS[name]} axes" for name in odd)
+        raise ModelFilesError([("mmdit", text)])
     hidden, channels, patch = shapes["x_embedder.proj.weight"][:3]
     if hidden % HEAD_WIDTH:
         raise ModelFilesError([("mmdit", f"width {hidden} is not a multiple of the head width, {HEAD_WIDTH}")])

@@ -6,6 +6,8 @@ A mistake is a `Problem`: file, key, what is wrong, what to do. Nothing raises a
 from __future__ import annotations
 
 import difflib
+import json
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +61,12 @@ class Config:
 def read_toml(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     """The file's content, or None and a problem added."""
     try:
-        return toml.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(Problem(path, "", "does not exist"))
     except (OSError, UnicodeDecodeError) as error:
         problems.append(Problem(path, "", f"cannot be read: {error}"))
-    except (toml.TomlDecodeError, IndexError, ValueError) as error:
+    except tomllib.TOMLDecodeError as error:
         problems.append(Problem(path, "", f"is not valid TOML: {error}"))
     return None
 
@@ -78,8 +80,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key.strip():
         raise ValueError(f"--set {text}: must be KEY=VALUE, such as optimizer.learning_rate=1e-4")
     try:
-        parsed = toml.loads(f"value = {value}")["value"]
-    except (toml.TomlDecodeError, IndexError, ValueError):
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
         parsed = value
     return [part.strip() for part in key.split(".")], parsed
 
@@ -211,6 +213,8 @@ def _check_experiment(raw: Mapping[str, Any], path: Path, problems: list[Problem
     table: type[ExperimentConfig] = ExperimentConfig
     if isinstance(family, str) and family in models.family_names():
         table = experiment_class(family)
+    elif "model" in raw and not isinstance(model, dict):
+        problems.append(Problem(path, "model", f"= {model!r}: must be a table, [model]"))
     elif isinstance(model, dict):
         known = ", ".join(repr(name) for name in models.family_names())
         given = "is missing" if family is None else f"= {family!r}: unknown model type"
@@ -237,4 +241,12 @@ def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
 
 def dump_toml(table: BaseModel) -> str:
     """The values of a table, defaults included, as TOML that loads to an equal table. Unset keys are left out."""
-    return toml.dumps(table.model_dump(mode="json", exclude_none=True))
+    return toml.dumps(table.model_dump(mode="json", exclude_none=True), _Encoder())
+
+
+class _Encoder(toml.TomlEncoder):
+    """toml 0.10.2 mangles backslashes and control characters in strings; JSON's escapes are TOML's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

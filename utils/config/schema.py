@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, Strict, create_model
 
 import models
 from utils.rectified_flow import TimestepSampling
@@ -16,15 +16,10 @@ from utils.rectified_flow import TimestepSampling
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
-def _refuse_bool(value: Any) -> Any:
-    """TOML's true is no number, whatever Python thinks."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_refuse_bool)]
-Float = Annotated[float, BeforeValidator(_refuse_bool)]
+# Strict: TOML has types of its own, so "3" is no number and true is neither 1 nor 1.0. A float may be written as 1.
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
 
 
 class Table(BaseModel):
@@ -123,7 +118,7 @@ class SaveConfig(Table):
 class MonitoringConfig(Table):
     """What is written down while training."""
 
-    tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
+    tensorboard: Bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
 
 
 class ExperimentConfig(Table):
@@ -162,7 +157,7 @@ class DatasetConfig(Table):
     resolutions: list[Annotated[Int, Field(ge=16)]] = Field(
         min_length=1, description="Side in pixels of a square of the trained area; each picture is used at every one."
     )
-    enable_ar_bucket: bool = Field(True, description="Keep pictures' shapes, sorted into buckets; else crop all square.")
+    enable_ar_bucket: Bool = Field(True, description="Keep pictures' shapes, sorted into buckets; else crop all square.")
     min_ar: Float = Field(0.5, gt=0, description="Narrowest width / height of a bucket.")
     max_ar: Float = Field(2.0, gt=0, description="Widest width / height of a bucket.")
     num_ar_buckets: Int = Field(7, ge=1, description="Buckets between the two, evenly spaced in the logarithm.")

@@ -73,9 +73,16 @@ class LocalLayer:
 _ANCHOR = "anchor"
 
 
-def _anchor(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    anchor = module.get_parameter(_ANCHOR)
-    return output + anchor.to(output.dtype) * 0
+def add_anchor(layer: nn.Module) -> nn.Parameter:
+    """Give a frozen layer a parameter that takes part in the output and changes nothing; returns it."""
+    anchor = nn.Parameter(torch.zeros(1, device=next(layer.parameters()).device))
+    layer.register_parameter(_ANCHOR, anchor)
+    layer.register_forward_hook(_add_nothing)
+    return anchor
+
+
+def _add_nothing(layer: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+    return output + layer.get_parameter(_ANCHOR).to(output.dtype) * 0
 
 
 class _StageSpec(LayerSpec):
@@ -139,10 +146,7 @@ class Pipeline:
         """What this stage's optimizer gets; marked so that DeepSpeed counts every stage in the gradient norm."""
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         if not parameters:
-            last = self.local_layers()[-1].module
-            last.register_parameter(_ANCHOR, nn.Parameter(torch.zeros(1, device=next(last.parameters()).device)))
-            last.register_forward_hook(_anchor)
-            parameters = [last.get_parameter(_ANCHOR)]
+            parameters = [add_anchor(self.local_layers()[-1].module)]
         for parameter in parameters:
             parameter.model_parallel = True
         return parameters
