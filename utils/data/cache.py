@@ -8,6 +8,7 @@ another entry.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -118,10 +119,8 @@ class FileHashes:
         self._memory = memory
         self._entries: dict[str, list[Any]] = {}
         if memory.is_file():
-            try:
-                self._entries = json.loads(memory.read_text())
-            except ValueError:
-                self._entries = {}  # only a memory: what is lost is hashed again
+            with contextlib.suppress(ValueError, TypeError):  # only a memory: what is lost is hashed again
+                self._entries = dict(json.loads(memory.read_text()))
         self._changed = False
 
     def hash_of(self, path: Path) -> str:

@@ -18,6 +18,8 @@ from utils.data.buckets import CropBox
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"))
 _EXIF_ORIENTATION = 274
 _SIDEWAYS = (5, 6, 7, 8)
+_LATE_EXIF = b"eXIf"
+_TAIL_BYTES = 128 * 2**10  # EXIF data is at most 64 KiB in the JPEG file it mostly comes from
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -39,9 +41,12 @@ def read_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
-            if not _ends_as_it_should(path, image.format):
+            tail = _tail(path)
+            if not _ends_as_it_should(tail, image.format) or _LATE_EXIF in tail:
                 image.load()
+            # A PNG file decodes its pixels to look for EXIF data behind them; it was loaded above if there is any.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
     except _READ_ERRORS as error:
         raise BadFile(path, _reason(error)) from error
     return (height, width) if sideways else (width, height)
@@ -52,12 +57,15 @@ def _reason(error: Exception) -> str:
     return "is not a picture Pillow can read" if text.startswith("cannot identify") else f"cannot be decoded: {text}"
 
 
-def _ends_as_it_should(path: Path, image_format: str | None) -> bool:
-    """Whether the file ends with its format's end mark. False also where there is none to look for: decode to know."""
-    size = path.stat().st_size
+def _tail(path: Path) -> bytes:
+    """The file's last bytes: its end mark, and in a PNG file what was put behind the pixels."""
     with path.open("rb") as file:
-        file.seek(max(0, size - 12))
-        tail = file.read()
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return file.read()
+
+
+def _ends_as_it_should(tail: bytes, image_format: str | None) -> bool:
+    """Whether a file ends with its format's end mark. False also where there is none to look for: decode to know."""
     marks = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
     return image_format in marks and tail.endswith(marks[image_format])
 
