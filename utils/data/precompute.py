@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.base import FrozenEncoder, ModelAdapter
+from models.base import EncodedItem, FrozenEncoder, ModelAdapter
 from utils import distributed
 from utils.data.cache import FileHashes, ShardWriter, Store, content_key
 from utils.data.dataset import Example
@@ -41,6 +41,14 @@ class CachePlan:
     images: EncoderPlan
     texts: dict[str, EncoderPlan]
     bad_files: list[BadFile] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """How what is to be encoded (an example's key, a caption) is read, and which files cannot be used if it cannot."""
+
+    read: Callable[[str], Tensor | str]
+    files: Callable[[str], list[Path]]
 
 
 class EncodedData:
@@ -127,25 +135,17 @@ def encode_missing(
     """Encode everything the plan misses. All ranks; returns on all of them the files that could not be encoded."""
     by_key = {example.key: example for example in examples}
     bad_files: list[BadFile] = []
+    content = plan.images.keys
     pictures = EncoderInputs(
-        read=lambda key: read_pixels(by_key[key].image, by_key[key].box), files=lambda key: [by_key[key].image]
+        read=lambda key: read_pixels(by_key[key].image, by_key[key].box),
+        files=lambda key: [e.image for e in examples if content.get(e.key) == content[key]],
     )
-    captions = EncoderInputs(
-        read=lambda text: text, files=lambda text: [example.image for example in examples if example.caption == text]
-    )
+    captions = EncoderInputs(read=lambda text: text, files=lambda text: [e.image for e in examples if e.caption == text])
     _run_encoder(adapter.image_encoder, plan.images, pictures, device, bad_files)
     for encoder in adapter.text_encoders:
         _run_encoder(encoder, plan.texts[encoder.name], captions, device, bad_files)
     everyones = [bad for found in distributed.gather([(b.path, b.reason) for b in bad_files]) for bad in found]
     return [BadFile(path, reason) for path, reason in sorted(set(everyones))]
-
-
-@dataclass(frozen=True)
-class EncoderInputs:
-    """How what is to be encoded (an example's key, a caption) is read, and whose fault it is when it cannot be used."""
-
-    read: Callable[[str], Tensor | str]
-    files: Callable[[str], list[Path]]
 
 
 def _run_encoder(
@@ -163,17 +163,13 @@ def _run_encoder(
             what = plan.missing[index]
             try:
                 tensors = encode([inputs.read(what)])[0]
+                reason = None if _all_finite(tensors) else f"{encoder.name} made numbers of it that are not finite"
             except BadFile as bad:
-                bad_files.append(bad)
-                continue
-            if all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                reason = bad.reason
+            if reason is None:
                 writer.add(plan.keys[what], tensors)
             else:
-                reason = f"{encoder.name} made numbers of it that are not finite"
-                files = inputs.files(what)
-                if not files:
-                    raise FloatingPointError(f"{reason}: {what!r}")  # a prompt: no file to leave out
-                bad_files += [BadFile(path, reason) for path in files]
+                bad_files += _blame(inputs.files(what), what, reason)
             if here.is_main:
                 bar.update(queue.num_taken() - bar.n)
         writer.flush()
@@ -181,3 +177,14 @@ def _run_encoder(
         bar.update(len(plan.missing) - bar.n)
     del encode
     distributed.free_memory()
+
+
+def _all_finite(tensors: EncodedItem) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def _blame(files: Sequence[Path], what: str, reason: str) -> list[BadFile]:
+    """Every file that cannot be used because of this. A prompt has none to leave out: raises FloatingPointError."""
+    if not files:
+        raise FloatingPointError(f"{what!r}: {reason}")
+    return [BadFile(path, reason) for path in files]
