@@ -231,7 +231,9 @@ def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
     if raw is None:
         return None
     experiment_keys = {
-        key: [f"in the experiment file, {_place(places[0])}"] for key, places in known_keys(ExperimentConfig).items()
+        key: [f"in the experiment file, {_place(places[0])}"]
+        for family in models.family_names()
+        for key, places in known_keys(experiment_class(family)).items()
     }
     dataset = check_table(DatasetConfig, raw, path, problems, experiment_keys)
     if dataset is not None and dataset.min_ar > dataset.max_ar:

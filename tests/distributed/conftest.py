@@ -1,0 +1,14 @@
+"""The runs that tests of this folder share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.lab import Lab
+
+
+@pytest.fixture(scope="session")
+def lab(tiny_model: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tiny_model, tiny_dataset, tmp_path_factory.mktemp("lab"))

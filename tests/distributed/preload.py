@@ -1,0 +1,12 @@
+"""Everything a run imports sooner or later, for the process that ranks are forked from."""
+
+from __future__ import annotations
+
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  what DeepSpeed imports with its first optimizer
+import peft  # noqa: F401
+import torch._dynamo  # noqa: F401  what torch imports with its first optimizer
+from diffusers import AutoencoderKL  # noqa: F401
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer  # noqa: F401
+
+import models.sd3.adapter  # noqa: F401
+import train  # noqa: F401

@@ -1,0 +1,225 @@
+"""A layout does not change the result: stages, replicas, launchers and previews leave the numbers alone.
+
+What is compared: loss and gradient norm of every step, and every exported tensor. Bitwise where the arithmetic is the
+same: cutting the network into stages moves activations and changes no sum, and the global norm is summed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed.lab import Lab, Run
+from tests.distributed.launch import newest_run, read_metrics, read_weights, run_alone, run_deepspeed, run_torchrun
+from utils.data.batches import BatchOrder
+from utils.distributed import World
+from utils.preflight import prepare
+
+pytestmark = pytest.mark.distributed
+
+FULL: dict[str, Any] = {}
+LORA: dict[str, Any] = {"adapter": {"type": "lora", "rank": 4, "alpha": 8.0}, "optimizer.learning_rate": 1e-2}
+BFLOAT16: dict[str, Any] = {"model.dtype": "bfloat16"}
+PREVIEWS: dict[str, Any] = {
+    "sampling": {
+        "prompts": ["a red circle", "a blue square", "a tree"],
+        "every_n_steps": 4,
+        "steps": 3,
+        "cfg": 3.0,
+        "width": 48,
+        "height": 32,
+        "batch_size": 2,
+    }
+}
+CLIP = 1.0
+REPLICA_TOLERANCE = 1e-5
+
+
+def numbers(run: Run, key: str) -> Tensor:
+    return torch.tensor([line[key] for line in run.metrics], dtype=torch.float64)
+
+
+def assert_same_run(one: Run, other: Run) -> None:
+    """Equal in every bit: every metric of every step, every exported tensor."""
+    assert one.metrics == other.metrics
+    assert_same_weights(one.weights, other.weights)
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def assert_close_run(one: Run, other: Run, tolerance: float) -> None:
+    """Losses and norms within a relative tolerance; weights much nearer to each other than training has moved them."""
+    for key in ("loss", "grad_norm"):
+        torch.testing.assert_close(numbers(one, key), numbers(other, key), rtol=tolerance, atol=0)
+    moved = sum(line["learning_rate"] for line in one.metrics)  # what AdamW moves a weight by, at most
+    distances = {name: float((tensor - other.weights[name]).abs().max()) for name, tensor in one.weights.items()}
+    assert {name: distance for name, distance in distances.items() if distance > moved / 20} == {}
+
+
+def unmoved(run: Run, start: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors in which no weight has gone as far as one step of AdamW; decay alone is a hundredth of it."""
+    step = run.metrics[0]["learning_rate"] / 2
+    return {name for name, tensor in run.weights.items() if float((tensor - start[name]).abs().max()) < step}
+
+
+# --- stages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
+def test_two_stages_equal_one_bitwise(lab: Lab, changes: dict[str, Any]) -> None:
+    one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
+    assert "stage 2 of 2" in two.output
+    assert "stage 2" not in one.output
+    assert max(numbers(one, "grad_norm")) > CLIP, "the clipping must bite, or a wrong norm would not show"
+    assert_same_run(one, two)
+
+
+def test_stage_between_others_changes_nothing(lab: Lab) -> None:
+    assert_same_run(lab.shared_run(1, FULL), lab.shared_run(3, FULL))
+
+
+def test_training_moves_every_weight(lab: Lab) -> None:
+    """All but the position table, a constant, and the queries of the last block's text, of which nothing is used."""
+    run = lab.shared_run(2, FULL)
+    last_text = "joint_blocks.2.context_block.attn.ln_q.weight"
+    assert unmoved(run, load_file(lab.model / "mmdit.safetensors")) == {"pos_embed", last_text}
+
+
+def test_training_moves_every_adapter(lab: Lab) -> None:
+    run = lab.shared_run(2, LORA)
+    ups = {name: tensor for name, tensor in run.weights.items() if name.endswith(("lora_up.weight", "lora_B.weight"))}
+    unchanged = [name for name, tensor in ups.items() if not tensor.any()]
+    assert len(ups) == 23 + 35
+    assert unchanged == ["transformer.transformer_blocks.2.attn.add_q_proj.lora_B.weight"], "nothing uses this one"
+
+
+def test_steps_of_an_epoch_differ_in_shape(lab: Lab) -> None:
+    """What makes the comparisons above cover activations whose shape changes between steps."""
+    config = prepare(lab.shared_run(2, FULL).experiment, [], None, World(0, 0, 2, 2))
+    order = BatchOrder(config.dataset.examples, config.global_batch, config.config.experiment.seed)
+    shapes = [order.global_batch(step)[0].example.bucket for step in range(order.steps_per_epoch)]
+    assert len(set(shapes)) == 3
+    assert order.steps_per_epoch < config.num_steps(order), "and an epoch ends on the way"
+
+
+def test_bfloat16_trains_as_float32(lab: Lab) -> None:
+    low, high = lab.shared_run(2, BFLOAT16), lab.shared_run(2, FULL)
+    torch.testing.assert_close(numbers(low, "loss"), numbers(high, "loss"), rtol=0.02, atol=0)
+
+
+def test_bfloat16_two_stages_equal_one_bitwise_without_clipping(lab: Lab) -> None:
+    changes = {**BFLOAT16, "optimizer.gradient_clipping": 0.0}
+    one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
+    assert torch.equal(numbers(one, "loss"), numbers(two, "loss"))
+    torch.testing.assert_close(numbers(one, "grad_norm"), numbers(two, "grad_norm"), rtol=1e-6, atol=0)
+    assert_same_weights(one.weights, two.weights)
+
+
+def test_bfloat16_two_stages_equal_one_to_rounding_with_clipping(lab: Lab) -> None:
+    """Here each stage rounds its share of the norm, so the factor that clips differs in the last bit."""
+    assert_close_run(lab.shared_run(1, BFLOAT16), lab.shared_run(2, BFLOAT16), tolerance=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "frozen_stage"),
+    [([r"joint_blocks\.2\..*qkv", r"final_layer\.linear"], 1), ([r"joint_blocks\.0\.x_block\.attn\.qkv"], 2)],
+    ids=["last blocks", "first block"],
+)
+def test_stage_without_trained_weights_changes_nothing(lab: Lab, targets: list[str], frozen_stage: int) -> None:
+    changes = {**LORA, "adapter.targets": targets}
+    one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
+    banner = next(line for line in two.output.splitlines() if f"stage {frozen_stage} of 2" in line)
+    assert " 0.00 M trained" in banner
+    assert max(numbers(one, "grad_norm")) > 0
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"type": "SGD", "learning_rate": 1e-2, "args": {"momentum": 0.9}},
+        {"type": "Adagrad", "learning_rate": 1e-3},
+        {"type": "NAdam", "learning_rate": 1e-3, "args": {"betas": [0.9, 0.99]}},
+    ],
+    ids=lambda optimizer: optimizer["type"],
+)
+def test_other_optimizers_train_alike_and_resume_exactly(lab: Lab, optimizer: dict[str, Any]) -> None:
+    """State that is a vector (momentum), made in the constructor (Adagrad), or a lone number (NAdam)."""
+    changes = {"optimizer": optimizer}
+    one, two = lab.shared_run(1, changes), lab.run(2, lab.experiment(changes), "--set", "max_steps=4")
+    assert two.metrics == one.metrics[:4]
+    assert_same_run(one, lab.run(2, two.experiment, "--resume"))
+
+
+# --- replicas ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_processes", "stages"), [(2, 1), (4, 2)], ids=["1 stage", "2 stages"])
+def test_two_replicas_equal_one_to_reduction_order(lab: Lab, num_processes: int, stages: int) -> None:
+    """Half the accumulation on each of two replicas: the same global batch."""
+    changes = {"pipeline.pipeline_stages": stages, "pipeline.gradient_accumulation_steps": 2}
+    run = lab.shared_run(num_processes, changes)
+    assert "x 2 replicas" in run.output
+    assert_close_run(lab.shared_run(1, FULL), run, REPLICA_TOLERANCE)
+
+
+def test_two_replicas_of_an_adapter_equal_one(lab: Lab) -> None:
+    changes = {**LORA, "pipeline.pipeline_stages": 1, "pipeline.gradient_accumulation_steps": 2}
+    assert_close_run(lab.shared_run(1, LORA), lab.shared_run(2, changes), REPLICA_TOLERANCE)
+
+
+def test_micro_batch_size_does_not_change_the_global_batch(lab: Lab) -> None:
+    changes = {"pipeline.micro_batch_size_per_gpu": 4, "pipeline.gradient_accumulation_steps": 1}
+    assert_close_run(lab.shared_run(1, FULL), lab.shared_run(2, changes), REPLICA_TOLERANCE)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+def test_launchers_give_the_same_numbers(lab: Lab, launcher: str) -> None:
+    experiment = lab.experiment(FULL)
+    arguments = ("--config", str(experiment))
+    if launcher == "python":
+        finished = run_alone(*arguments)
+    else:
+        finished = (run_torchrun if launcher == "torchrun" else run_deepspeed)(2, *arguments)
+    assert finished.exit_code == 0, finished.output
+    reference, folder = lab.shared_run(2, FULL), newest_run(experiment.parent / "output")
+    assert read_metrics(folder) == reference.metrics
+    assert_same_weights(read_weights(folder, reference.last_step), reference.weights)
+
+
+# --- previews ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(run: Run) -> dict[str, np.ndarray]:
+    folder = run.folder / "samples"
+    return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))}
+
+
+def test_previews_are_drawn_at_the_start_now_and_then_and_at_the_end(lab: Lab) -> None:
+    drawn = pictures(lab.shared_run(2, PREVIEWS))
+    assert sorted(drawn) == [f"step_{step:06d}/{index:03d}.png" for step in (0, 4, 6) for index in range(3)]
+    assert {picture.shape for picture in drawn.values()} == {(32, 48, 3)}
+    assert len({picture.tobytes() for picture in drawn.values()}) == len(drawn), "training and prompts change pictures"
+
+
+def test_previews_of_two_stages_equal_those_of_one(lab: Lab) -> None:
+    one, two = pictures(lab.shared_run(1, PREVIEWS)), pictures(lab.shared_run(2, PREVIEWS))
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_previews_leave_no_trace_in_training(lab: Lab) -> None:
+    assert_same_run(lab.shared_run(2, FULL), lab.shared_run(2, PREVIEWS))

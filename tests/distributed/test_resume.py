@@ -1,0 +1,247 @@
+"""Going on equals never having stopped, however the run ended; and what cannot be gone on from is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed.lab import Lab, Run
+from tests.distributed.launch import newest_run
+from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_close_run, assert_same_run
+from tests.tiny_model import make_tiny_dataset
+from utils.checkpoint import find_checkpoints
+from utils.config.load import ConfigError
+from utils.distributed import World
+from utils.preflight import Experiment, prepare
+
+pytestmark = pytest.mark.distributed
+
+STOP = 4
+LONG: dict[str, Any] = {
+    "max_steps": 24,
+    "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 3},
+    "save.keep_last": 3,
+}
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return [saved.step for saved in find_checkpoints(run / "checkpoints")]
+
+
+def assert_each_step_once(run: Run) -> None:
+    assert [line["step"] for line in run.metrics] == list(range(1, run.last_step + 1))
+
+
+def stopped(lab: Lab, changes: dict[str, Any]) -> Run:
+    """A two-stage run that ended after step STOP; a fresh one, to go on in."""
+    return lab.run(2, lab.experiment(changes), "--set", f"max_steps={STOP}")
+
+
+def copy_of(run: Run, folder: Path) -> Path:
+    """The experiment file of a copy of the run's whole folder, which tests may spoil; it still reads the same dataset."""
+    shutil.copytree(run.experiment.parent, folder)
+    text = (folder / "experiment.toml").read_text().replace(str(run.experiment.parent / "output"), str(folder / "output"))
+    (folder / "experiment.toml").write_text(text)
+    return folder / "experiment.toml"
+
+
+# --- a planned stop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
+def test_resumed_run_equals_uninterrupted_run(lab: Lab, changes: dict[str, Any]) -> None:
+    run = stopped(lab, changes)
+    assert run.last_step == STOP
+    resumed = lab.run(2, run.experiment, "--resume")
+    assert resumed.folder == run.folder
+    assert_each_step_once(resumed)
+    assert_same_run(lab.shared_run(2, changes), resumed)
+
+
+def test_two_stage_run_goes_on_in_one_stage_exactly(lab: Lab) -> None:
+    run = stopped(lab, FULL)
+    assert_same_run(lab.shared_run(2, FULL), lab.run(1, run.experiment, "--resume"))
+
+
+def test_run_goes_on_with_other_replicas_to_reduction_order(lab: Lab) -> None:
+    """From two stages to two replicas, and back on the replicas' own checkpoint."""
+    replicas = ("--set", "pipeline.pipeline_stages=1", "--set", "pipeline.gradient_accumulation_steps=2")
+    run = stopped(lab, {**FULL, "save.checkpoint_every_n_steps": 1})
+    on_replicas = lab.run(2, run.experiment, "--resume", "--set", f"max_steps={STOP + 1}", *replicas)
+    assert "x 2 replicas" in on_replicas.output
+    back = lab.run(2, run.experiment, "--resume")
+    assert_each_step_once(back)
+    assert_close_run(lab.shared_run(2, FULL), back, REPLICA_TOLERANCE)
+
+
+def test_bfloat16_run_goes_on_exactly(lab: Lab) -> None:
+    """The checkpoint holds the float32 weights; the working ones follow from them."""
+    changes = {"model.dtype": "bfloat16"}
+    assert_same_run(lab.shared_run(2, changes), lab.run(2, stopped(lab, changes).experiment, "--resume"))
+
+
+def test_run_can_be_named(lab: Lab, tmp_path: Path) -> None:
+    """--resume RUN goes on in that run though a newer one stands beside it."""
+    experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
+    run = newest_run(experiment.parent / "output")
+    newer = run.with_name("9999-12-31_23-59-59")
+    newer.mkdir()
+    shutil.copy(run / "config.toml", newer)
+    assert prepare_resume(experiment, str(run)).resume_run == run
+    assert prepare_resume(experiment, "").resume_run == newer
+
+
+# --- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(lab: Lab) -> None:
+    experiment = lab.experiment(LONG)
+    output = experiment.parent / "output"
+
+    def past_a_checkpoint() -> bool:
+        metrics = list(output.glob("*/metrics.jsonl"))
+        if not metrics or not list(output.glob("*/checkpoints/step_*")):
+            return False
+        return metrics[0].read_text().count("\n") >= 7
+
+    lab.start(2, experiment).kill_when(past_a_checkpoint)
+    steps = checkpoint_steps(newest_run(output))
+    assert steps
+    assert steps[-1] < LONG["max_steps"]
+    resumed = lab.run(2, experiment, "--resume")
+    assert_each_step_once(resumed)
+    assert_same_run(lab.shared_run(2, LONG), resumed)
+
+
+def cached(cache: Path) -> dict[str, Tensor]:
+    """Everything in the cache: folder/name -> tensor. An entry may stand in one shard only."""
+    tensors: dict[str, Tensor] = {}
+    for shard in cache.glob("*/*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            assert tensors.setdefault(f"{shard.parent.name}/{name}", tensor) is tensor, "encoded twice"
+    return tensors
+
+
+def test_killed_caching_pass_goes_on_as_if_nothing_had_happened(lab: Lab, tmp_path: Path) -> None:
+    """Killed twice: before the first shard stands, and in another encoder's turn after one does."""
+    dataset = make_tiny_dataset(tmp_path / "pictures", num_images=40)
+    own_cache = {**FULL, "cache_dir": None}
+    experiment = lab.experiment(own_cache, dataset)
+    cache = experiment.parent / "output" / "cache"
+
+    lab.start(2, experiment).kill_when(lambda: bool(list(cache.glob("vae-*"))))
+    assert not list(cache.glob("vae-*/*.safetensors"))
+    lab.start(2, experiment, "--resume").kill_when(lambda: bool(list(cache.glob("vae-*/*.safetensors"))))
+    assert len(list(cache.glob("*-*"))) < 4, "some encoder's turn had not come"
+    resumed = lab.run(2, experiment, "--resume")
+
+    undisturbed = lab.run(2, lab.experiment(own_cache, dataset))
+    assert_same_run(undisturbed, resumed)
+    whole, pieced = cached(undisturbed.experiment.parent / "output" / "cache"), cached(cache)
+    assert whole.keys() == pieced.keys()
+    assert all(torch.equal(whole[name], pieced[name]) for name in whole)
+
+
+def test_run_that_died_before_its_first_checkpoint_starts_again_in_its_folder(lab: Lab, tmp_path: Path) -> None:
+    experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
+    run = newest_run(experiment.parent / "output")
+    shutil.rmtree(run / "checkpoints")
+    again = lab.run(1, experiment, "--resume")
+    assert again.folder == run
+    assert_each_step_once(again)
+    assert_same_run(lab.shared_run(1, FULL), again)
+
+
+# --- what counts as a checkpoint ---------------------------------------------------------------------------------------
+
+
+def test_half_written_checkpoint_is_ignored(lab: Lab, tmp_path: Path) -> None:
+    experiment = copy_of(stopped_one_process(lab), tmp_path / "copy")
+    checkpoints = newest_run(experiment.parent / "output") / "checkpoints"
+    unnamed = checkpoints / ".step_000006.tmp"
+    unnamed.mkdir()
+    (unnamed / "layer_000.safetensors").write_bytes(b"cut off")
+    shutil.copytree(checkpoints / f"step_{STOP:06d}", checkpoints / "step_000005")
+    (checkpoints / "step_000005" / "state.json").unlink()
+    saved = prepare_resume(experiment, "").resume_from
+    assert saved is not None
+    assert saved.step == STOP
+    assert_same_run(lab.shared_run(1, FULL), lab.run(1, experiment, "--resume"))
+    assert not unnamed.exists()
+
+
+def stopped_one_process(lab: Lab) -> Run:
+    return lab.run(1, lab.experiment(FULL), "--set", f"max_steps={STOP}")
+
+
+def test_only_the_last_checkpoints_are_kept(lab: Lab) -> None:
+    assert checkpoint_steps(lab.shared_run(2, FULL).folder) == [4, 6]
+    assert checkpoint_steps(lab.shared_run(2, LONG).folder) == [20, 22, 24]
+
+
+# --- what is refused, and what is nothing to do ------------------------------------------------------------------------
+
+
+def prepare_resume(experiment: Path, resume: str, *overrides: str) -> Experiment:
+    return prepare(experiment, overrides, resume, World(0, 0, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=8", "seed"),
+        ("pipeline.micro_batch_size_per_gpu=2", "global batch"),
+        ("adapter.rank=8", "adapter"),
+        ("adapter.alpha=4.0", "adapter"),
+        ("optimizer.type=SGD", "optimizer.type"),
+    ],
+)
+def test_resume_with_another_experiment_is_refused(lab: Lab, override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare_resume(lab.shared_run(2, LORA).experiment, "", override)
+    (problem,) = caught.value.problems
+    assert problem.message.startswith(f"{key} was ")
+    assert "going on would be another training" in problem.message
+
+
+def test_refused_resume_exits_with_1_and_changes_nothing(lab: Lab) -> None:
+    run = lab.shared_run(2, LORA)
+    before = {path: path.stat().st_mtime_ns for path in run.experiment.parent.rglob("*") if "log_" not in path.name}
+    finished = lab.finish(2, run.experiment, "--resume", "--set", "seed=8")
+    assert finished.exit_code == 1
+    assert finished.output.count("seed was 7") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in run.experiment.parent.rglob("*") if "log_" not in path.name}
+
+
+def test_resume_of_a_missing_run_is_refused(lab: Lab, tmp_path: Path) -> None:
+    experiment, missing = lab.shared_run(1, FULL).experiment, tmp_path / "no_such_run"
+    finished = lab.finish(1, experiment, "--resume", str(missing))
+    assert finished.exit_code == 1
+    assert f"{missing}: is no run folder" in finished.output
+
+
+def test_resume_without_any_run_starts_one(lab: Lab) -> None:
+    run = lab.run(2, lab.experiment(FULL), "--resume", "--set", f"max_steps={STOP}")
+    assert [line["loss"] for line in run.metrics] == [line["loss"] for line in lab.shared_run(2, FULL).metrics[:STOP]]
+
+
+def test_resume_of_a_finished_run_does_nothing(lab: Lab, tmp_path: Path) -> None:
+    experiment = copy_of(lab.shared_run(2, FULL), tmp_path / "copy")
+    output = experiment.parent / "output"
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("*/[cw]*/**/*") if path.is_file()}
+    metrics = (newest_run(output) / "metrics.jsonl").read_text()
+    assert kept
+    lab.run(2, experiment, "--resume")
+    assert (newest_run(output) / "metrics.jsonl").read_text() == metrics
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*/[cw]*/**/*") if path.is_file()} == kept
+
+
+def test_changed_length_of_a_run_is_no_other_training(lab: Lab) -> None:
+    """More steps than planned at first: the way to train a finished run further."""
+    assert prepare_resume(lab.shared_run(2, FULL).experiment, "", "max_steps=100").resume_from is not None

@@ -1,0 +1,182 @@
+"""The network against diffusers' own, with the same random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.sd3 import mmdit
+from models.sd3.mmdit import MMDiT, MMDiTConfig
+from models.sd3.weights import diffusers_modules, swaps_halves
+from tests.models.sd3.diffusers_reference import convert_module, diffusers_network, relative_error, to_diffusers
+from tests.tiny_model import native_shapes, random_weights
+
+VARIANTS = {
+    "SD3-medium": {"depth": 3, "width": 192, "qk_norm": False, "dual": ()},
+    "SD3.5-medium": {"depth": 4, "width": 192, "qk_norm": True, "dual": (0, 1)},
+    "SD3.5-large": {"depth": 3, "width": 256, "qk_norm": True, "dual": ()},
+}
+"""The released shapes' kinds of block at reduced depth and width; heads are 64 wide, as in all of them."""
+
+TOLERANCE = 1e-5
+SIZES = ((8, 8), (6, 12), (10, 4))
+
+
+def config_of(variant: str) -> MMDiTConfig:
+    shape = VARIANTS[variant]
+    return MMDiTConfig(
+        patch_size=2,
+        in_channels=16,
+        depth=shape["depth"],
+        hidden_size=shape["width"],
+        context_dim=96,
+        pooled_dim=80,
+        pos_embed_max_size=12,
+        qk_norm=shape["qk_norm"],
+        dual_attention_layers=shape["dual"],
+    )
+
+
+def weights_of(config: MMDiTConfig) -> dict[str, Tensor]:
+    shapes = native_shapes(
+        depth=config.depth,
+        width=config.hidden_size,
+        context_dim=config.context_dim,
+        pooled_dim=config.pooled_dim,
+        pos_embed_max_size=config.pos_embed_max_size,
+        qk_norm=config.qk_norm,
+        dual_attention_layers=config.dual_attention_layers,
+    )
+    return random_weights(shapes, seed=3)
+
+
+def network_of(config: MMDiTConfig, weights: dict[str, Tensor]) -> MMDiT:
+    network = MMDiT(config)
+    network.load_state_dict(weights)
+    return network
+
+
+def make_inputs(config: MMDiTConfig, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(latents, timestep, context, pooled) of two samples, one near either end of the path."""
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    latents = torch.randn(2, 16, height, width, generator=generator, requires_grad=True)
+    context = torch.randn(2, 5, config.context_dim, generator=generator, requires_grad=True)
+    pooled = torch.randn(2, config.pooled_dim, generator=generator, requires_grad=True)
+    return latents, torch.tensor([999.3, 17.25]), context, pooled
+
+
+def reference_forward(reference: torch.nn.Module, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    latents, timestep, context, pooled = inputs
+    return reference(latents, context, pooled, timestep, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_velocity_equals_diffusers(variant: str, height: int, width: int) -> None:
+    config = config_of(variant)
+    weights = weights_of(config)
+    inputs = make_inputs(config, height, width)
+    with torch.no_grad():
+        ours = network_of(config, weights)(*inputs)
+        theirs = reference_forward(diffusers_network(config, weights), inputs)
+    assert ours.shape == theirs.shape == (2, 16, height, width)
+    assert relative_error(ours, theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_every_parameter_and_input_equal_diffusers(variant: str) -> None:
+    config = config_of(variant)
+    weights = weights_of(config)
+    network, reference = network_of(config, weights), diffusers_network(config, weights)
+    ours, theirs = make_inputs(config, 6, 12), make_inputs(config, 6, 12)
+    direction = torch.randn(2, 16, 6, 12, generator=torch.Generator().manual_seed(0))
+    (network(*ours) * direction).sum().backward()
+    (reference_forward(reference, theirs) * direction).sum().backward()
+    for our_input, their_input in zip(ours, theirs, strict=True):
+        if our_input.requires_grad:
+            assert relative_error(our_input.grad, their_input.grad) <= TOLERANCE
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    converted = to_diffusers(gradients, config.depth)
+    assert converted.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert relative_error(converted[name], gradient) <= TOLERANCE, name
+
+
+def test_second_attention_with_as_many_heads_as_a_head_is_wide_is_another_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sd-scripts swaps the two numbers in attn2 and nowhere else."""
+    config = config_of("SD3.5-medium")
+    weights = weights_of(config)
+    network, inputs = network_of(config, weights), make_inputs(config, 8, 8)
+    with torch.no_grad():
+        expected = reference_forward(diffusers_network(config, weights), inputs)
+        for index in config.dual_attention_layers:
+            second = network.joint_blocks[index].x_block.attn2
+            monkeypatch.setattr(second, "heads", lambda tokens, of=second: swapped_heads(of, tokens))
+        wrong = network(*inputs)
+    assert relative_error(wrong, expected) > 0.05
+
+
+def swapped_heads(attention: mmdit.Attention, tokens: Tensor) -> tuple[Tensor, ...]:
+    """64 heads as wide as there should be heads."""
+    split = mmdit.Attention.heads(attention, tokens)
+    return tuple(part.transpose(1, 2).flatten(2).unflatten(2, (64, -1)).transpose(1, 2) for part in split)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_depends_on_every_parameter_but_the_last_text_queries(variant: str) -> None:
+    config = config_of(variant)
+    network = network_of(config, weights_of(config))
+    network(*make_inputs(config, 8, 8)).square().sum().backward()
+    unused = [name for name, parameter in network.named_parameters() if not parameter.grad.abs().sum() > 0]
+    last = f"joint_blocks.{config.depth - 1}.context_block.attn"
+    assert unused == ([f"{last}.ln_q.weight"] if config.qk_norm else [])
+    queries = network.get_parameter(f"{last}.qkv.weight").grad[: config.hidden_size]
+    assert not queries.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_table_of_diffusers_names_equals_an_independent_one(variant: str) -> None:
+    config = config_of(variant)
+    modules = {name.rpartition(".")[0] for name in weights_of(config) if name != "pos_embed" and ".ln_" not in name}
+    assert len(modules) > 20
+    for module in modules:
+        names, swapped = convert_module(module, config.depth)
+        assert diffusers_modules(module, config) == tuple(names)
+        assert swaps_halves(module, config) == swapped
+
+
+def test_timesteps_survive_a_network_in_bfloat16() -> None:
+    """bfloat16 has no 999: it rounds to 1000."""
+    config = config_of("SD3.5-medium")
+    network = network_of(config, weights_of(config)).to(torch.bfloat16)
+    latents, _, context, pooled = make_inputs(config, 4, 4)
+    inputs = latents.to(torch.bfloat16), torch.tensor([999.0, 1000.0]), context.to(torch.bfloat16), pooled[:1].expand(2, -1)
+    _, _, conditioning = network.embed(*inputs)
+    assert torch.tensor(999.0).to(torch.bfloat16) == 1000
+    assert relative_error(conditioning[0].float(), conditioning[1].float()) > 0.05
+
+
+def test_sinusoids_are_computed_in_float32_for_any_timestep_dtype() -> None:
+    whole = torch.tensor([0.0, 1.0, 256.0, 1000.0])  # exact in bfloat16
+    assert torch.equal(mmdit.sinusoidal_embedding(whole.to(torch.bfloat16)), mmdit.sinusoidal_embedding(whole))
+    assert torch.equal(mmdit.sinusoidal_embedding(torch.zeros(1)), torch.tensor([[1.0] * 128 + [0.0] * 128]))
+
+
+def test_position_table_is_cropped_at_its_centre() -> None:
+    table = torch.arange(36.0).view(1, 36, 1)  # 6 x 6, row * 6 + column
+    crop = mmdit.crop_position_table(table, rows=2, columns=4)
+    assert crop.flatten().tolist() == [13, 14, 15, 16, 19, 20, 21, 22]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 2), (2, 7)])
+def test_a_picture_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
+    with pytest.raises(ValueError, match="6 x 6"):
+        mmdit.crop_position_table(torch.zeros(1, 36, 8), rows, columns)
+
+
+def test_unpatchify_puts_every_patch_where_it_was() -> None:
+    picture = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
+    patches = picture.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 15, 64)  # rows first; (p, q, C)
+    assert torch.equal(mmdit.unpatchify(patches, 6, 10, patch_size=2), picture)

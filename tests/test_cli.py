@@ -1,0 +1,474 @@
+"""The command line: what is wrong is said at once, by file and key, before anything starts; what is right runs.
+
+Most cases call `train.main()` here, with its exit caught and with a process group forbidden; a few start it for real.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from safetensors.torch import save_file
+
+import train
+from tests.distributed.lab import Lab
+from tests.distributed.launch import newest_run, run_alone, run_deepspeed, run_torchrun
+from tests.tiny_model import make_tiny_dataset, random_weights, tiny_shapes, write_experiment
+from utils.config.load import load_config
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What main() said when it refused."""
+
+    exit_code: int
+    error: str
+
+    @property
+    def problems(self) -> list[str]:
+        """One line each, without the line that counts them."""
+        return [line for line in self.error.splitlines() if line and not line.startswith("This run cannot start")]
+
+
+class Bench:
+    """Experiments in a folder of the test's own, and main() in this process."""
+
+    def __init__(self, folder: Path, model: Path, dataset: Path, capture: Any, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.model, self.dataset = folder, model, dataset
+        self._capture, self._patch = capture, patch
+
+    def experiment(self, **changes: Any) -> Path:
+        return write_experiment(self.folder, self.model, changes.pop("pictures", self.dataset), **changes)
+
+    def main(self, *arguments: str, world_size: int = 1) -> Refusal:
+        """train.py ARGUMENTS as rank 0 of so many; fails when it comes to starting a process group."""
+        self._patch.setenv("WORLD_SIZE", str(world_size))
+        self._patch.setenv("RANK", "0")
+        self._patch.setattr("sys.argv", ["train.py", *arguments])
+        self._patch.setattr(train.distributed, "finish", _exit)
+        self._patch.setattr(train.distributed, "start", lambda: pytest.fail("a process group was to be started"))
+        self._capture.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            train.main()
+        assert isinstance(caught.value.code, int)
+        return Refusal(caught.value.code, self._capture.readouterr().err)
+
+    def refused(self, experiment: Path, *arguments: str, world_size: int = 1) -> list[str]:
+        """The problems main() names; it must exit with 1 and leave no trace."""
+        before = tree(self.folder)
+        refusal = self.main("--config", str(experiment), *arguments, world_size=world_size)
+        assert refusal.exit_code == 1, refusal.error
+        assert tree(self.folder) == before
+        count = len(refusal.problems)
+        assert f"This run cannot start; {count} problem{'s' if count > 1 else ''}:" in refusal.error
+        return refusal.problems
+
+    def only_problem(self, experiment: Path, *arguments: str, world_size: int = 1) -> str:
+        (problem,) = self.refused(experiment, *arguments, world_size=world_size)
+        return problem
+
+
+def _exit(exit_code: int = 0) -> NoReturn:
+    raise SystemExit(exit_code)
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, tiny_model: Path, tiny_dataset: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Bench:
+    return Bench(tmp_path / "experiment", tiny_model, tiny_dataset, capfd, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_model: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tiny_model, tiny_dataset, tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six pictures of the test's own, to spoil."""
+    return make_tiny_dataset(tmp_path / "pictures", num_images=6)
+
+
+def spoil_caption(folder: Path) -> Path:
+    path = folder / "picture_001.txt"
+    path.write_bytes(b"caf\xe9")
+    return path
+
+
+def cut_off(folder: Path) -> Path:
+    path = folder / "picture_002.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    return path
+
+
+def spoil_pixels(folder: Path) -> Path:
+    """Garbage in the middle of a PNG whose header, checksums and end are right: only decoding finds it."""
+    path = folder / "picture_003.png"
+    content = path.read_bytes()
+    start = content.index(b"IDAT") + 4
+    length = int.from_bytes(content[start - 8 : start - 4], "big")
+    garbage = content[start : start + 2] + bytes(length - 2)
+    checksum = zlib.crc32(b"IDAT" + garbage).to_bytes(4, "big")
+    path.write_bytes(content[:start] + garbage + checksum + content[start + length + 4 :])
+    return path
+
+
+# --- files that are not there ------------------------------------------------------------------------------------------
+
+
+def test_missing_experiment_file_is_named(bench: Bench) -> None:
+    path = bench.folder / "nothing.toml"
+    assert bench.only_problem(path) == f"{path}: does not exist"
+
+
+def test_missing_dataset_file_is_named(bench: Bench) -> None:
+    path = bench.folder / "nothing.toml"
+    assert bench.only_problem(bench.experiment(dataset=str(path))) == f"{path}: does not exist"
+
+
+@pytest.mark.parametrize("key", ["mmdit", "vae", "clip_l", "clip_g", "t5xxl"])
+def test_missing_model_file_is_named_with_its_key(bench: Bench, key: str) -> None:
+    experiment, path = bench.experiment(**{f"model.{key}": "/no/such/file"}), "/no/such/file"
+    problem = bench.only_problem(experiment)
+    assert problem.startswith(f"{experiment}: model.{key}: {path} ")
+
+
+def test_broken_toml_is_named_with_its_line(bench: Bench) -> None:
+    experiment = bench.experiment()
+    experiment.write_text("seed = 1\nmax_steps = = 3\n")
+    problem = bench.only_problem(experiment)
+    assert problem.startswith(f"{experiment}: is not valid TOML: ")
+    assert "line 2" in problem
+
+
+# --- keys and values ---------------------------------------------------------------------------------------------------
+
+
+WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"optimizer.learning_rat": 1e-4}, "optimizer.learning_rat: unknown key; did you mean `learning_rate`?"),
+    ({"learning_rate": 1e-4}, "learning_rate: unknown key here; it belongs in [optimizer]"),
+    (
+        {"gradient_acumulation_steps": 2},
+        "gradient_acumulation_steps: unknown key; did you mean `gradient_accumulation_steps`, in [pipeline]?",
+    ),
+    ({"resolutions": [32]}, "resolutions: unknown key here; it belongs in the dataset file"),
+    (
+        {"dataset_file": {"max_steps": 3}},
+        "max_steps: unknown key here; it belongs in the experiment file, at the top level, above the first [table]",
+    ),
+    ({"max_steps": "ten"}, "max_steps: = 'ten': must be a valid integer"),
+    ({"seed": True}, "seed: = True: must be a valid integer"),
+    ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate: = -1.0: must be greater than 0"),
+    ({"model.dtype": "float64"}, "model.dtype: = 'float64': must be 'float32' or 'bfloat16'"),
+    ({"max_steps": None}, "max_steps: is missing; say how long to train by `max_steps` or `epochs`"),
+    ({"optimizer.learning_rate": None}, "optimizer.learning_rate: is missing"),
+    ({"model.type": "sd4"}, "model.type: = 'sd4': unknown model type; known: 'sd3'"),
+    ({"optimizer.type": "AdamX"}, "optimizer.type: = 'AdamX': unknown; did you mean 'Adam"),
+    ({"optimizer.type": "Muon"}, "optimizer.type: = 'Muon': cannot be used here: its update depends on"),
+    (
+        {"optimizer.args": {"weight_decoy": 0.1}},
+        "optimizer.args.weight_decoy: AdamW takes no such argument; it takes betas",
+    ),
+    ({"optimizer.args": {"weight_decay": -1.0}}, "optimizer.args: AdamW refuses them: Invalid weight_decay value: -1.0"),
+    (
+        {"adapter": {"type": "lora", "targets": ["no_such_.*"]}},
+        "adapter.targets[0]: = 'no_such_.*': matches no linear module; names are like ",
+    ),
+    (
+        {"adapter": {"type": "lora", "targets": ["final_layer.linear", "(x"]}},
+        "adapter.targets[1]: = '(x': is no regular expression: ",
+    ),
+    ({"sampling": {"prompts": ["a"], "width": 40, "height": 32}}, "sampling.width: = 40: must be a multiple of 16"),
+    ({"sampling": {"prompts": ["a"], "width": 32, "height": 272}}, "sampling.height: = 272: the network reaches 256 "),
+    ({"dataset_file": {"resolutions": [40]}}, "resolutions[0]: = 40: must be a multiple of 16; use 32 or 48"),
+    (
+        {"dataset_file": {"resolutions": [1024]}},
+        "resolutions[0]: = 1024: needs sides of 1456 pixels, the network reaches 256",
+    ),
+    ({"dataset_file": {"min_ar": 3.0}}, "min_ar: = 3.0: must not be above max_ar, 2.0"),
+    ({"dataset_file": {"directory": []}}, "directory: = []: "),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    WRONG_KEYS_AND_VALUES,
+    ids=[message.partition(": ")[0] for _, message in WRONG_KEYS_AND_VALUES],
+)
+def test_wrong_key_or_value_is_named_with_what_to_do(bench: Bench, changes: dict[str, Any], message: str) -> None:
+    experiment = bench.experiment(**changes)
+    file = experiment.with_name("dataset.toml") if "dataset_file" in changes else experiment
+    assert bench.only_problem(experiment).startswith(f"{file}: {message}")
+
+
+def test_every_mistake_of_both_files_is_shown_at_once(bench: Bench) -> None:
+    changes = {"sead": 1, "max_steps": 0, "optimizer.type": 3, "model.vea": "x", "dataset_file": {"num_repeat": 2}}
+    experiment = bench.experiment(**changes)
+    dataset_file = experiment.with_name("dataset.toml")
+    starts = {problem.rpartition(":")[0].split(": =")[0] for problem in bench.refused(experiment)}
+    assert starts == {
+        f"{experiment}: sead",
+        f"{experiment}: max_steps",
+        f"{experiment}: optimizer.type",
+        f"{experiment}: model.vea",
+        f"{dataset_file}: num_repeat",
+    }
+
+
+def test_mistakes_of_every_later_check_are_shown_at_once(bench: Bench, pictures: Path) -> None:
+    """What only the files themselves tell: optimizer, stages, pictures, adapter, previews."""
+    spoiled = [spoil_caption(pictures), cut_off(pictures)]
+    experiment = bench.experiment(
+        pictures=pictures,
+        **{
+            "optimizer.type": "AdamX",
+            "pipeline.pipeline_stages": 2,
+            "adapter": {"type": "lora", "targets": ["no"]},
+            "sampling": {"prompts": ["a"], "width": 40, "height": 32},
+        },
+    )
+    problems = bench.refused(experiment, world_size=3)
+    for key in ("optimizer.type", "pipeline.pipeline_stages", "adapter.targets[0]", "sampling.width"):
+        assert sum(problem.startswith(f"{experiment}: {key}: ") for problem in problems) == 1
+    for path in spoiled:
+        assert sum(problem.startswith(f"{path}: ") for problem in problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_steps=ten", "max_steps: = 'ten': must be a valid integer"),
+        ("optimizer.learning_rate=[1]", "optimizer.learning_rate: = [1]: must be a valid number"),
+        ("max_step=3", "max_step: unknown key; did you mean `max_steps`?"),
+        ("max_steps", "--set max_steps: must be KEY=VALUE"),
+        ("seed.value=1", "seed.value: seed is no table, so it has no key value"),
+    ],
+)
+def test_override_is_typed_like_the_file(bench: Bench, override: str, message: str) -> None:
+    experiment = bench.experiment()
+    assert bench.only_problem(experiment, "--set", override).startswith(f"{experiment}: {message}")
+
+
+# --- processes ---------------------------------------------------------------------------------------------------------
+
+
+def test_stages_must_divide_the_processes(bench: Bench) -> None:
+    experiment = bench.experiment(**{"pipeline.pipeline_stages": 2})
+    message = "pipeline.pipeline_stages: = 2: must divide the number of processes, 3; start a multiple of 2 processes"
+    assert bench.only_problem(experiment, world_size=3) == f"{experiment}: {message}"
+
+
+@pytest.mark.parametrize("stages", ["auto", 6])
+def test_more_stages_than_layers_are_refused(bench: Bench, stages: str | int) -> None:
+    experiment = bench.experiment(**{"pipeline.pipeline_stages": stages})
+    message = "pipeline.pipeline_stages: = 6: 5 layers cannot be cut into 6 stages"
+    assert bench.only_problem(experiment, world_size=6) == f"{experiment}: {message}"
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.pop("joint_blocks.1.x_block.mlp.fc1.bias"), "misses tensor joint_blocks.1.x_block.mlp.fc1.bias (512,)"),
+        (
+            lambda w: w.update({"final_layer.linear.bias": w["final_layer.linear.bias"][:60].clone()}),
+            "tensor final_layer.linear.bias has shape (60,), expected (64,)",
+        ),
+    ],
+    ids=["missing", "misshapen"],
+)
+def test_weights_that_do_not_fit_are_named(bench: Bench, spoil: Callable[[dict[str, Any]], Any], message: str) -> None:
+    weights = random_weights(tiny_shapes())
+    spoil(weights)
+    bench.folder.mkdir()
+    path = bench.folder / "spoiled.safetensors"
+    save_file(weights, path)
+    experiment = bench.experiment(**{"model.mmdit": str(path)})
+    assert bench.only_problem(experiment) == f"{experiment}: model.mmdit: {path} {message}"
+
+
+# --- pictures and captions ---------------------------------------------------------------------------------------------
+
+
+def test_empty_dataset_folder_is_named(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    experiment = bench.experiment(pictures=folder)
+    message = f"{experiment.with_name('dataset.toml')}: directory: no usable picture with a caption in {folder}"
+    assert bench.only_problem(experiment) == message
+
+
+def remove_caption(folder: Path) -> Path:
+    (folder / "picture_004.txt").unlink()
+    return folder / "picture_004.png"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_caption, "is not UTF-8: byte 3 is 0xe9"),
+        (cut_off, "cannot be decoded: "),
+        (remove_caption, "has no caption: picture_004.txt is missing"),
+    ],
+)
+def test_bad_file_is_named_with_the_reason(bench: Bench, pictures: Path, spoil: Callable[[Path], Path], reason: str) -> None:
+    path = spoil(pictures)
+    experiment = bench.experiment(pictures=pictures)
+    first, advice = bench.refused(experiment)
+    assert first.startswith(f"{path}: {reason}")
+    assert advice.startswith(f"{experiment.with_name('dataset.toml')}: on_bad_file: ")
+    assert '"skip"' in advice
+
+
+def test_check_decodes_no_pixels(bench: Bench, pictures: Path) -> None:
+    """Nor does the scan before a run: a million pictures are looked through in minutes only by their headers."""
+    spoil_pixels(pictures)
+    refusal = bench.main("--config", str(bench.experiment(pictures=pictures)), "--check")
+    assert refusal.exit_code == 0, refusal.error
+
+
+@pytest.mark.distributed
+def test_bad_files_are_left_out_when_told_so(lab: Lab, pictures: Path) -> None:
+    """Of six pictures three are bad, one of them only when it is decoded; each is named once, and three are trained on."""
+    bad = [spoil_caption(pictures), cut_off(pictures), spoil_pixels(pictures)]
+    experiment = lab.experiment({"dataset_file": {"on_bad_file": "skip"}, "epochs": 1}, pictures)
+    run = lab.run(2, experiment)
+    for path in bad:
+        assert run.output.count(f"left out: {path}: ") == 1
+    # Pictures 0, 4 and 5 are of three shapes, so each makes a step, filled up with itself.
+    assert run.last_step == 3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_picture_that_cannot_be_decoded_ends_the_caching_pass_by_name(lab: Lab, pictures: Path, num_processes: int) -> None:
+    path = spoil_pixels(pictures)
+    experiment = lab.experiment({}, pictures)
+    assert lab.finish(1, experiment, "--check").exit_code == 0, "its header is right"
+    ranks = lab.start(num_processes, experiment)
+    finished = ranks.wait(limit_seconds=60)
+    assert finished.exit_code == 1
+    assert finished.output.count(f"{path}: cannot be decoded: ") == 1
+    assert "on_bad_file" in finished.output
+    assert "Traceback" not in finished.output
+
+
+@pytest.mark.distributed
+def test_loss_that_is_no_number_stops_the_run_and_names_the_batch(lab: Lab, tmp_path: Path) -> None:
+    weights = random_weights(tiny_shapes())
+    weights["joint_blocks.0.x_block.mlp.fc1.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "spoiled.safetensors")
+    experiment = lab.experiment({"model.mmdit": str(tmp_path / "spoiled.safetensors")})
+    finished = lab.finish(2, experiment)
+    assert finished.exit_code == 1
+    assert "step 1: loss nan" in finished.output
+    assert finished.output.count("0/picture_") >= 4
+    run = newest_run(experiment.parent / "output")
+    assert not (run / "weights").exists()
+    assert not (run / "checkpoints").exists()
+
+
+# --- as real processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_torchrun_ends_soon_and_says_it_once(bench: Bench) -> None:
+    experiment = bench.experiment(**{"optimizer.learning_rat": 1e-4})
+    before = tree(bench.folder)
+    finished = run_torchrun(2, "--config", str(experiment), limit_seconds=60)
+    assert finished.exit_code == 1
+    assert finished.output.count("did you mean `learning_rate`?") == 1
+    assert finished.seconds < 30
+    assert tree(bench.folder) == before
+
+
+@pytest.mark.distributed
+def test_deepspeed_ends_soon_and_says_it_once(bench: Bench) -> None:
+    experiment = bench.experiment(**{"pipeline.pipeline_stages": 3})
+    before = tree(bench.folder)
+    finished = run_deepspeed(2, "--config", str(experiment), limit_seconds=60)
+    assert finished.exit_code == 1
+    assert finished.output.count("must divide the number of processes, 2") == 1
+    assert finished.seconds < 30
+    assert tree(bench.folder) == before
+
+
+@pytest.mark.distributed
+def test_bad_input_exits_with_1(bench: Bench) -> None:
+    missing = bench.folder / "nothing.toml"
+    finished = run_alone("--config", str(missing))
+    assert finished.exit_code == 1
+    assert f"{missing}: does not exist" in finished.output
+    assert "Traceback" not in finished.output
+    assert not bench.folder.exists()
+
+
+@pytest.mark.distributed
+def test_help_and_wrong_usage_exit_as_usual() -> None:
+    shown = run_alone("--help")
+    assert shown.exit_code == 0
+    assert all(option in shown.output for option in ("--config", "--check", "--resume", "--set"))
+    assert "local_rank" not in shown.output
+    wrong = run_alone("--confg", "x.toml")
+    assert wrong.exit_code == 2
+    assert "--config" in wrong.output
+
+
+@pytest.mark.distributed
+def test_check_says_what_would_happen_and_writes_nothing(bench: Bench) -> None:
+    experiment = bench.experiment()
+    before = tree(bench.folder)
+    finished = run_alone("--config", str(experiment), "--check", "--set", "max_steps=5")
+    assert finished.exit_code == 0
+    assert "12 (12 examples; by bucket 16x48: 4, 32x32: 4, 48x16: 4)" in finished.output
+    assert "5, 3 an epoch" in finished.output
+    assert str(bench.folder / "output") in finished.output
+    assert tree(bench.folder) == before
+
+
+def test_check_of_a_wrong_experiment_exits_with_1(bench: Bench) -> None:
+    assert len(bench.refused(bench.experiment(sead=1), "--check")) == 1
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_run_folder_holds_the_settings_that_made_it(lab: Lab, tmp_path: Path) -> None:
+    """config.toml and dataset.toml load to what ran, overrides included, and overrides reach the run."""
+    changes = {"adapter": {"type": "lora", "rank": 2}, "optimizer.args": {"betas": [0.8, 0.9]}, "sampling.prompts": []}
+    run = lab.shared_run(1, changes)
+    original, resolved = load_config(run.experiment), load_config(run.folder / "config.toml")
+    assert resolved.experiment.model_dump() == original.experiment.model_dump()
+    shutil.copy(run.folder / "dataset.toml", tmp_path)
+    moved = load_config(run.folder / "config.toml", [f"dataset={tmp_path / 'dataset.toml'}"])
+    assert moved.dataset == original.dataset
+
+    again = lab.run(1, run.experiment, "--set", "seed=3", "--set", "max_steps=2")
+    overridden = load_config(again.folder / "config.toml").experiment
+    assert (overridden.seed, overridden.max_steps) == (3, 2)
+    assert again.last_step == 2
+    assert again.folder != run.folder
+
+
+@pytest.mark.distributed
+def test_run_folder_holds_nothing_unfinished_and_nothing_executable(lab: Lab) -> None:
+    run = lab.shared_run(1, {"adapter": {"type": "lora", "rank": 2}, "sampling.prompts": []})
+    files = [path for path in run.experiment.parent.rglob("*") if path.is_file() and "log_" not in path.name]
+    assert {path.suffix for path in files} == {".toml", ".jsonl", ".json", ".safetensors"}
+    assert not [path for path in files if path.name.startswith(".")]
+    assert newest_run(run.experiment.parent / "output") == run.folder
+    assert not os.access(files[0], os.X_OK)

@@ -1,0 +1,476 @@
+"""TOML files to configuration: every mistake is found, all at once, and answered with what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+
+from tests.tiny_model import write_experiment
+from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config, parse_override
+from utils.config.schema import DatasetConfig, SamplingConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
+NOWHERE = Path("nowhere")
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """An experiment whose model files need not exist: the configuration does not open them."""
+    return write_experiment(folder, NOWHERE, NOWHERE, **changes)
+
+
+def problems_of(path: Path, *overrides: str) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert str(caught.value).splitlines() == [str(problem) for problem in caught.value.problems]
+    return caught.value.problems
+
+
+def only_problem(path: Path, *overrides: str) -> tuple[str, str, str]:
+    """(file name, key, message) of the one problem."""
+    problems = problems_of(path, *overrides)
+    assert len(problems) == 1, problems
+    (problem,) = problems
+    return problem.file.name, problem.key, problem.message
+
+
+def load(folder: Path, *overrides: str, **changes: Any) -> Config:
+    return load_config(write(folder, **changes), overrides)
+
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+def test_values_and_defaults_reach_the_tables(tmp_path: Path) -> None:
+    config = load(tmp_path, **{"objective.logit_mean": 1, "pipeline.pipeline_stages": 2})
+    experiment = config.experiment
+    assert experiment.objective.logit_mean == 1.0
+    assert experiment.objective.discrete_flow_shift == 3.0
+    assert experiment.pipeline.pipeline_stages == 2
+    assert experiment.model.dtype == "float32"
+    assert experiment.adapter is None
+    assert config.dataset.resolutions == [32]
+    assert config.dataset_path == tmp_path / "dataset.toml"
+
+
+def test_the_cache_is_in_the_output_folder_unless_said_otherwise(tmp_path: Path) -> None:
+    assert load(tmp_path).experiment.cache_folder == tmp_path / "output" / "cache"
+    assert load(tmp_path, cache_dir="elsewhere").experiment.cache_folder == Path("elsewhere")
+
+
+def test_tables_are_read_only(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="frozen"):
+        load(tmp_path).experiment.seed = 3
+
+
+# --- unknown keys ------------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    path = write(tmp_path, **{"optimizer.lr_warmup_step": 3})
+    assert only_problem(path) == (
+        "experiment.toml",
+        "optimizer.lr_warmup_step",
+        "unknown key; did you mean `lr_warmup_steps`?",
+    )
+
+
+def test_a_misspelt_key_of_the_family_s_table_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    path = write(tmp_path, **{"model.t5xxl_max_token_lenght": 3})
+    assert only_problem(path)[2] == "unknown key; did you mean `t5xxl_max_token_length`?"
+
+
+def test_a_misspelt_table_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    assert only_problem(write(tmp_path, monitorin={"tensorboard": True}))[1:] == (
+        "monitorin",
+        "unknown key; did you mean `monitoring`?",
+    )
+
+
+def test_a_key_of_another_table_is_told_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path, **{"objective.gradient_clipping": 1.0, "optimizer.max_steps": 3})
+    assert {(problem.key, problem.message) for problem in problems_of(path)} == {
+        ("objective.gradient_clipping", "unknown key here; it belongs in [optimizer]"),
+        ("optimizer.max_steps", "unknown key here; it belongs at the top level, above the first [table]"),
+    }
+
+
+def test_a_misspelt_key_of_another_table_is_told_name_and_place(tmp_path: Path) -> None:
+    path = write(tmp_path, gradient_cliping=1.0)
+    assert only_problem(path)[1:] == ("gradient_cliping", "unknown key; did you mean `gradient_clipping`, in [optimizer]?")
+
+
+def test_a_key_of_the_dataset_file_is_told_so(tmp_path: Path) -> None:
+    path = write(tmp_path, resolutions=[512])
+    assert only_problem(path) == (
+        "experiment.toml",
+        "resolutions",
+        "unknown key here; it belongs in the dataset file",
+    )
+    assert only_problem(write(tmp_path, num_ar_bucket=5))[2] == (
+        "unknown key; did you mean `num_ar_buckets`, in the dataset file?"
+    )
+
+
+def test_a_key_of_the_experiment_file_is_told_so(tmp_path: Path) -> None:
+    path = write(tmp_path, dataset_file={"micro_batch_size_per_gpu": 2})
+    assert only_problem(path) == (
+        "dataset.toml",
+        "micro_batch_size_per_gpu",
+        "unknown key here; it belongs in the experiment file, in [pipeline]",
+    )
+
+
+def test_a_misspelt_key_of_a_directory_names_the_directory(tmp_path: Path) -> None:
+    directories = [{"path": "a"}, {"path": "b", "num_repeat": 2}]
+    assert only_problem(write(tmp_path, dataset_file={"directory": directories})) == (
+        "dataset.toml",
+        "directory[1].num_repeat",
+        "unknown key; did you mean `num_repeats`?",
+    )
+
+
+def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) -> None:
+    _, key, message = only_problem(write(tmp_path, **{"monitoring.xyzzy": 1}))
+    assert key == "monitoring.xyzzy"
+    assert message == "unknown key; this table has tensorboard"
+
+
+# --- wrong values ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_steps", "many", "must be a valid integer"),
+        ("max_steps", 2.5, "must be a valid integer"),
+        ("max_steps", 0, "must be greater than or equal to 1"),
+        ("seed", -1, "must be greater than or equal to 0"),
+        ("seed", [1], "must be a valid integer"),
+        ("optimizer.learning_rate", 0.0, "must be greater than 0"),
+        ("optimizer.learning_rate", float("nan"), "finite"),
+        ("optimizer.gradient_clipping", float("inf"), "finite"),
+        ("optimizer.lr_scheduler", "cosin", "'constant', 'linear' or 'cosine'"),
+        ("objective.caption_dropout_rate", 1.5, "must be less than or equal to 1"),
+        ("objective.timestep_sampling", "uniform", "'sigma' or 'logit_normal'"),
+        ("model.dtype", "float16", "'float32' or 'bfloat16'"),
+        ("model.clip_max_token_length", 78, "must be less than or equal to 77"),
+        ("sampling.prompts", "a fox", "list"),
+        ("sampling.cfg", 0.5, "must be greater than or equal to 1"),
+        ("monitoring.tensorboard", "sometimes", "must be a valid boolean"),
+        ("save.dtype", "float8", "'float32', 'bfloat16' or 'float16'"),
+    ],
+)
+def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    file, named, text = only_problem(write(tmp_path, **{key: value}))
+    assert (file, named) == ("experiment.toml", key)
+    assert text.startswith(f"= {value!r}: ")
+    assert message in text
+    assert "Input" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("resolutions", [], "resolutions"),
+        ("resolutions", [32, 8], "resolutions[1]"),
+        ("directory", [], "directory"),
+        ("directory", [{"path": "a", "num_repeats": 0}], "directory[0].num_repeats"),
+        ("on_bad_file", "ignore", "on_bad_file"),
+        ("min_ar", 0, "min_ar"),
+    ],
+)
+def test_a_wrong_value_of_the_dataset_file_names_its_key(tmp_path: Path, key: str, value: Any, named: str) -> None:
+    assert only_problem(write(tmp_path, dataset_file={key: value}))[:2] == ("dataset.toml", named)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "max_steps",
+        "seed",
+        "optimizer.learning_rate",
+        "optimizer.lr_warmup_steps",
+        "objective.discrete_flow_shift",
+        "pipeline.micro_batch_size_per_gpu",
+        "pipeline.pipeline_stages",
+        "save.keep_last",
+        "sampling.every_n_steps",
+        "model.clip_max_token_length",
+        "model.t5xxl_max_token_length",
+    ],
+)
+@pytest.mark.parametrize("value", [True, "3"])
+def test_neither_true_nor_text_is_a_number(tmp_path: Path, key: str, value: Any) -> None:
+    problems = problems_of(write(tmp_path, **{key: value}))
+    assert {problem.key for problem in problems} == {key}
+    assert re.match(f"= {value!r}: must be a valid (integer|number)$", problems[0].message)
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", "no"])
+def test_neither_a_number_nor_text_is_true_or_false(tmp_path: Path, value: Any) -> None:
+    path = write(tmp_path, **{"monitoring.tensorboard": value}, dataset_file={"enable_ar_bucket": value})
+    assert [(problem.key, problem.message) for problem in problems_of(path)] == [
+        ("monitoring.tensorboard", f"= {value!r}: must be a valid boolean"),
+        ("enable_ar_bucket", f"= {value!r}: must be a valid boolean"),
+    ]
+
+
+def test_a_number_with_a_point_may_be_written_without(tmp_path: Path) -> None:
+    config = load(tmp_path, **{"optimizer.gradient_clipping": 1, "objective.discrete_flow_shift": 3})
+    assert config.experiment.optimizer.gradient_clipping == 1.0
+    assert isinstance(config.experiment.objective.discrete_flow_shift, float)
+
+
+def test_a_wrong_number_of_stages_is_told_both_things_allowed(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, **{"pipeline.pipeline_stages": "aut"}))
+    assert {problem.key for problem in problems} == {"pipeline.pipeline_stages"}
+    text = "\n".join(problem.message for problem in problems)
+    assert "'auto'" in text
+    assert "integer" in text
+
+
+@pytest.mark.parametrize("key", ["output_dir", "optimizer.learning_rate", "model.vae", "model", "optimizer", "dataset"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    assert only_problem(write(tmp_path, **{key: None})) == ("experiment.toml", key, "is missing")
+
+
+@pytest.mark.parametrize("key", ["directory", "resolutions"])
+def test_a_missing_key_of_the_dataset_file_is_named(tmp_path: Path, key: str) -> None:
+    assert only_problem(write(tmp_path, dataset_file={key: None})) == ("dataset.toml", key, "is missing")
+
+
+def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
+    _, key, message = only_problem(write(tmp_path, max_steps=None))
+    assert key == "max_steps"
+    assert "`max_steps` or `epochs`" in message
+    assert load(tmp_path, max_steps=None, epochs=2).experiment.epochs == 2
+
+
+def test_a_lower_bound_above_the_upper_one_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, dataset_file={"min_ar": 2.0, "max_ar": 0.5})
+    assert only_problem(path) == ("dataset.toml", "min_ar", "= 2.0: must not be above max_ar, 0.5")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("flux", "= 'flux': unknown model type; known: 'sd3'"), (None, "is missing")]
+)
+def test_an_unknown_model_type_is_answered_with_those_known(tmp_path: Path, value: str | None, message: str) -> None:
+    _, key, text = only_problem(write(tmp_path, **{"model.type": value}))
+    assert key == "model.type"
+    assert text.startswith(message)
+    assert "known: 'sd3'" in text
+
+
+@pytest.mark.parametrize("value", ["sd3", 3, ["sd3"]])
+def test_a_model_that_is_no_table_is_refused(tmp_path: Path, value: Any) -> None:
+    assert only_problem(write(tmp_path, model=value))[1].startswith("model")
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_mistake_of_both_files_is_told_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        seeed=1,
+        max_steps=0,
+        **{"optimizer.learning_rate": None, "model.dtype": "half", "adapter": {"type": "lora", "rank": 0}},
+        dataset_file={"resolutions": [1], "min_arr": 1.0, "directory": [{"num_repeats": 1}]},
+    )
+    assert {(problem.file.name, problem.key) for problem in problems_of(path, "save.keep_last=0", "nonsense")} == {
+        ("experiment.toml", "seeed"),
+        ("experiment.toml", "max_steps"),
+        ("experiment.toml", "optimizer.learning_rate"),
+        ("experiment.toml", "model.dtype"),
+        ("experiment.toml", "adapter.rank"),
+        ("experiment.toml", "save.keep_last"),
+        ("experiment.toml", ""),
+        ("dataset.toml", "resolutions[0]"),
+        ("dataset.toml", "min_arr"),
+        ("dataset.toml", "directory[0].path"),
+    }
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    assert only_problem(tmp_path / "none.toml") == ("none.toml", "", "does not exist")
+    path = write(tmp_path)
+    (tmp_path / "dataset.toml").unlink()
+    assert only_problem(path) == ("dataset.toml", "", "does not exist")
+
+
+@pytest.mark.parametrize("content", ["a = = 1", "[table", "a = 1\na = 2", 'a = "open', "a = [1,"])
+def test_what_is_not_toml_is_said_to_be_so(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_text(content)
+    assert only_problem(path)[2].startswith("is not valid TOML: ")
+
+
+def test_a_file_in_another_encoding_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_bytes('output_dir = "Füchse"'.encode("latin-1"))
+    assert "utf-8" in only_problem(path)[2]
+
+
+def test_a_folder_in_place_of_a_file_cannot_be_read(tmp_path: Path) -> None:
+    assert only_problem(tmp_path)[2].startswith("cannot be read: ")
+
+
+def test_numbers_with_and_without_a_point_may_share_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, **{"optimizer.args.betas": [0.5, 0.99]})
+    path.write_text(path.read_text().replace("0.5", "0"))
+    assert load_config(path).experiment.optimizer.args == {"betas": [0, 0.99]}
+
+
+# --- overrides ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=1e-4", 1e-4),
+        ("a=true", True),
+        ("a=[1, 2]", [1, 2]),
+        ('a="1"', "1"),
+        ("a=auto", "auto"),
+        ("a=runs/of today", "runs/of today"),
+        ("a=b=c", "b=c"),
+        ("a=", ""),
+    ],
+)
+def test_an_override_is_read_as_toml_and_else_as_text(text: str, value: Any) -> None:
+    keys, parsed = parse_override(text)
+    assert keys == ["a"]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_overrides_win_over_the_file_and_may_add_tables(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "max_steps=9",
+        "optimizer.learning_rate=2e-5",
+        "optimizer.args.betas=[0.8, 0.9]",
+        "adapter.type=lora",
+        "adapter.rank=8",
+        "pipeline.pipeline_stages=auto",
+        "monitoring.tensorboard=true",
+        "objective.discrete_flow_shift=1",
+    )
+    experiment = config.experiment
+    assert experiment.max_steps == 9
+    assert experiment.optimizer.learning_rate == 2e-5
+    assert experiment.optimizer.args == {"betas": [0.8, 0.9]}
+    assert experiment.adapter is not None
+    assert experiment.adapter.rank == 8
+    assert experiment.pipeline.pipeline_stages == "auto"
+    assert experiment.monitoring.tensorboard is True
+    assert experiment.objective.discrete_flow_shift == 1.0
+
+
+def test_the_later_of_two_overrides_wins(tmp_path: Path) -> None:
+    assert load(tmp_path, "max_steps=5", "max_steps=6").experiment.max_steps == 6
+
+
+def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert only_problem(path, "max_step=3")[2] == "unknown key; did you mean `max_steps`?"
+    assert only_problem(path, "max_steps=often")[2].startswith("= 'often': ")
+    assert only_problem(path, "seed=true")[1] == "seed"
+
+
+@pytest.mark.parametrize("text", ["max_steps", "=3", " =3"])
+def test_an_override_without_key_or_value_shows_how_it_goes(tmp_path: Path, text: str) -> None:
+    message = only_problem(write(tmp_path), text)[2]
+    assert message.startswith(f"--set {text}: must be KEY=VALUE")
+
+
+def test_an_override_inside_a_value_is_refused(tmp_path: Path) -> None:
+    _, key, message = only_problem(write(tmp_path), "seed.extra=3")
+    assert key == "seed.extra"
+    assert message == "seed is no table, so it has no key extra"
+
+
+def test_the_dataset_can_be_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "dataset.toml").rename(tmp_path / "other.toml")
+    assert load_config(path, [f"dataset={tmp_path / 'other.toml'}"]).dataset.resolutions == [32]
+
+
+# --- the resolved copy -------------------------------------------------------------------------------------------------
+
+AWKWARD = [
+    "plain",
+    "",
+    'quotes " and \' and """',
+    "back\\slash \\d+ \\u0041 \\",
+    "back\\slash before x: \\x41",
+    "new\nline\ttab",
+    "Füchse 狐狸 🦊",
+    "# no comment",
+    "[table] = 3",
+    " spaces ",
+    "non-breaking\xa0space,\xa0twice",
+    "\x7f\x01",
+]
+
+
+def test_the_resolved_copy_loads_to_an_equal_configuration(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        cache_dir="somewhere",
+        epochs=3,
+        adapter={
+            "type": "lora",
+            "rank": 8,
+            "targets": [r"joint_blocks\.\d+\.(x_block|context_block)\.attn\.qkv", "final.*"],
+        },
+        optimizer={"learning_rate": 1e-7, "args": {"betas": [0.9, 0.95], "eps": 1e-08, "weight_decay": 0}},
+        sampling={"prompts": ["a fox", 'a "quoted" owl'], "every_n_steps": 2},
+        seed=2**63 - 1,
+        dataset_file={"directory": [{"path": "a"}, {"path": "b", "num_repeats": 3}]},
+    )
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "config.toml").write_text(dump_toml(config.experiment), encoding="utf-8")
+    (copy / "other.toml").write_text(dump_toml(config.dataset), encoding="utf-8")
+    again = load_config(copy / "config.toml")
+    assert again.experiment.model_dump() == config.experiment.model_dump()
+    assert again.dataset == config.dataset
+    assert DatasetConfig(**toml.loads((copy / "other.toml").read_text())) == config.dataset
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_any_text_survives_the_resolved_copy(text: str) -> None:
+    table = SamplingConfig(prompts=[text], negative_prompt=text)
+    assert SamplingConfig(**toml.loads(dump_toml(table))) == table
+
+
+@pytest.mark.parametrize("number", [1e-7, 1e-05, 0.1, 3.0, 1e22, 1 / 3])
+def test_any_number_survives_the_resolved_copy(number: float) -> None:
+    table = SamplingConfig(cfg=1 + number)
+    assert SamplingConfig(**toml.loads(dump_toml(table))) == table
+
+
+# --- examples ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    content = toml.loads(path.read_text(encoding="utf-8"))
+    if "directory" in content:
+        DatasetConfig.model_validate(content)
+    else:
+        load_config(path)
+
+
+def test_a_key_of_the_model_in_the_dataset_file_is_told_its_place(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, dataset_file={"clip_l": "somewhere"}))
+    assert (problem.file.name, problem.key) == ("dataset.toml", "clip_l")
+    assert "in the experiment file, in [model]" in problem.message

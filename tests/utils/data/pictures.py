@@ -1,0 +1,46 @@
+"""Pictures for tests: made of coloured quarters, so that any turn, mirror or crop shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from utils.data.buckets import Bucket, CropBox, crop_box
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+QUARTERS = (RED, GREEN, BLUE, WHITE)
+"""Top left, top right, bottom left, bottom right."""
+
+
+def quarters(width: int = 48, height: int = 32) -> Image.Image:
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    half_height, half_width = height // 2, width // 2
+    pixels[:half_height, :half_width], pixels[:half_height, half_width:] = RED, GREEN
+    pixels[half_height:, :half_width], pixels[half_height:, half_width:] = BLUE, WHITE
+    return Image.fromarray(pixels)
+
+
+def noise(width: int = 200, height: int = 150) -> Image.Image:
+    """No two pixels alike: large in every format, and damage anywhere in its file shows."""
+    return Image.fromarray(np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+def save(picture: Image.Image, path: Path, **options: Any) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def whole(width: int, height: int) -> CropBox:
+    """Nothing scaled, nothing cut off."""
+    return crop_box(width, height, Bucket(width, height))
+
+
+def corners(pixels: Tensor) -> list[tuple[int, ...]]:
+    """Colours of the four quarters' middles, in QUARTERS' order; pixels (3, H, W)."""
+    _, height, width = pixels.shape
+    rows, columns = (height // 4, height - height // 4 - 1), (width // 4, width - width // 4 - 1)
+    return [tuple(pixels[:, row, column].tolist()) for row in rows for column in columns]

@@ -1,0 +1,98 @@
+"""Sizes to train on, and how a picture is cut to one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from utils.data.buckets import Bucket, bucket_of_ratio, crop_box, make_buckets, nearest_bucket
+
+MULTIPLE = 16
+SIZES = [(640, 427), (427, 640), (1000, 872), (512, 512), (33, 400), (4000, 31), (1, 1), (17, 16), (1411, 1411), (100, 37)]
+
+
+@pytest.mark.parametrize("resolution", [64, 512, 1024])
+@pytest.mark.parametrize("num_buckets", [1, 2, 3, 7, 20])
+def test_sides_are_multiples_and_areas_near_the_resolution_s(resolution: int, num_buckets: int) -> None:
+    for bucket in make_buckets(resolution, 0.5, 2.0, num_buckets, MULTIPLE):
+        assert bucket.width % MULTIPLE == bucket.height % MULTIPLE == 0
+        ideal = bucket_of_ratio(resolution, bucket.width / bucket.height, MULTIPLE)
+        assert abs(bucket.width - ideal.width) <= MULTIPLE
+        assert abs(math.log(bucket.width * bucket.height / resolution**2)) < 3 * MULTIPLE / resolution
+
+
+def test_released_sizes_are_among_the_buckets_of_1024() -> None:
+    buckets = make_buckets(1024, 0.5, 2.0, 7, MULTIPLE)
+    assert Bucket(1024, 1024) in buckets
+    assert Bucket(1440, 720) in buckets or Bucket(1456, 720) in buckets
+    assert len(buckets) == 7
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 4, 7])
+def test_the_square_is_always_there_and_nothing_twice(num_buckets: int) -> None:
+    buckets = make_buckets(256, 0.5, 2.0, num_buckets, MULTIPLE)
+    assert Bucket(256, 256) in buckets
+    assert len(set(buckets)) == len(buckets)
+    assert buckets == sorted(buckets)
+
+
+def test_portrait_and_landscape_are_treated_alike() -> None:
+    buckets = make_buckets(512, 0.5, 2.0, 9, MULTIPLE)
+    assert {Bucket(bucket.height, bucket.width) for bucket in buckets} == set(buckets)
+
+
+def test_ratios_reach_both_ends_and_are_evenly_spaced_in_the_logarithm() -> None:
+    buckets = make_buckets(4096, 0.25, 4.0, 5, 1)
+    logarithms = sorted(math.log(bucket.width / bucket.height) for bucket in buckets)
+    expected = [math.log(0.25) + index * math.log(2) for index in range(5)]
+    assert logarithms == pytest.approx(expected, abs=2e-3)
+
+
+def test_no_side_is_ever_zero() -> None:
+    assert all(min(bucket.width, bucket.height) >= 16 for bucket in make_buckets(16, 0.01, 100.0, 9, 16))
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_nearest_bucket_crops_least(width: int, height: int) -> None:
+    """Nearest in the logarithm of the ratio = largest share of the picture kept."""
+    buckets = make_buckets(256, 0.5, 2.0, 7, 1)
+    chosen = nearest_bucket(width, height, buckets)
+
+    def kept(bucket: Bucket) -> float:
+        ratio = (bucket.width / bucket.height) / (width / height)
+        return min(ratio, 1 / ratio)
+
+    assert kept(chosen) == pytest.approx(max(kept(bucket) for bucket in buckets))
+
+
+def test_nearest_bucket_does_not_depend_on_the_order_given() -> None:
+    buckets = [Bucket(32, 64), Bucket(64, 32)]
+    assert nearest_bucket(10, 10, buckets) == nearest_bucket(10, 10, buckets[::-1])
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(16, 48), Bucket(1024, 512)])
+def test_the_picture_covers_its_bucket_and_keeps_its_shape(width: int, height: int, bucket: Bucket) -> None:
+    box = crop_box(width, height, bucket)
+    assert box.left >= 0
+    assert box.top >= 0
+    assert box.left + bucket.width <= box.resized_width
+    assert box.top + bucket.height <= box.resized_height
+    assert box.resized_width == bucket.width or box.resized_height == bucket.height
+    scale = max(bucket.width / width, bucket.height / height)
+    assert abs(box.resized_width - width * scale) <= 0.5
+    assert abs(box.resized_height - height * scale) <= 0.5
+    assert abs((box.resized_width - bucket.width) - 2 * box.left) <= 1
+    assert abs((box.resized_height - bucket.height) - 2 * box.top) <= 1
+
+
+def test_a_picture_of_its_bucket_s_size_is_left_alone() -> None:
+    box = crop_box(48, 16, Bucket(48, 16))
+    assert (box.resized_width, box.resized_height, box.left, box.top) == (48, 16, 0, 0)
+
+
+def test_the_key_tells_different_geometries_apart() -> None:
+    boxes = [crop_box(width, height, bucket) for width, height in SIZES for bucket in (Bucket(32, 32), Bucket(16, 48))]
+    geometries = {(box.resized_width, box.resized_height, box.left, box.top, box.bucket) for box in boxes}
+    assert len({box.key() for box in boxes}) == len(geometries)

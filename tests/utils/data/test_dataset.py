@@ -1,0 +1,216 @@
+"""Folders to examples: what is found, what is refused, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.base import LatentSpec
+from tests.tiny_model import make_tiny_dataset, write_picture
+from tests.utils.data.pictures import quarters, save
+from utils.config.schema import DatasetConfig
+from utils.data import dataset as dataset_module
+from utils.data.buckets import Bucket
+from utils.data.dataset import Dataset, read_caption, resolution_problems, scan
+from utils.data.images import BadFile
+
+LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
+
+
+def config_of(*folders: Path, **changes: Any) -> DatasetConfig:
+    directories = [{"path": folder} for folder in folders]
+    return DatasetConfig(**{"resolutions": [32], "num_ar_buckets": 3, "directory": directories, **changes})
+
+
+def scan_folders(*folders: Path, **changes: Any) -> Dataset:
+    return scan(config_of(*folders, **changes), LATENT.pixel_multiple)
+
+
+def test_every_picture_is_found_with_its_caption(tiny_dataset: Path) -> None:
+    found = scan_folders(tiny_dataset)
+    assert [example.image.name for example in found.examples] == [f"picture_{index:03d}.png" for index in range(12)]
+    assert found.examples[3].caption == "a yellow circle, number 3"
+    assert found.bad_files == []
+    assert found.num_images == 12
+    assert found.bucket_counts() == {Bucket(16, 48): 4, Bucket(32, 32): 4, Bucket(48, 16): 4}
+
+
+def test_order_does_not_depend_on_the_file_system(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = scan_folders(tiny_dataset)
+    listed = list(tiny_dataset.iterdir())
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(listed[::-1]))
+    assert scan_folders(tiny_dataset).examples == expected.examples
+
+
+def test_scanning_decodes_no_whole_picture(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageFile
+
+    def refuse(self: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert len(scan_folders(tiny_dataset).examples) == 12
+
+
+def test_keys_name_directory_file_and_resolution_and_nothing_of_the_machine(tiny_dataset: Path, tmp_path: Path) -> None:
+    found = scan_folders(tiny_dataset, make_tiny_dataset(tmp_path / "more", 2), resolutions=[32, 64])
+    keys = [example.key for example in found.examples]
+    assert len(set(keys)) == len(keys) == 2 * 14
+    assert keys[:2] == ["0/picture_000.png@32", "0/picture_000.png@64"]
+    assert keys[-1] == "1/picture_001.png@64"
+    assert found.num_images == 14
+
+
+def test_keys_survive_moving_the_folder(tiny_dataset: Path, tmp_path: Path) -> None:
+    moved = make_tiny_dataset(tmp_path / "moved")
+    assert [e.key for e in scan_folders(moved).examples] == [e.key for e in scan_folders(tiny_dataset).examples]
+
+
+def test_repeats_belong_to_their_directory(tiny_dataset: Path, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    directories = [{"path": tiny_dataset}, {"path": tmp_path, "num_repeats": 3}]
+    assert [example.repeats for example in scan_folders(directory=directories).examples] == [1] * 12 + [3]
+
+
+def test_without_aspect_ratio_buckets_every_picture_is_cropped_square(tiny_dataset: Path) -> None:
+    assert set(scan_folders(tiny_dataset, enable_ar_bucket=False).bucket_counts()) == {Bucket(32, 32)}
+
+
+def test_a_turned_picture_goes_to_the_bucket_of_its_looks(tmp_path: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[274] = 6
+    save(quarters(64, 32), tmp_path / "phone.jpg", exif=exif)
+    (tmp_path / "phone.txt").write_text("a phone's picture")
+    assert scan_folders(tmp_path).examples[0].bucket == Bucket(16, 48)
+
+
+# --- captions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "caption"),
+    [
+        (b"a fox", "a fox"),
+        (b"  a fox \r\n\r\n", "a fox"),
+        (b"", ""),
+        (b"\xef\xbb\xbfa fox", "a fox"),
+        ("Füchse 狐狸".encode(), "Füchse 狐狸"),
+        (b"two\nlines", "two\nlines"),
+    ],
+)
+def test_a_caption_is_its_text_without_space_around_it(tmp_path: Path, content: bytes, caption: str) -> None:
+    (tmp_path / "fox.txt").write_bytes(content)
+    assert read_caption(tmp_path / "fox.png") == caption
+
+
+def test_a_picture_without_a_caption_file_is_bad_and_says_what_to_do(tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    path.with_suffix(".txt").unlink()
+    (bad,) = scan_folders(tmp_path).bad_files
+    assert bad.path == path
+    assert bad.reason == "has no caption: picture_000.txt is missing (an empty file is an empty caption)"
+
+
+def test_a_caption_in_another_encoding_is_named_with_its_first_bad_byte(tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    path.with_suffix(".txt").write_bytes("ein Füchslein".encode("latin-1"))
+    (bad,) = scan_folders(tmp_path).bad_files
+    assert bad.path == path.with_suffix(".txt")
+    assert bad.reason == "is not UTF-8: byte 5 is 0xfc"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
+def test_a_caption_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0).with_suffix(".txt")
+    path.chmod(0)
+    with pytest.raises(BadFile, match="cannot be read: Permission denied"):
+        read_caption(path)
+
+
+def test_a_folder_in_place_of_a_caption_is_named(tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0).with_suffix(".txt")
+    path.unlink()
+    path.mkdir()
+    (bad,) = scan_folders(tmp_path).bad_files
+    assert bad.path == path
+    assert bad.reason.startswith("cannot be read: ")
+
+
+# --- bad files, unused files -------------------------------------------------------------------------------------------
+
+
+def test_one_bad_picture_leaves_the_others_usable(tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 4)
+    path = tmp_path / "picture_001.png"
+    path.write_bytes(path.read_bytes()[:50])
+    found = scan_folders(tmp_path)
+    assert [bad.path for bad in found.bad_files] == [path]
+    assert [example.image.name for example in found.examples] == [f"picture_00{index}.png" for index in (0, 2, 3)]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    found = scan_folders(tmp_path / "none")
+    assert [str(bad) for bad in found.bad_files] == [f"{tmp_path / 'none'}: is not a folder"]
+
+
+def test_an_empty_folder_is_warned_of(tmp_path: Path) -> None:
+    assert scan_folders(tmp_path).warnings == [f"{tmp_path} has no usable picture"]
+
+
+def test_files_no_picture_uses_are_named(tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    (tmp_path / "picture_009.txt").write_text("a caption whose picture is gone")
+    (tmp_path / "notes.md").write_text("")
+    (tmp_path / ".hidden").write_text("")
+    warning = next(text for text in scan_folders(tmp_path).warnings if "neither" in text)
+    assert warning == f"{tmp_path}: 2 files are neither picture nor caption of one: notes.md, picture_009.txt"
+
+
+def test_two_pictures_of_one_caption_file_are_warned_of(tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    save(quarters(), path.with_suffix(".jpg"))
+    found = scan_folders(tmp_path)
+    assert len(found.examples) == 2
+    assert any("share one caption file: picture_000.txt" in text for text in found.warnings)
+
+
+def test_suffixes_in_capitals_are_pictures(tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    path.rename(tmp_path / "picture_000.PNG")
+    assert len(scan_folders(tmp_path).examples) == 1
+
+
+def test_a_long_list_of_names_is_cut_and_says_so(tmp_path: Path) -> None:
+    for index in range(9):
+        (tmp_path / f"{index}.md").write_text("")
+    warning = scan_folders(tmp_path).warnings[0]
+    assert warning.endswith("0.md, 1.md, 2.md, 3.md, 4.md and 4 more")
+
+
+# --- resolutions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_resolution_off_the_grid_is_answered_with_its_neighbours(tmp_path: Path) -> None:
+    problems = resolution_problems(config_of(tmp_path, resolutions=[64, 100, 50]), LATENT)
+    assert problems == [
+        ("resolutions[1]", "= 100: must be a multiple of 16; use 96 or 112"),
+        ("resolutions[2]", "= 50: must be a multiple of 16; use 48 or 64"),
+    ]
+
+
+def test_a_resolution_beyond_the_position_table_is_refused_by_its_longest_side(tmp_path: Path) -> None:
+    ((key, message),) = resolution_problems(config_of(tmp_path, resolutions=[128, 256]), LATENT)
+    assert key == "resolutions[1]"
+    assert message == "= 256: needs sides of 368 pixels, the network reaches 256"
+    assert resolution_problems(config_of(tmp_path, resolutions=[256], enable_ar_bucket=False), LATENT) == []
+
+
+def test_the_buckets_of_every_resolution_fit_its_model() -> None:
+    for resolution in (64, 128):
+        buckets = dataset_module.dataset_buckets(config_of(Path("x")), resolution, LATENT.pixel_multiple)
+        assert all(bucket.width % 16 == bucket.height % 16 == 0 for bucket in buckets)

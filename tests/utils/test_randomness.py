@@ -1,0 +1,115 @@
+"""Draws as pure functions of what they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from utils import randomness
+
+Draw = Callable[..., Tensor]
+
+
+def as_tensor(value: object) -> Tensor:
+    return torch.as_tensor(value)
+
+
+DRAWS: dict[str, Draw] = {
+    "normal": lambda seed, *key: randomness.normal(seed, *key, shape=(5,)),
+    "uniform": lambda seed, *key: as_tensor(randomness.uniform(seed, *key)),
+    "permutation": lambda seed, *key: as_tensor(randomness.permutation(seed, *key, length=20)),
+    "kaiming_uniform": lambda seed, *key: randomness.kaiming_uniform(seed, *key, shape=(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_same_key_gives_the_same_draw(name: str) -> None:
+    draw = DRAWS[name]
+    first = draw(1, "noise", "0/a.png@32", 3, 0)
+    draw(1, "something else", 9)
+    assert torch.equal(draw(1, "noise", "0/a.png@32", 3, 0), first)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_any_other_seed_purpose_or_key_gives_another_draw(name: str) -> None:
+    draw = DRAWS[name]
+    keys = [
+        (1, "noise", "a", 3, 0),
+        (2, "noise", "a", 3, 0),
+        (1, "time", "a", 3, 0),
+        (1, "noise", "b", 3, 0),
+        (1, "noise", "a", 4, 0),
+        (1, "noise", "a", 3, 1),
+        (1, "noise", "a", 30),
+        (1, "noise", "a3", 0),
+        (1, "noise", "a", "3", 0),
+    ]
+    drawn = {tuple(draw(*key).flatten().tolist()) for key in keys}
+    assert len(drawn) == len(keys)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_neither_read_nor_move_torch_s_generator(name: str) -> None:
+    draw = DRAWS[name]
+    torch.manual_seed(0)
+    before, first = torch.get_rng_state(), draw(1, "noise", "a")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(draw(1, "noise", "a"), first)
+
+
+def test_known_draws_stay_what_they_are() -> None:
+    """A change here silently changes every run and every resumed one."""
+    assert randomness.permutation(7, "example order", 0, "32x32", 0, length=6) == GOLDEN_PERMUTATION
+    assert randomness.uniform(7, "time", "0/a.png@32", 0, 0) == GOLDEN_UNIFORM
+    torch.testing.assert_close(
+        randomness.normal(7, "noise", "0/a.png@32", 0, 0, shape=(3,)), torch.tensor(GOLDEN_NORMAL), rtol=0, atol=1e-6
+    )
+
+
+# python -c "from utils.randomness import *; print(permutation(7, 'example order', 0, '32x32', 0, length=6),
+#   uniform(7, 'time', '0/a.png@32', 0, 0), normal(7, 'noise', '0/a.png@32', 0, 0, shape=(3,)).tolist())"
+GOLDEN_PERMUTATION = [4, 5, 0, 3, 1, 2]
+GOLDEN_UNIFORM = 0.6501398288577676
+GOLDEN_NORMAL = [0.19407208263874054, -1.4029022455215454, -1.0226882696151733]
+
+
+def test_uniform_draws_lie_strictly_inside_their_range_and_fill_it() -> None:
+    drawn = torch.tensor([randomness.uniform(0, "time", index) for index in range(4000)], dtype=torch.float64)
+    assert ((drawn > 0) & (drawn < 1)).all()
+    expected = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    assert (drawn.sort().values - expected).abs().max() < 1.63 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("integer", [0, 2**53 - 2])
+def test_the_ends_of_a_uniform_draw_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, integer: int) -> None:
+    def extreme(high: int, *_arguments: object, **_keywords: object) -> Tensor:
+        assert integer < high
+        return torch.tensor([integer])
+
+    monkeypatch.setattr(torch, "randint", extreme)
+    assert 0 < randomness.uniform(0, "time") < 1
+
+
+def test_normal_draws_have_mean_zero_and_variance_one() -> None:
+    drawn = randomness.normal(0, "noise", shape=(100_000,))
+    assert drawn.dtype == torch.float32
+    assert abs(float(drawn.mean())) < 0.015
+    assert abs(float(drawn.var()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("length", [0, 1, 17])
+def test_a_permutation_has_every_number_once(length: int) -> None:
+    assert sorted(randomness.permutation(0, "order", length=length)) == list(range(length))
+
+
+def test_kaiming_uniform_has_the_spread_of_a_fresh_linear() -> None:
+    drawn = randomness.kaiming_uniform(0, "lora", shape=(64, 400))
+    fresh = torch.nn.Linear(400, 64).weight.detach()
+    assert drawn.abs().max() <= 1 / 20
+    assert drawn.abs().max() > 0.99 / 20
+    assert float(drawn.std()) == pytest.approx(float(fresh.std()), rel=0.05)
