@@ -15,8 +15,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it cannot be read without being set
+
+
 def replace_file(temporary: Path, path: Path) -> None:
-    """Flush a finished file and give it its name in one step; both in one folder."""
+    """Flush a finished file and give it its name in one step; both in one folder.
+
+    It gets the permissions that any new file gets: safetensors writes files that only their owner can read.
+    """
+    temporary.chmod(0o666 & ~_UMASK)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

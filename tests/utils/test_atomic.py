@@ -47,3 +47,12 @@ def test_a_finished_file_takes_the_place_of_an_old_one(tmp_path: Path) -> None:
     (tmp_path / ".new").write_text("new")
     replace_file(tmp_path / ".new", tmp_path / "old")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "new")]
+
+
+def test_a_file_may_be_read_by_whom_any_new_file_may(tmp_path: Path) -> None:
+    private, usual = tmp_path / "private", tmp_path / "usual"
+    private.write_text("x")
+    private.chmod(0o600)
+    usual.write_text("x")
+    replace_file(private, tmp_path / "final")
+    assert (tmp_path / "final").stat().st_mode == usual.stat().st_mode
