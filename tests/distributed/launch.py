@@ -137,7 +137,8 @@ class Ranks:
     def kill(self) -> None:
         """SIGKILL to every rank at once."""
         for process in self._processes:
-            process.kill()
+            if process.is_alive():  # the number of one that has ended may be another's by now
+                process.kill()
         for process in self._processes:
             process.join()
 

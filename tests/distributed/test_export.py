@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.sd3.mmdit import MMDiT
 from models.sd3.weights import MMDiTFile
 from tests.distributed.lab import Lab, Run
-from tests.distributed.test_layouts import FULL, LORA, PREVIEWS, pictures
+from tests.distributed.test_layouts import BFLOAT16, FULL, LORA, PREVIEWS, pictures
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import tiny_shapes
 from utils import lora
@@ -89,8 +89,10 @@ def diffusers_velocity(network: Any) -> Tensor:
 # --- the whole network -------------------------------------------------------------------------------------------------
 
 
-def test_full_export_is_one_native_file_of_the_trained_weights(lab: Lab) -> None:
-    run = lab.shared_run(1, FULL)
+@pytest.mark.parametrize("changes", [FULL, BFLOAT16], ids=["float32", "bfloat16"])
+def test_full_export_is_one_native_file_of_the_trained_weights(lab: Lab, changes: dict[str, Any]) -> None:
+    """Also in bfloat16 training: of the optimizer's float32 weights."""
+    run = lab.shared_run(1, changes)
     assert [path.name for path in exported_file(run, "").iterdir()] == ["mmdit.safetensors"]
     exported = load_file(exported_file(run, "mmdit.safetensors"))
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == tiny_shapes()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 
 STOP = 4
 LONG: dict[str, Any] = {
-    "max_steps": 24,
+    "max_steps": 32,
     "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 3},
     "save.keep_last": 3,
 }
@@ -108,7 +108,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(lab: Lab) -> None:
         metrics = list(output.glob("*/metrics.jsonl"))
         if not metrics or not list(output.glob("*/checkpoints/step_*")):
             return False
-        return metrics[0].read_text().count("\n") >= 7
+        return metrics[0].read_text().count("\n") >= 5
 
     lab.start(2, experiment).kill_when(past_a_checkpoint)
     steps = checkpoint_steps(newest_run(output))
@@ -129,14 +129,13 @@ def cached(cache: Path) -> dict[str, Tensor]:
 
 
 def test_killed_caching_pass_goes_on_as_if_nothing_had_happened(lab: Lab, tmp_path: Path) -> None:
-    """Killed twice: before the first shard stands, and in another encoder's turn after one does."""
+    """Killed twice: as the first encoder begins, and in another's turn when its first shard stands."""
     dataset = make_tiny_dataset(tmp_path / "pictures", num_images=40)
     own_cache = {**FULL, "cache_dir": None}
     experiment = lab.experiment(own_cache, dataset)
     cache = experiment.parent / "output" / "cache"
 
     lab.start(2, experiment).kill_when(lambda: bool(list(cache.glob("vae-*"))))
-    assert not list(cache.glob("vae-*/*.safetensors"))
     lab.start(2, experiment, "--resume").kill_when(lambda: bool(list(cache.glob("vae-*/*.safetensors"))))
     assert len(list(cache.glob("*-*"))) < 4, "some encoder's turn had not come"
     resumed = lab.run(2, experiment, "--resume")
@@ -182,7 +181,7 @@ def stopped_one_process(lab: Lab) -> Run:
 
 def test_only_the_last_checkpoints_are_kept(lab: Lab) -> None:
     assert checkpoint_steps(lab.shared_run(2, FULL).folder) == [4, 6]
-    assert checkpoint_steps(lab.shared_run(2, LONG).folder) == [20, 22, 24]
+    assert checkpoint_steps(lab.shared_run(2, LONG).folder) == [28, 30, 32]
 
 
 # --- what is refused, and what is nothing to do ------------------------------------------------------------------------
