@@ -113,6 +113,8 @@ class ModelAdapter(ABC):
     """A model family, ready to be encoded with, cut into stages, trained and exported."""
 
     latent: LatentSpec
+    network_files: tuple[Path, ...]
+    """The files the layers are read from."""
     image_encoder: FrozenEncoder
     text_encoders: tuple[FrozenEncoder, ...]
     layers: tuple[PipelineLayer, ...]

@@ -38,6 +38,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
         ("output", output),
     ]
     notes = [f"note: {warning}" for warning in dataset.warnings]
+    notes += [f"changed since this run began: {line}" for line in experiment.changed_keys]
     notes += [f"left out: {bad}" for bad in dataset.bad_files]
     return "\n".join([table(rows), *(f"  {note}" for note in notes)])
 

@@ -5,7 +5,9 @@ Each rank checks for itself and comes to the same answer; nothing here talks to 
 
 from __future__ import annotations
 
+import hashlib
 import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from models import adapter_class
 from models.base import ModelAdapter, ModelFilesError
 from utils.checkpoint import SavedState, find_checkpoints, identity_problems
-from utils.config.load import Config, ConfigError, Problem, load_config
+from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Dataset, resolution_problems, scan
 from utils.distributed import World
@@ -24,6 +26,7 @@ from utils.pipeline.partition import balanced_bounds
 
 CHECKPOINTS = "checkpoints"
 MAX_BAD_FILES_SHOWN = 20
+SAMPLE_BYTES = 4 * 2**20
 BAD_FILE_ADVICE = 'mend or remove these files, or leave them out with on_bad_file = "skip"'
 
 
@@ -42,6 +45,8 @@ class Experiment:
     resume_run: Path | None
     """The run folder to go on in; None for a new one."""
     resume_from: SavedState | None
+    changed_keys: list[str]
+    """What the configuration says otherwise than when the run to go on in was started."""
 
     def num_steps(self, order: BatchOrder) -> int:
         """Optimizer steps of the whole run."""
@@ -51,15 +56,15 @@ class Experiment:
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share for one to go on from the other's checkpoint."""
-        return run_identity(self.config, self.global_batch)
+        return run_identity(self.config, self.adapter, self.global_batch)
 
 
-def run_identity(config: Config, global_batch: int) -> dict[str, Any]:
+def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> dict[str, Any]:
     experiment = config.experiment
     return {
         "seed": experiment.seed,
         "global batch": global_batch,
-        "model.type": experiment.model.type,
+        "model": [sample_hash(path) for path in adapter.network_files],
         "adapter": experiment.adapter.model_dump(mode="json") if experiment.adapter else "none",
         "optimizer.type": experiment.optimizer.type,
     }
@@ -79,12 +84,14 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
         targets = _check_targets(config, adapter, problems)
         _check_preview_size(config, adapter, problems)
     num_replicas = max(1, world.size // num_stages)
-    pipeline = config.experiment.pipeline
-    global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
-    run, saved = _find_resume(config, resume, global_batch, problems)
+    run = _find_run(config, resume, problems)
     if problems or adapter is None:
         raise ConfigError(problems)
-    return Experiment(config, adapter, dataset, num_stages, num_replicas, global_batch, bounds, targets, run, saved)
+    pipeline = config.experiment.pipeline
+    global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
+    saved = _find_checkpoint(config, run, run_identity(config, adapter, global_batch))
+    changed = changed_keys(run, config) if run is not None else []
+    return Experiment(config, adapter, dataset, num_stages, num_replicas, global_batch, bounds, targets, run, saved, changed)
 
 
 def _check_stages(config: Config, world: World, problems: list[Problem]) -> int:
@@ -165,23 +172,59 @@ def _check_preview_size(config: Config, adapter: ModelAdapter, problems: list[Pr
             problems.append(Problem(config.path, f"sampling.{key}", message))
 
 
-def _find_resume(
-    config: Config, resume: str | None, global_batch: int, problems: list[Problem]
-) -> tuple[Path | None, SavedState | None]:
-    """The run to go on in and its newest checkpoint; (None, None) for a new run."""
+def _find_run(config: Config, resume: str | None, problems: list[Problem]) -> Path | None:
+    """The run folder to go on in; None for a new run."""
     if resume is None:
-        return None, None
+        return None
     run = Path(resume) if resume else newest_run(config.experiment.output_dir)
-    if run is None:
-        return None, None
-    if not (run / "config.toml").is_file():
+    if run is not None and not (run / "config.toml").is_file():
         problems.append(Problem(run, "", "is no run folder: it has no config.toml"))
-        return None, None
-    saved = find_checkpoints(run / CHECKPOINTS)
+    return run
+
+
+def _find_checkpoint(config: Config, run: Path | None, identity: dict[str, Any]) -> SavedState | None:
+    """The run's newest checkpoint, if any. Raises ConfigError when this configuration would be another training."""
+    saved = find_checkpoints(run / CHECKPOINTS) if run is not None else []
     if not saved:
-        return run, None
-    problems += [Problem(config.path, "", text) for text in identity_problems(saved[-1], run_identity(config, global_batch))]
-    return run, saved[-1]
+        return None
+    problems = [Problem(config.path, "", text) for text in identity_problems(saved[-1], identity)]
+    if problems:
+        raise ConfigError(problems)
+    return saved[-1]
+
+
+def sample_hash(path: Path) -> str:
+    """Tells one weights file from another in no time: a hash of its size, its first and its last bytes."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as file:
+        digest.update(file.read(SAMPLE_BYTES))
+        file.seek(max(0, size - SAMPLE_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def changed_keys(run: Path, config: Config) -> list[str]:
+    """One line for each key of either file that is not as in the run folder."""
+    lines = []
+    for name, table in (("config.toml", config.experiment), ("dataset.toml", config.dataset)):
+        try:
+            before = flatten(tomllib.loads((run / name).read_text(encoding="utf-8")))
+        except (OSError, tomllib.TOMLDecodeError):
+            continue  # it will be written anew
+        now = flatten(tomllib.loads(dump_toml(table)))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                lines.append(f"{key} was {before.get(key, 'unset')!r}, is now {now.get(key, 'unset')!r}")
+    return lines
+
+
+def flatten(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+    return flat
 
 
 def newest_run(output_dir: Path) -> Path | None:

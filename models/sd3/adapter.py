@@ -48,6 +48,7 @@ class SD3Adapter(ModelAdapter):
         )
         self.settings = settings
         self.config = config
+        self.network_files = (settings.mmdit,)
         self.image_encoder = vae.SD3ImageEncoder(settings.vae)
         self.text_encoders = text_encoders.make_text_encoders(settings)
         self.linear_modules = weights.linear_module_names(config)

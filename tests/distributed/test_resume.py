@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.distributed.lab import Lab, Run
@@ -207,6 +207,24 @@ def test_resume_with_another_experiment_is_refused(lab: Lab, override: str, key:
     (problem,) = caught.value.problems
     assert problem.message.startswith(f"{key} was ")
     assert "going on would be another training" in problem.message
+
+
+def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
+    tensors = load_file(lab.model / "mmdit.safetensors")
+    save_file({**tensors, "final_layer.linear.bias": tensors["final_layer.linear.bias"] + 1}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        prepare_resume(lab.shared_run(2, LORA).experiment, "", f"model.mmdit={tmp_path / 'other.safetensors'}")
+    (problem,) = caught.value.problems
+    assert problem.message.startswith("model was ")
+
+
+def test_resume_tells_what_has_changed_since_the_run_began(lab: Lab) -> None:
+    experiment = lab.shared_run(2, LORA).experiment
+    assert prepare_resume(experiment, "").changed_keys == []
+    assert prepare_resume(experiment, "", "optimizer.learning_rate=0.5", "sampling.cfg=2.0").changed_keys == [
+        "optimizer.learning_rate was 0.01, is now 0.5",
+        "sampling.cfg was 4.5, is now 2.0",
+    ]
 
 
 def test_refused_resume_exits_with_1_and_changes_nothing(lab: Lab) -> None:

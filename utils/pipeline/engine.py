@@ -4,8 +4,8 @@ What this file adds to the engine, and why (DeepSpeed 0.19.8):
 * each rank builds and reads its own layers only (`_StageSpec`), at boundaries given from outside;
 * a stage in which nothing is trained gets an anchor, a parameter that is multiplied by zero: the engine needs something
   to run backward through and the optimizer something to hold;
-* under float32 the norm that clips is summed in float64 over all stages before it is rounded once, so that the number of
-  stages does not change its last bits and with them the run;
+* the norm that clips is summed in float64 over all stages before it is rounded once, so that the number of stages does
+  not change its last bits and with them the run;
 * shapes are announced anew in every step, because steps differ in bucket.
 """
 
@@ -25,6 +25,7 @@ from models.base import PipelineLayer
 import utils.distributed  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
 import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from utils.pipeline.feed import MicroBatch
 from utils.pipeline.optimizer_state import flat_partitions, read_state, write_states
 
@@ -139,8 +140,7 @@ class Pipeline:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=make_optimizer(parameters), config=_deepspeed_config(settings)
             )
-        if settings.dtype == torch.float32:
-            _use_exact_norm(self._engine)
+        _use_exact_norm(self._engine, settings.gradient_clipping)
 
     def _trainable_or_anchor(self) -> list[nn.Parameter]:
         """What this stage's optimizer gets; marked so that DeepSpeed counts every stage in the gradient norm."""
@@ -232,20 +232,50 @@ def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     return config
 
 
-def _use_exact_norm(engine: Any) -> None:
-    """Sum squares in float64 over parameters, replicas and stages, and round once at the end.
+def _use_exact_norm(engine: Any, max_norm: float) -> None:
+    """Clip by squares summed in float64 over parameters, replicas and stages, and rounded once at the end.
 
     DeepSpeed rounds each stage's sum to float32 first, so its norm, and with clipping the run, would depend on the stages.
     """
     optimizer = engine.optimizer
     assert len(flat_partitions(optimizer)) == 1
-    assert callable(optimizer.scaled_global_norm), "DeepSpeed's ZeRO-1 optimizer has changed"
+    if isinstance(optimizer, BF16_Optimizer):
+        _clip_before_step(optimizer, max_norm, engine.grid.get_pipe_parallel_group())
+    else:
+        _replace_norm(optimizer)
+
+
+def _exact_norm(gradients: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
+    """The norm over the gradients of every rank in the group (None: all ranks), a float32 scalar."""
+    squares = [gradient.double().square().sum() for gradient in gradients]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=group)
+    return total.sqrt().float()
+
+
+def _replace_norm(optimizer: Any) -> None:
+    """Of the float32 optimizer, whose gradients are cut over the replicas: the norm it clips by."""
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
-        gradients = [g for g in optimizer.averaged_gradients[0] if not getattr(g, "_zero_padding", False)]
-        squares = [gradient.double().square().sum() for gradient in gradients]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=engine.device)
-        dist.all_reduce(total)  # every rank holds other parameters or other parts of them
-        return total.sqrt().float()
+        own = [part for part in optimizer.averaged_gradients[0] if not getattr(part, "_zero_padding", False)]
+        return _exact_norm(own, optimizer.single_partition_of_fp32_groups[0].device, None)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _clip_before_step(optimizer: Any, max_norm: float, pipe_group: dist.ProcessGroup) -> None:
+    """Of the bfloat16 optimizer, where each replica has whole float32 gradients: clip them ourselves, then let it step."""
+    deepspeeds_step = optimizer.step
+    optimizer.clip_grad = 0.0
+
+    def step(closure: None = None) -> None:
+        gradients = optimizer.get_grads_for_norm(for_clipping=True)
+        norm = _exact_norm(gradients, optimizer.fp32_groups_flat_partition[0].device, pipe_group)
+        if max_norm > 0:
+            share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(share)
+        deepspeeds_step()
+        optimizer._global_grad_norm = norm
+
+    optimizer.step = step
