@@ -19,7 +19,7 @@ docs: .venv/ready
 	$(BIN)/python -m utils.config.document > docs/configuration.md
 
 # diffsynth is there for one thing, the three tokenizers of SD3 that it ships; nothing of it is run, so none of what it
-# depends on is installed.
+# depends on is installed. DeepSpeed's own launcher script does not start where the path of the checkout has spaces.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version). Say which: make PYTHON=python3.12 ..."; exit 1; }
@@ -27,6 +27,7 @@ docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps diffsynth==1.1.9
+	printf '#!/bin/sh\nexec "$$(dirname "$$0")/python" -m deepspeed.launcher.runner "$$@"\n' > $(BIN)/deepspeed
 	touch $@
 
 clean:
