@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="?",
         const="",
         metavar="RUN",
-        help="go on in the newest run of output_dir, or in the run folder RUN; where there is none, start one",
+        help="go on in the newest run of output_dir, or in the run folder RUN; without RUN, start one if there is none",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override one key (repeatable)"
@@ -86,6 +86,7 @@ def run(experiment: Experiment) -> None:
     """All ranks, from the process group's start to the last file."""
     is_main = distributed.world().is_main
     device = distributed.start()
+    experiment = agree(experiment)
     folder = open_run_folder(experiment)
     say(f"\n{describe(experiment, order_of(experiment), str(folder))}\n", is_main=is_main)
     data, usable = encode_dataset(experiment, device)
@@ -95,6 +96,13 @@ def run(experiment: Experiment) -> None:
         checkpoint.load(pipeline, experiment.resume_from)
     train(experiment, folder, pipeline, data)
     say(f"done: {folder}", is_main=is_main)
+
+
+def agree(experiment: Experiment) -> Experiment:
+    """Rank 0's view of what lies in folders: another rank may have looked a moment earlier, or through a slower mount."""
+    seen = (experiment.dataset, experiment.resume_run, experiment.resume_from)
+    dataset, resume_run, resume_from = distributed.broadcast(seen)
+    return replace(experiment, dataset=dataset, resume_run=resume_run, resume_from=resume_from)
 
 
 def order_of(experiment: Experiment) -> BatchOrder:
@@ -236,7 +244,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
             if due(done, config.save.export_every_n_steps, num_steps):
                 export.write_weights(pipeline, experiment.adapter, config, folder / "weights", done)
             if due(done, config.save.checkpoint_every_n_steps, num_steps):
-                checkpoint.save(pipeline, folder / CHECKPOINTS, done, experiment.identity(), config.save.keep_last)
+                checkpoint.save(pipeline, folder / CHECKPOINTS, done, experiment.identity, config.save.keep_last)
 
 
 def stop_if_not_finite(result: StepResult, step: int, order: BatchOrder) -> None:

@@ -113,6 +113,8 @@ class ModelAdapter(ABC):
     """A model family, ready to be encoded with, cut into stages, trained and exported."""
 
     latent: LatentSpec
+    layer_list_version: int
+    """Changes with what `layers` means: training checkpoints name layers by their place in it."""
     network_files: tuple[Path, ...]
     """The files the layers are read from."""
     image_encoder: FrozenEncoder

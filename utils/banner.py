@@ -20,7 +20,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     if len(buckets) > len(shown):
         shown.append(f"and {len(buckets) - len(shown)} more")
     pipeline = config.pipeline
-    fillers = f", {order.num_fillers} of them filled up with a second showing" if order.num_fillers else ""
+    fillers = f"; {order.num_fillers} pictures of an epoch are shown again to fill batches" if order.num_fillers else ""
     num_steps = experiment.num_steps(order)
     rows = [
         ("model", experiment.adapter.describe()),
@@ -38,7 +38,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
         ("output", output),
     ]
     notes = [f"note: {warning}" for warning in dataset.warnings]
-    notes += [f"changed since this run began: {line}" for line in experiment.changed_keys]
+    notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
     notes += [f"left out: {bad}" for bad in dataset.bad_files]
     return "\n".join([table(rows), *(f"  {note}" for note in notes)])
 

@@ -23,8 +23,11 @@ from torch import nn
 from utils import distributed
 from utils.atomic import replace_file, sync_folder, write_text
 from utils.pipeline.engine import LocalLayer, Pipeline
+from utils.pipeline.optimizer_state import MASTER
 
 FORMAT_VERSION = 1
+NETWORK_FILES = "network files"
+"""The entry of a run's identity that is a hash, which would tell nobody anything."""
 _SEPARATOR = "//"
 """Between a parameter's name and its state's."""
 _FOLDER_NAME = re.compile(r"step_(\d+)")
@@ -50,21 +53,37 @@ def step_folder(parent: Path, step: int) -> Path:
 
 
 def find_checkpoints(parent: Path) -> list[SavedState]:
-    """Every complete checkpoint of a run, oldest first."""
+    """Every complete checkpoint of a run, oldest first. Raises CheckpointError for one that cannot be understood."""
     found = []
     for folder in parent.glob("step_*"):
         if _FOLDER_NAME.fullmatch(folder.name) and (folder / "state.json").is_file():
-            state = json.loads((folder / "state.json").read_text())
-            found.append(SavedState(folder, state["step"], state["identity"]))
+            found.append(_read_saved(folder))
     return sorted(found, key=lambda saved: saved.step)
+
+
+def _read_saved(folder: Path) -> SavedState:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT_VERSION:
+            raise CheckpointError(f"{folder} has format {state['format']}, this program reads {FORMAT_VERSION}")
+        return SavedState(folder, state["step"], state["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / 'state.json'} is damaged ({error!r}); delete {folder}") from error
 
 
 def identity_problems(saved: SavedState, identity: dict[str, Any]) -> list[str]:
     """Why a run of `identity` cannot go on from a checkpoint, one line for each difference."""
+    different = [key for key, value in identity.items() if saved.identity.get(key) != value]
     return [
-        f"{key} was {saved.identity.get(key)!r} in {saved.folder} and is {value!r} now; going on would be another training"
-        for key, value in identity.items()
-        if saved.identity.get(key) != value
+        (
+            f"the network's weights file is another than the one {saved.folder} was trained from"
+            if key == NETWORK_FILES
+            else f"{key} was {saved.identity.get(key)!r} in {saved.folder} and is {identity[key]!r} now"
+        )
+        + "; going on would be another training"
+        for key in different
     ]
 
 
@@ -77,7 +96,8 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
     temporary = parent / f".{final.name}.tmp"
     here = distributed.world()
     if here.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in parent.glob(".step_*"):
+            shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
     distributed.wait_for_all(f"checkpoint {step} begins")
     for layer in pipeline.local_layers():
@@ -91,12 +111,20 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
     if here.is_main:
         state = {"format": FORMAT_VERSION, "step": step, "identity": identity}
         write_text(temporary / "state.json", json.dumps(state, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         temporary.replace(final)
         sync_folder(parent)
         for old in find_checkpoints(parent)[:-keep_last]:
-            shutil.rmtree(old.folder)
+            _remove(old.folder)
     distributed.wait_for_all(f"checkpoint {step} named")
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; killed half-way, it leaves nothing that looks like one."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    folder.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 def _layer_file(index: int) -> str:
@@ -106,7 +134,10 @@ def _layer_file(index: int) -> str:
 def _layer_tensors(pipeline: Pipeline, layer: LocalLayer) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in layer.trainable().items():
-        for state_name, value in pipeline.read_state(parameter).items():
+        state = pipeline.read_state(parameter)
+        if not state[MASTER].isfinite().all():
+            raise FloatingPointError(f"{layer.layer.prefix}{name} has weights that are no numbers; nothing was saved")
+        for state_name, value in state.items():
             tensors[f"{name}{_SEPARATOR}{state_name}"] = value.contiguous()
     return tensors
 

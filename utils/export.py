@@ -22,7 +22,6 @@ from utils.atomic import replace_file
 from utils.checkpoint import step_folder
 from utils.config.schema import AdapterConfig, ExperimentConfig
 from utils.pipeline.engine import LocalLayer, Pipeline
-from utils.pipeline.optimizer_state import MASTER
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -39,6 +38,8 @@ class ExportedFile:
     name: str
     convert: Convert
     metadata: dict[str, str]
+    only_trained: bool
+    """Whether `convert` looks at nothing but what is trained."""
 
 
 def full_files(adapter: ModelAdapter, metadata: dict[str, str]) -> list[ExportedFile]:
@@ -47,7 +48,7 @@ def full_files(adapter: ModelAdapter, metadata: dict[str, str]) -> list[Exported
     def native(layer: LocalLayer, values: Values) -> Values:
         return {layer.layer.prefix + name: value for name, value in values.items()}
 
-    return [ExportedFile("mmdit.safetensors", native, {**adapter.export_metadata(), **metadata})]
+    return [ExportedFile("mmdit.safetensors", native, {**adapter.export_metadata(), **metadata}, only_trained=False)]
 
 
 def lora_files(adapter: ModelAdapter, config: AdapterConfig, metadata: dict[str, str]) -> list[ExportedFile]:
@@ -65,13 +66,16 @@ def lora_files(adapter: ModelAdapter, config: AdapterConfig, metadata: dict[str,
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(alpha),
     }
+
+    def native(layer: LocalLayer, values: Values) -> Values:
+        return adapter.native_lora(weights(layer, values))
+
+    def diffusers(layer: LocalLayer, values: Values) -> Values:
+        return adapter.diffusers_lora(weights(layer, values))
+
     return [
-        ExportedFile(
-            "lora.safetensors", lambda layer, values: adapter.native_lora(weights(layer, values)), {**common, **kohya}
-        ),
-        ExportedFile(
-            "lora_diffusers.safetensors", lambda layer, values: adapter.diffusers_lora(weights(layer, values)), common
-        ),
+        ExportedFile("lora.safetensors", native, {**common, **kohya}, only_trained=True),
+        ExportedFile("lora_diffusers.safetensors", diffusers, common, only_trained=True),
     ]
 
 
@@ -139,21 +143,25 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The file's tensors of this rank's layers, one layer in memory at a time."""
     for layer in pipeline.local_layers():
-        values = _layer_values(pipeline, layer, dtype, shapes_only)
+        values = _layer_values(pipeline, layer, dtype, file.only_trained, shapes_only)
         yield from file.convert(layer, values).items()
 
 
-def _layer_values(pipeline: Pipeline, layer: LocalLayer, dtype: torch.dtype, shapes_only: bool) -> Values:
+def _layer_values(
+    pipeline: Pipeline, layer: LocalLayer, dtype: torch.dtype, only_trained: bool, shapes_only: bool
+) -> Values:
     """What is trained in the layer from the optimizer's float32 weights, the rest as it is. Constant tables keep float32."""
     trained = layer.trainable()
     constants = {name for name, _ in layer.module.named_buffers()}
     values = {}
     for name, tensor in layer.module.state_dict().items():
         wanted = torch.float32 if name in constants else dtype
+        if only_trained and name not in trained:
+            continue
         if shapes_only:
             values[name] = torch.empty(tensor.shape, dtype=wanted, device="meta")
         elif name in trained:
-            values[name] = pipeline.read_state(trained[name])[MASTER].to(wanted)
+            values[name] = pipeline.read_weights(trained[name]).to(wanted)
         else:
             values[name] = tensor.detach().to("cpu", wanted)
     return values

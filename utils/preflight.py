@@ -6,6 +6,7 @@ Each rank checks for itself and comes to the same answer; nothing here talks to 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from models import adapter_class
 from models.base import ModelAdapter, ModelFilesError
-from utils.checkpoint import SavedState, find_checkpoints, identity_problems
+from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_problems
 from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Dataset, resolution_problems, scan
@@ -46,7 +47,9 @@ class Experiment:
     """The run folder to go on in; None for a new one."""
     resume_from: SavedState | None
     changed_keys: list[str]
-    """What the configuration says otherwise than when the run to go on in was started."""
+    """What the configuration says otherwise than when the run to go on in was last started."""
+    identity: dict[str, Any]
+    """What two runs must share for one to go on from the other's checkpoint."""
 
     def num_steps(self, order: BatchOrder) -> int:
         """Optimizer steps of the whole run."""
@@ -54,17 +57,14 @@ class Experiment:
         limits = [experiment.max_steps, experiment.epochs and experiment.epochs * order.steps_per_epoch]
         return min(limit for limit in limits if limit is not None)
 
-    def identity(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other's checkpoint."""
-        return run_identity(self.config, self.adapter, self.global_batch)
-
 
 def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> dict[str, Any]:
     experiment = config.experiment
     return {
         "seed": experiment.seed,
         "global batch": global_batch,
-        "model": [sample_hash(path) for path in adapter.network_files],
+        "layer list": adapter.layer_list_version,
+        NETWORK_FILES: [sample_hash(path) for path in adapter.network_files],
         "adapter": experiment.adapter.model_dump(mode="json") if experiment.adapter else "none",
         "optimizer.type": experiment.optimizer.type,
     }
@@ -75,6 +75,7 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
     config = load_config(config_path, overrides)
     problems: list[Problem] = []
     problems += [Problem(config_path, key, text) for key, text in optimizer_problems(config.experiment.optimizer)]
+    _check_folders(config, problems)
     num_stages = _check_stages(config, world, problems)
     adapter = _open_model(config, problems)
     dataset, bounds, targets = Dataset([], [], []), [0, 1], []
@@ -89,9 +90,32 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
         raise ConfigError(problems)
     pipeline = config.experiment.pipeline
     global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
-    saved = _find_checkpoint(config, run, run_identity(config, adapter, global_batch))
-    changed = changed_keys(run, config) if run is not None else []
-    return Experiment(config, adapter, dataset, num_stages, num_replicas, global_batch, bounds, targets, run, saved, changed)
+    identity = run_identity(config, adapter, global_batch)
+    return Experiment(
+        config=config,
+        adapter=adapter,
+        dataset=dataset,
+        num_stages=num_stages,
+        num_replicas=num_replicas,
+        global_batch=global_batch,
+        bounds=bounds,
+        lora_targets=targets,
+        resume_run=run,
+        resume_from=_find_checkpoint(config, run, identity),
+        changed_keys=changed_keys(run, config) if run is not None else [],
+        identity=identity,
+    )
+
+
+def _check_folders(config: Config, problems: list[Problem]) -> None:
+    """Folders that will be written to."""
+    experiment = config.experiment
+    for key, folder in (("output_dir", experiment.output_dir), ("cache_dir", experiment.cache_folder)):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            problems.append(Problem(config.path, key, f"= {str(folder)!r}: {existing} is a file, not a folder"))
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            problems.append(Problem(config.path, key, f"= {str(folder)!r}: {existing} cannot be written to"))
 
 
 def _check_stages(config: Config, world: World, problems: list[Problem]) -> int:
@@ -119,6 +143,9 @@ def _open_dataset(config: Config, adapter: ModelAdapter, problems: list[Problem]
     if found:
         problems += found
         return Dataset([], [], [])
+    for index, directory in enumerate(config.dataset.directory):
+        if not directory.path.is_dir():
+            problems.append(Problem(config.dataset_path, f"directory[{index}].path", f"{directory.path} is not a folder"))
     dataset = scan(config.dataset, adapter.latent.pixel_multiple)
     if dataset.bad_files and config.dataset.on_bad_file == "error":
         problems += [Problem(bad.path, "", bad.reason) for bad in dataset.bad_files[:MAX_BAD_FILES_SHOWN]]
@@ -184,7 +211,10 @@ def _find_run(config: Config, resume: str | None, problems: list[Problem]) -> Pa
 
 def _find_checkpoint(config: Config, run: Path | None, identity: dict[str, Any]) -> SavedState | None:
     """The run's newest checkpoint, if any. Raises ConfigError when this configuration would be another training."""
-    saved = find_checkpoints(run / CHECKPOINTS) if run is not None else []
+    try:
+        saved = find_checkpoints(run / CHECKPOINTS) if run is not None else []
+    except CheckpointError as error:
+        raise ConfigError([Problem(config.path, "", str(error))]) from error
     if not saved:
         return None
     problems = [Problem(config.path, "", text) for text in identity_problems(saved[-1], identity)]

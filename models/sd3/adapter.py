@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.base import DecodeFunction, LatentSpec, LoraWeights, ModelAdapter, ModelFilesError, PipelineLayer
 from models.sd3 import text_encoders, vae, weights
-from models.sd3.layers import layer_cost, layer_prefix, num_layers
+from models.sd3.layers import LAYER_LIST_VERSION, layer_cost, layer_prefix, num_layers
 from models.sd3.mmdit import unpatchify
 from models.sd3.settings import SD3Settings
 
@@ -23,6 +23,7 @@ class SD3Adapter(ModelAdapter):
     Raises ModelFilesError with every problem of every file.
     """
 
+    layer_list_version = LAYER_LIST_VERSION
     default_lora_targets = (
         r"joint_blocks\.\d+\.(x_block|context_block)\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)",
         r"final_layer\..*",

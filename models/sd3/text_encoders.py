@@ -168,6 +168,8 @@ def _fit_problems(
     problems = [(name, "its config.json gives no width") for name, width in widths.items() if not isinstance(width, int)]
     if problems:
         return problems
+    if widths["clip_l"] > widths["clip_g"]:
+        problems.append(("clip_l", "is wider than clip_g: the two folders have changed places"))
     pooled = widths["clip_l"] + configs["clip_g"].get("projection_dim", widths["clip_g"])
     if pooled != pooled_dim:
         problems.append(("clip_l", f"pooled widths of CLIP-L and CLIP-G add up to {pooled}, the network takes {pooled_dim}"))

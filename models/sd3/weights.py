@@ -32,6 +32,8 @@ def read_shapes(path: Path) -> tuple[dict[str, Shape], str]:
 
     Raises ModelFilesError when the file is missing or is no safetensors file.
     """
+    if path.is_dir():
+        raise ModelFilesError([("mmdit", f"{path} is a folder; give the .safetensors file with native keys")])
     if not path.is_file():
         raise ModelFilesError([("mmdit", f"{path} does not exist")])
     try:

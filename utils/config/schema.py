@@ -53,8 +53,8 @@ class AdapterConfig(Table):
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="Regular expressions over native module names, each matching whole names. Default: attention and "
-        "MLP of both streams in every block, and the final layer.",
+        description="Regular expressions over native module names, each matching whole names. Default: attn and "
+        "mlp of both streams in every block and the final layer; neither SD3.5-medium's attn2 nor adaLN_modulation.",
     )
 
 
@@ -107,7 +107,7 @@ class SamplingConfig(Table):
 class SaveConfig(Table):
     """Training checkpoints, to go on from, and weights, to use."""
 
-    checkpoint_every_n_steps: Int | None = Field(None, ge=1, description="Steps between checkpoints. Unset: only the last.")
+    checkpoint_every_n_steps: Int = Field(500, ge=1, description="Steps between checkpoints; the last step has one too.")
     keep_last: Int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     export_every_n_steps: Int | None = Field(
         None, ge=1, description="Steps between exports of weights. Unset: only the last."

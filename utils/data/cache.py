@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,15 +79,12 @@ class Store:
 class ShardWriter:
     """Collects entries and writes them as shards, every SHARD_BYTES or SHARD_SECONDS, whichever comes first.
 
-    Several processes may write into one folder: each names its shards after itself.
+    Several processes, of one run or of several, may write into one folder.
     """
 
-    def __init__(
-        self, folder: Path, writer_name: str, *, max_bytes: int = SHARD_BYTES, max_seconds: float = SHARD_SECONDS
-    ) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int = SHARD_BYTES, max_seconds: float = SHARD_SECONDS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._writer_name = writer_name
         self._max_bytes, self._max_seconds = max_bytes, max_seconds
         self._tensors: dict[str, Tensor] = {}
         self._num_bytes = 0
@@ -106,7 +105,7 @@ class ShardWriter:
         if not self._tensors:
             return
         name = content_key(*sorted(self._tensors))
-        temporary = self.folder / f".{name}.{self._writer_name}.tmp"
+        temporary = self.folder / f".{name}.{socket.gethostname()}.{os.getpid()}.tmp"
         save_file(self._tensors, temporary)
         replace_file(temporary, self.folder / f"{name}.safetensors")
         self._tensors, self._num_bytes = {}, 0
@@ -126,10 +125,10 @@ class FileHashes:
     def hash_of(self, path: Path) -> str:
         """32 hexadecimal digits. Raises OSError when the file cannot be read."""
         name, status = str(path.resolve()), path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = self._entries.get(name)
-        if entry is not None and entry[:2] == stamp:
-            return str(entry[2])
+        if entry is not None and entry[:-1] == stamp:
+            return str(entry[-1])
         digest = hashlib.blake2b(digest_size=_HASH_BYTES)
         with path.open("rb") as file:
             while block := file.read(1 << 20):

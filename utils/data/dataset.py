@@ -75,8 +75,7 @@ def scan(config: DatasetConfig, multiple: int) -> Dataset:
     buckets = {resolution: dataset_buckets(config, resolution, multiple) for resolution in config.resolutions}
     for index, directory in enumerate(config.directory):
         if not directory.path.is_dir():
-            dataset.bad_files.append(BadFile(directory.path, "is not a folder"))
-            continue
+            continue  # preflight.py has told of it
         found = len(dataset.examples)
         _scan_directory(index, directory, buckets, dataset)
         if len(dataset.examples) == found:
@@ -88,7 +87,11 @@ def scan(config: DatasetConfig, multiple: int) -> Dataset:
 
 
 def _scan_directory(index: int, directory: DirectoryConfig, buckets: dict[int, list[Bucket]], dataset: Dataset) -> None:
-    files = sorted(path for path in directory.path.iterdir() if path.is_file() and not path.name.startswith("."))
+    visible = sorted(path for path in directory.path.iterdir() if not path.name.startswith("."))
+    files = [path for path in visible if path.is_file()]
+    folders = [path.name for path in visible if path.is_dir()]
+    if folders:
+        dataset.warnings.append(f"{directory.path}: folders in it are not looked into: {_some(folders)}")
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     dataset.warnings.extend(_unused_files(directory.path, files, images))
     for image in images:

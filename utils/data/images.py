@@ -18,9 +18,11 @@ from utils.data.buckets import CropBox
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"))
 _EXIF_ORIENTATION = 274
 _SIDEWAYS = (5, 6, 7, 8)
-_LATE_EXIF = b"eXIf"
+_ROTATION_KEYS = ("exif", "XML:com.adobe.xmp", "Raw profile type exif")
+_LATE_ROTATION = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _TAIL_BYTES = 128 * 2**10  # EXIF data is at most 64 KiB in the JPEG file it mostly comes from
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+PIXELS_VERSION = 1
+"""Part of every cached picture's key: raise it when `read_pixels` makes other pixels of the same file."""
 
 
 class BadFile(Exception):
@@ -42,12 +44,15 @@ def read_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             tail = _tail(path)
-            if not _ends_as_it_should(tail, image.format) or _LATE_EXIF in tail:
+            if not _ends_as_it_should(tail, image.format) or any(mark in tail for mark in _LATE_ROTATION):
                 image.load()
-            # A PNG file decodes its pixels to look for EXIF data behind them; it was loaded above if there is any.
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            # Asked for EXIF data, a PNG file decodes its pixels to look behind them; it was loaded above if there is any.
+            rotated = image.format != "PNG" or any(key in image.info for key in _ROTATION_KEYS)
+            exif = image.getexif() if rotated else {}
             sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
-    except _READ_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make Pillow's decoders raise whatever they like
         raise BadFile(path, _reason(error)) from error
     return (height, width) if sideways else (width, height)
 
@@ -75,7 +80,9 @@ def read_pixels(path: Path, box: CropBox) -> Tensor:
     try:
         with Image.open(path) as image:
             picture = to_rgb(ImageOps.exif_transpose(image))
-    except _READ_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise BadFile(path, _reason(error)) from error
     if picture.size != (box.resized_width, box.resized_height):
         picture = picture.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)

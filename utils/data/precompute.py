@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.base import EncodedItem, FrozenEncoder, ModelAdapter
+from models.base import EncodedItem, EncodeFunction, FrozenEncoder, ModelAdapter
 from utils import distributed
 from utils.data.cache import FileHashes, ShardWriter, Store, content_key
 from utils.data.dataset import Example
-from utils.data.images import BadFile, read_pixels
+from utils.data.images import PIXELS_VERSION, BadFile, read_pixels
 from utils.log import bar_seconds
 
 
@@ -99,7 +99,7 @@ def make_plan(adapter: ModelAdapter, examples: Sequence[Example], captions: Sequ
         except OSError as error:
             bad_files.append(BadFile(example.image, f"cannot be read: {error.strerror}"))
             continue
-        image_keys[example.key] = content_key(content, example.box.key())
+        image_keys[example.key] = content_key(content, example.box.key(), f"pixels {PIXELS_VERSION}")
     texts = {
         encoder.name: _plan_encoder(
             cache_folder, encoder.name, _identity(encoder, hashes), {text: content_key(text) for text in captions}
@@ -154,13 +154,15 @@ def _run_encoder(
     if not plan.missing:
         return
     here = distributed.world()
-    encode = encoder.load(device)
-    writer = ShardWriter(plan.folder, f"rank{here.rank}")
+    encode: EncodeFunction | None = None
+    writer = ShardWriter(plan.folder)
     queue = distributed.WorkQueue(f"encode {encoder.name}", len(plan.missing))
     title = f"caching {encoder.name}"
     with tqdm(total=len(plan.missing), desc=title, disable=not here.is_main, mininterval=bar_seconds()) as bar:
         for index in queue:
             what = plan.missing[index]
+            if encode is None:  # not before: a rank that gets no work need not hold the encoder
+                encode = encoder.load(device)
             try:
                 tensors = encode([inputs.read(what)])[0]
                 reason = None if _all_finite(tensors) else f"{encoder.name} made numbers of it that are not finite"

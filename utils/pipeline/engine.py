@@ -27,7 +27,7 @@ import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from utils.pipeline.feed import MicroBatch
-from utils.pipeline.optimizer_state import flat_partitions, read_state, write_states
+from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, write_states
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
@@ -210,6 +210,10 @@ class Pipeline:
         """Float32 weights and optimizer state of one parameter, on the CPU; all replicas in the same order."""
         return read_state(self._engine.optimizer, parameter)
 
+    def read_weights(self, parameter: nn.Parameter) -> Tensor:
+        """Float32 weights of one parameter, on the CPU; all replicas in the same order."""
+        return read_weights(parameter).cpu()
+
     def write_states(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
         """Set what `read_state` gave, for every trainable parameter of this rank."""
         if states:
@@ -229,6 +233,8 @@ def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     if settings.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Else the accumulated gradients are rounded to bfloat16 on their way between replicas, even if there is one.
+        config["communication_data_type"] = "fp32"
     return config
 
 

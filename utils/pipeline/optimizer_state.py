@@ -26,11 +26,17 @@ def flat_partitions(zero_optimizer: Any) -> list[Tensor]:
     raise TypeError(f"{type(zero_optimizer).__name__} is not one of DeepSpeed 0.19.8's ZeRO-1 optimizers")
 
 
+def read_weights(parameter: nn.Parameter) -> Tensor:
+    """The float32 weights of one parameter, whole, in its shape."""
+    weights: Tensor = parameter.get_full_hp_param()  # type: ignore[attr-defined]
+    return weights
+
+
 def read_state(zero_optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
     """`master` and every optimizer state of one parameter, whole, in its shape; per-group numbers as scalars."""
     (flat,) = flat_partitions(zero_optimizer)
     state = zero_optimizer.optimizer.state.get(flat, {})
-    tensors = {MASTER: parameter.get_full_hp_param()}  # type: ignore[attr-defined]
+    tensors = {MASTER: read_weights(parameter)}
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape == flat.shape:
             tensors[name] = parameter.get_full_hp_param(optim_state_key=name)  # type: ignore[attr-defined]
@@ -42,12 +48,18 @@ def read_state(zero_optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor
 def write_states(zero_optimizer: Any, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
     """Set what `read_state` gave, for every trainable parameter of this rank, and the working weights from it."""
     (flat,) = flat_partitions(zero_optimizer)
-    one = next(iter(states.values()))
-    parameter = next(iter(states))
-    fresh: dict[str, Any] = {}
+    (group,) = zero_optimizer.optimizer.param_groups
+    parameter, one = next(iter(states.items()))
+    fresh: dict[str, Tensor] = {}
     for name, value in one.items():
-        if name != MASTER:
-            fresh[name] = torch.zeros_like(flat) if value.shape == parameter.shape and value.dim() > 0 else value.clone()
+        if name == MASTER:
+            continue
+        if value.dim() > 0 and value.shape == parameter.shape:
+            fresh[name] = torch.zeros_like(flat)
+        else:
+            # As torch's own load_state_dict: a step count stays on the CPU unless the kernels read it.
+            on_cpu = name == "step" and not (group.get("fused") or group.get("capturable"))
+            fresh[name] = value.clone() if on_cpu else value.to(flat.device, copy=True)
     if fresh:
         zero_optimizer.optimizer.state[flat] = fresh
         zero_optimizer._hp_optimizer_states_linked = False
@@ -56,6 +68,6 @@ def write_states(zero_optimizer: Any, states: dict[nn.Parameter, dict[str, Tenso
         for name, value in tensors.items():
             if name == MASTER:
                 parameter.set_full_hp_param(value.to(flat.device))  # type: ignore[attr-defined]
-            elif isinstance(fresh[name], Tensor) and fresh[name].shape == flat.shape:
+            elif fresh[name].shape == flat.shape:
                 parameter.set_full_hp_param(value.to(flat.device), optim_state_key=name)  # type: ignore[attr-defined]
     zero_optimizer.update_lp_params()
