@@ -311,6 +311,23 @@ def test_empty_dataset_folder_is_named(bench: Bench, tmp_path: Path) -> None:
     assert bench.only_problem(experiment) == message
 
 
+@pytest.mark.parametrize("on_bad_file", ["error", "skip"])
+def test_missing_dataset_folder_is_refused_whatever_bad_files_do(bench: Bench, tmp_path: Path, on_bad_file: str) -> None:
+    experiment = bench.experiment(pictures=tmp_path / "none", dataset_file={"on_bad_file": on_bad_file})
+    message = f"{experiment.with_name('dataset.toml')}: directory[0].path: {tmp_path / 'none'} is not a folder"
+    assert bench.only_problem(experiment) == message
+
+
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir"])
+def test_folder_to_write_to_that_is_a_file_is_named(bench: Bench, tmp_path: Path, key: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    experiment = bench.experiment(**{key: str(file / "inside")})
+    assert (
+        bench.only_problem(experiment) == f"{experiment}: {key}: = {str(file / 'inside')!r}: {file} is a file, not a folder"
+    )
+
+
 def remove_caption(folder: Path) -> Path:
     (folder / "picture_004.txt").unlink()
     return folder / "picture_004.png"

@@ -52,7 +52,7 @@ def optimizer_problems(config: OptimizerConfig) -> list[tuple[str, str]]:
     try:
         make_optimizer(config, [nn.Parameter(torch.zeros(1))])
     except Exception as error:  # each class checks its arguments in its own way, or trips over them
-        return [("optimizer.args", f"{config.type} refuses them: {error!r}")]
+        return [("optimizer.args", f"{config.type} refuses them: {error if isinstance(error, ValueError) else repr(error)}")]
     return []
 
 

@@ -109,8 +109,9 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
 
 def _check_folders(config: Config, problems: list[Problem]) -> None:
     """Folders that will be written to."""
-    experiment = config.experiment
-    for key, folder in (("output_dir", experiment.output_dir), ("cache_dir", experiment.cache_folder)):
+    for key, folder in (("output_dir", config.experiment.output_dir), ("cache_dir", config.experiment.cache_dir)):
+        if folder is None:
+            continue
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
             problems.append(Problem(config.path, key, f"= {str(folder)!r}: {existing} is a file, not a folder"))
@@ -143,9 +144,9 @@ def _open_dataset(config: Config, adapter: ModelAdapter, problems: list[Problem]
     if found:
         problems += found
         return Dataset([], [], [])
-    for index, directory in enumerate(config.dataset.directory):
-        if not directory.path.is_dir():
-            problems.append(Problem(config.dataset_path, f"directory[{index}].path", f"{directory.path} is not a folder"))
+    missing = [(index, entry.path) for index, entry in enumerate(config.dataset.directory) if not entry.path.is_dir()]
+    for index, path in missing:
+        problems.append(Problem(config.dataset_path, f"directory[{index}].path", f"{path} is not a folder"))
     dataset = scan(config.dataset, adapter.latent.pixel_multiple)
     if dataset.bad_files and config.dataset.on_bad_file == "error":
         problems += [Problem(bad.path, "", bad.reason) for bad in dataset.bad_files[:MAX_BAD_FILES_SHOWN]]
@@ -153,7 +154,7 @@ def _open_dataset(config: Config, adapter: ModelAdapter, problems: list[Problem]
         if rest > 0:
             problems.append(Problem(config.dataset_path, "", f"{rest} more files cannot be used"))
         problems.append(Problem(config.dataset_path, "on_bad_file", BAD_FILE_ADVICE))
-    if not dataset.examples:
+    if not dataset.examples and not missing:
         folders = ", ".join(str(directory.path) for directory in config.dataset.directory)
         problems.append(Problem(config.dataset_path, "directory", f"no usable picture with a caption in {folders}"))
     return dataset

@@ -202,3 +202,14 @@ def test_problems_of_the_network_and_of_the_folders_are_told_at_once(tiny_model:
     shutil.rmtree(model / "vae")
     keys = {key for key, _ in problems_of(model, mmdit=tmp_path / "none.safetensors")}
     assert keys == {"mmdit", "vae"}
+
+
+def test_clip_folders_that_have_changed_places_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Their widths add up to the same either way, and the network would be conditioned on nonsense."""
+    found = problems_of(tiny_model, clip_l=tiny_model / "text_encoder_2", clip_g=tiny_model / "text_encoder")
+    assert ("clip_l", "is wider than clip_g: the two folders have changed places") in found
+
+
+def test_a_folder_for_the_network_is_told_to_be_one(tiny_model: Path) -> None:
+    (problem,) = problems_of(tiny_model, mmdit=tiny_model)
+    assert problem == ("mmdit", f"{tiny_model} is a folder; give the .safetensors file with native keys")

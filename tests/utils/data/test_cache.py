@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -25,9 +26,9 @@ def key_of(index: int) -> str:
     return content_key("entry", str(index))
 
 
-def write(folder: Path, indices: range, *, per_shard: int = 2, writer: str = "rank0") -> None:
+def write(folder: Path, indices: range, *, per_shard: int = 2) -> None:
     size = sum(tensor.nbytes for tensor in entry(0).values())
-    shards = ShardWriter(folder, writer, max_bytes=per_shard * size, max_seconds=1e9)
+    shards = ShardWriter(folder, max_bytes=per_shard * size, max_seconds=1e9)
     for index in indices:
         shards.add(key_of(index), entry(index))
     shards.flush()
@@ -52,7 +53,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_tensors_keep_type_and_shape(tmp_path: Path, dtype: torch.dtype) -> None:
     value = torch.arange(24).view(2, 3, 4).to(dtype)
-    writer = ShardWriter(tmp_path, "rank0")
+    writer = ShardWriter(tmp_path)
     writer.add("k", {"latents": value, "view": value.transpose(0, 2)})
     writer.flush()
     read = Store(tmp_path).get("k")
@@ -70,7 +71,7 @@ def test_a_missing_entry_is_a_key_error(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "rank0", max_bytes=100, max_seconds=1e9)
+    writer = ShardWriter(tmp_path, max_bytes=100, max_seconds=1e9)
     writer.add("a", {"x": torch.zeros(10)})
     assert list(tmp_path.iterdir()) == []
     writer.add("b", {"x": torch.zeros(20)})
@@ -81,7 +82,7 @@ def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:
 def test_a_shard_is_written_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("utils.data.cache.time.monotonic", lambda: now[0])
-    writer = ShardWriter(tmp_path, "rank0", max_seconds=20)
+    writer = ShardWriter(tmp_path, max_seconds=20)
     writer.add("a", {"x": torch.zeros(1)})
     now[0] = 19.0
     writer.add("b", {"x": torch.zeros(1)})
@@ -102,7 +103,7 @@ from utils.data import cache
 
 folder = Path(sys.argv[1])
 size = sum(tensor.nbytes for tensor in entry(0).values())
-writer = cache.ShardWriter(folder, "rank0", max_bytes=2 * size, max_seconds=1e9)
+writer = cache.ShardWriter(folder, max_bytes=2 * size, max_seconds=1e9)
 real_save = cache.save_file
 
 def half_a_save(tensors, path):
@@ -154,14 +155,14 @@ def test_a_shard_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path: Path, 
 
 
 def test_two_writers_share_a_folder(tmp_path: Path) -> None:
-    write(tmp_path, range(4), writer="rank0")
-    write(tmp_path, range(4, 8), writer="rank1")
+    write(tmp_path, range(4))
+    write(tmp_path, range(4, 8))
     assert_holds(Store(tmp_path), range(8))
 
 
 def test_an_entry_written_twice_is_read_once(tmp_path: Path) -> None:
     write(tmp_path, range(3), per_shard=2)
-    write(tmp_path, range(1, 4), per_shard=3, writer="rank1")
+    write(tmp_path, range(1, 4), per_shard=3)
     store = Store(tmp_path)
     assert len(store) == 4
     assert_holds(store, range(4))
@@ -186,7 +187,7 @@ def test_a_damaged_shard_is_named_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_nothing_added_writes_nothing(tmp_path: Path) -> None:
-    ShardWriter(tmp_path, "rank0").flush()
+    ShardWriter(tmp_path).flush()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -291,3 +292,27 @@ def test_saving_leaves_nothing_beside_the_memory(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         FileHashes(tmp_path / "memory.json").hash_of(tmp_path / "none.png")
+
+
+def test_two_runs_may_write_the_same_entries_at_once(tmp_path: Path) -> None:
+    """As two runs do that start together with an empty cache: the shards have one name, the files being written not."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(_write_often, [tmp_path, tmp_path], chunksize=1)
+    assert_holds(Store(tmp_path), range(8))
+    assert not list(tmp_path.glob(".*"))
+
+
+def _write_often(folder: Path) -> None:
+    for _ in range(25):
+        write(folder, range(8))
+
+
+def test_a_file_copied_over_with_its_old_time_is_hashed_again(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"old")
+    before = picture.stat()
+    hashes = FileHashes(tmp_path / "files.json")
+    first = hashes.hash_of(picture)
+    picture.write_bytes(b"new")
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hashes.hash_of(picture) != first

@@ -153,9 +153,17 @@ def test_one_bad_picture_leaves_the_others_usable(tmp_path: Path) -> None:
     assert [example.image.name for example in found.examples] == [f"picture_00{index}.png" for index in (0, 2, 3)]
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_passed_over(tmp_path: Path) -> None:
+    """It is refused before, whatever on_bad_file says: tests/test_cli.py."""
     found = scan_folders(tmp_path / "none")
-    assert [str(bad) for bad in found.bad_files] == [f"{tmp_path / 'none'}: is not a folder"]
+    assert (found.examples, found.bad_files) == ([], [])
+
+
+def test_folders_in_a_folder_are_warned_of(tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    make_tiny_dataset(tmp_path / "more", 1)
+    (warning,) = [text for text in scan_folders(tmp_path).warnings if "more" in text]
+    assert warning == f"{tmp_path}: folders in it are not looked into: more"
 
 
 def test_an_empty_folder_is_warned_of(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from tests.utils.data.pictures import QUARTERS, RED, WHITE, corners, noise, quarters, save, whole
 from utils.data.buckets import Bucket, crop_box
@@ -248,3 +248,19 @@ def test_broken_exif_does_not_make_a_picture_bad(tmp_path: Path) -> None:
     path = save(noise(), tmp_path / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
     assert read_size(path) == (200, 150)
     assert read_pixels(path, whole(200, 150)).shape == (3, 150, 200)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_orientation_in_xmp_data_turns_size_and_pixels_alike(tmp_path: Path, suffix: str) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    path = tmp_path / f"picture.{suffix}"
+    if suffix == "png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        quarters(64, 32).save(path, pnginfo=chunks)
+    else:
+        quarters(64, 32).save(path, xmp=xmp)
+    with Image.open(path) as image:
+        turned = ImageOps.exif_transpose(image).size
+    assert turned == (32, 64)
+    assert read_size(path) == turned

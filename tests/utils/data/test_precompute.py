@@ -264,8 +264,8 @@ def test_an_encoder_that_fails_keeps_what_was_written_before(workshop: Workshop,
     """An interrupted pass goes on where it stopped: shards of some entries stay."""
 
     class OneEach(ShardWriter):
-        def __init__(self, folder: Path, writer_name: str) -> None:
-            super().__init__(folder, writer_name, max_bytes=1)
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder, max_bytes=1)
 
     monkeypatch.setattr("utils.data.precompute.ShardWriter", OneEach)
     adapter = Adapter(workshop.folder)
