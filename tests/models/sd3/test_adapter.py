@@ -102,7 +102,7 @@ def test_opening_a_model_reads_no_weights(tiny_model: Path, tmp_path: Path) -> N
     for path in folder.glob("text_encoder*/model.safetensors"):
         rewrite(path, "not read before encoding")
     rewrite(folder / "vae" / "diffusion_pytorch_model.safetensors", "not read before encoding")
-    SD3Adapter(settings_for(folder))
+    assert len(SD3Adapter(settings_for(folder)).layers) == DEPTH + 2
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------

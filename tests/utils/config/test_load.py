@@ -465,9 +465,9 @@ def test_an_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     content = toml.loads(path.read_text(encoding="utf-8"))
     if "directory" in content:
-        DatasetConfig.model_validate(content)
+        assert DatasetConfig.model_validate(content).directory
     else:
-        load_config(path)
+        assert load_config(path).experiment.model.type == "sd3"
 
 
 def test_a_key_of_the_model_in_the_dataset_file_is_told_its_place(tmp_path: Path) -> None:
