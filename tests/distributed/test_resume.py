@@ -215,7 +215,7 @@ def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare_resume(lab.shared_run(2, LORA).experiment, "", f"model.mmdit={tmp_path / 'other.safetensors'}")
     (problem,) = caught.value.problems
-    assert problem.message.startswith("model was ")
+    assert problem.message.startswith("the network's weights file is another than the one ")
 
 
 def test_resume_tells_what_has_changed_since_the_run_began(lab: Lab) -> None:
