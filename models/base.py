@@ -8,7 +8,6 @@ Shapes: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -30,25 +29,6 @@ class ModelFilesError(ValueError):
     def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
         self.problems = list(problems)
-
-
-def read_pretrained_config(folder: Path, kind: str) -> dict[str, Any]:
-    """config.json of a folder in Hugging Face's layout, which must also hold safetensors weights.
-
-    `kind` says what should be there. Raises ValueError saying what is wrong.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give the folder of {kind}")
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has no .safetensors file (pickled .bin weights are not read)")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a table of settings")
-    return config
 
 
 @dataclass(frozen=True)
@@ -109,6 +89,32 @@ class PipelineLayer:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
+@dataclass(frozen=True)
+class ModuleAdapter:
+    """What an adapter holds for one module whose weight is W (out, in) or, of a convolution, (out, in, k, k).
+
+    Low rank: `down` (rank, in) and `up` (out, rank), of a convolution (rank, in, k, k) and (out, rank, 1, 1); the update is
+    scale * up @ down. With `magnitude` (out,) too (DoRA), each row of W + update is brought to that length.
+    Kronecker (LoKr): the update is scale * kron(w1, w2); either factor may be a product, `w1_a` @ `w1_b`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A public adapter file, its headers read: which modules of the network it is for, and one module at a time."""
+
+    path: Path
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    """Native module name -> tensor name of ModuleAdapter -> shape."""
+    read: Callable[[str], ModuleAdapter]
+    """The adapter of one of these modules, in float32."""
+    left_out: tuple[str, ...]
+    """Keys for other networks, such as text encoders."""
+
+
 class ModelAdapter(ABC):
     """A model family, ready to be encoded with, cut into stages, trained and exported."""
 
@@ -116,13 +122,31 @@ class ModelAdapter(ABC):
     layer_list_version: int
     """Changes with what `layers` means: training checkpoints name layers by their place in it."""
     network_files: tuple[Path, ...]
-    """The files the layers are read from."""
+    """The files the layers are read from, adapters merged into them included."""
+    network_settings: Mapping[str, Any]
+    """What else the network's weights before training depend on."""
     image_encoder: FrozenEncoder
     text_encoders: tuple[FrozenEncoder, ...]
     layers: tuple[PipelineLayer, ...]
-    linear_modules: tuple[str, ...]
-    """Native names of every linear module: what a low-rank adapter can be put on."""
+    adaptable_modules: Mapping[str, tuple[int, ...]]
+    """Native name of every module that an adapter can be put on -> shape of its weight."""
+    lora_target_groups: Mapping[str, str]
+    """Names for sets of modules, for people: name -> regular expression over whole native names."""
     default_lora_targets: tuple[str, ...]
+    """Of these groups, those trained when nothing is said."""
+    num_blocks: int
+    native_prefix: str
+    """What stands before native names in a single file that holds more than the network."""
+    notes: tuple[str, ...]
+    """What a user should be told of the files before the run."""
+
+    @abstractmethod
+    def block_of(self, module: str) -> int | None:
+        """The number of the repeated block a module (native name) is in; None outside of them."""
+
+    @abstractmethod
+    def open_adapter_file(self, path: Path) -> AdapterFile:
+        """An adapter for this network in any public format. Raises ModelFilesError, its key empty, when it is none."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -145,12 +169,27 @@ class ModelAdapter(ABC):
         """Read the image decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, h, w)."""
 
     @abstractmethod
-    def native_lora(self, lora: LoraWeights) -> dict[str, Tensor]:
-        """The adapter's tensors of some layers under the keys native tools read."""
+    def native_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
+        """Adapters of some modules (native names) under the keys native tools read."""
 
     @abstractmethod
-    def diffusers_lora(self, lora: LoraWeights) -> dict[str, Tensor]:
-        """The adapter's tensors of some layers under diffusers' keys, alpha folded in."""
+    def diffusers_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
+        """Low-rank adapters of some modules (native names) under diffusers' keys, their scale multiplied in."""
+
+    @abstractmethod
+    def diffusers_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole modules of the network under native names -> diffusers' names; copies nothing it need not."""
+
+    @abstractmethod
+    def diffusers_config(self) -> dict[str, Any]:
+        """config.json of the network in diffusers' layout."""
+
+    @abstractmethod
+    def frozen_tensors(self) -> list[FileTensor]:
+        """Autoencoder and text encoders as a complete single file has them beside the network.
+
+        Raises ModelFilesError when such a file could not say how they are built.
+        """
 
     @abstractmethod
     def export_metadata(self) -> dict[str, str]:
@@ -158,8 +197,11 @@ class ModelAdapter(ABC):
 
 
 @dataclass(frozen=True)
-class LoraWeights:
-    """Low-rank pairs by native module name: module -> (down (rank, in), up (out, rank)), and their common alpha."""
+class FileTensor:
+    """A tensor to be written into a public file: read when its turn comes."""
 
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-    alpha: float
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    dtype: torch.dtype | None = None
+    """What it must be stored in; None: as the rest of the file."""

@@ -24,9 +24,10 @@ Shape = tuple[int, ...]
 
 WIDTH = 128
 DEPTH = 3
-CONTEXT_DIM = 64
-CLIP_L_WIDTH = 16
-CLIP_G_WIDTH = 32
+CONTEXT_DIM = 192
+# Heads are 64 wide and norms have 32 groups, as in the released models: a bare file cannot say otherwise.
+CLIP_L_WIDTH = 64
+CLIP_G_WIDTH = 128
 POOLED_DIM = CLIP_L_WIDTH + CLIP_G_WIDTH
 POS_EMBED_MAX_SIZE = 16
 LATENT_CHANNELS = 16
@@ -126,10 +127,10 @@ def _write_vae(folder: Path) -> None:
     autoencoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(32, 32, 32, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
+        norm_num_groups=32,
         sample_size=32,
         scaling_factor=1.5305,
         shift_factor=0.0609,
@@ -147,7 +148,7 @@ def _write_clip(folder: Path, width: int, activation: str) -> None:
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=width // 64,
         projection_dim=width,
         hidden_act=activation,
         max_position_embeddings=77,
@@ -167,10 +168,10 @@ def _write_t5(folder: Path) -> None:
 
     config = T5Config(
         d_model=CONTEXT_DIM,
-        d_kv=16,
+        d_kv=64,
         d_ff=128,
         num_layers=2,
-        num_heads=4,
+        num_heads=2,
         vocab_size=32128,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,

@@ -4,11 +4,16 @@ SD3 reads CLIP's last-but-one layer without the final norm, and of the last laye
 row goes through a projection for CLIP-G and not for CLIP-L. T5 gives its normed last layer. No encoder sees a mask: the
 padding takes part, so its id and its length are part of what a caption means. Source: Stability-AI/sd3.5, SD3 paper
 appendix B.
+
+Read are transformers' folders and bare files with transformers' names, as the public files have them. A bare file has no
+settings beside its tensors: the shape is told from those, and the rest is what the three released encoders have.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import EncodedItem, EncodeFunction, FrozenEncoder, read_pretrained_config
+from models.base import EncodedItem, EncodeFunction, FileTensor, FrozenEncoder
 from models.sd3.mmdit import MMDiTConfig
 from models.sd3.settings import DTYPES, SD3Settings
+from models.sd3.sources import PREFIXES, Part, what_it_is
+from models.tensor_files import TensorFiles, shape_problems
 
-TOKENIZER_FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenizer_3"}
-_TOKENIZER_FILES = {
-    "clip_l": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
-    "clip_g": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
-    "t5xxl": (("tokenizer.json",), ("spiece.model",)),
-}
-"""The sets of files, any of which makes a tokenizer."""
-
-
-def find_tokenizer(name: str, folder: Path) -> Path | None:
-    """The folder with the encoder's tokenizer: its own, or the one beside it in diffusers' layout; None if neither."""
-    for candidate in (folder, folder.parent / TOKENIZER_FOLDERS[name]):
-        if any(all((candidate / file).is_file() for file in files) for files in _TOKENIZER_FILES[name]):
-            return candidate
-    return None
+HEAD_WIDTH = 64
+"""Of all three encoders as released; a bare file cannot say."""
+_NEVER_READ = re.compile(r".*position_ids|logit_scale|spiece_model|(vision_model|visual_projection|decoder|lm_head)\..*")
+"""What files have beside the encoder: constants, a tokenizer, the other half of CLIP or T5."""
+Shape = tuple[int, ...]
 
 
 class SD3TextEncoder(FrozenEncoder):
@@ -43,27 +40,26 @@ class SD3TextEncoder(FrozenEncoder):
     Captions are encoded one by one, so that what is cached does not depend on which others were encoded with it.
     """
 
-    def __init__(self, name: str, folder: Path, tokenizer_folder: Path, num_tokens: int, dtype: str) -> None:
-        self.name = name
-        self.folder = folder
+    def __init__(self, part: Part, tokenizer_folder: Path, num_tokens: int, dtype: str) -> None:
+        self.name = part.key
+        self.part = part
         self.tokenizer_folder = tokenizer_folder
         self.num_tokens = num_tokens
         self.dtype = DTYPES[dtype]
         tokenizer_files = sorted(p for p in tokenizer_folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
-        self.files = (folder / "config.json", *sorted(folder.glob("*.safetensors")), *tokenizer_files)
-        self.settings = {"encoder": name, "num_tokens": num_tokens, "dtype": dtype}
+        self.files = (*part.files, *(p for p in tokenizer_files if p not in part.files))
+        self.settings = {"encoder": part.key, "num_tokens": num_tokens, "dtype": dtype}
 
     def load(self, device: torch.device) -> EncodeFunction:
         tokenizer = self._load_tokenizer()
         model = self._load_model().eval().requires_grad_(False).to(device)
-        run = _run_t5 if self.name == "t5xxl" else _run_clip
 
         @torch.no_grad()
         def encode(captions: Sequence[str]) -> list[EncodedItem]:
             encoded = []
             for caption in captions:
                 ids = torch.tensor([self._token_ids(tokenizer, caption)], device=device)
-                tensors = run(model, ids)
+                tensors = _run_t5(model, ids) if self.name == "t5xxl" else _run_clip(model, ids, self.name == "clip_g")
                 encoded.append({key: value[0].to(self.dtype).cpu() for key, value in tensors.items()})
             return encoded
 
@@ -76,12 +72,15 @@ class SD3TextEncoder(FrozenEncoder):
         return tokenizer_type.from_pretrained(self.tokenizer_folder, local_files_only=True)
 
     def _load_model(self) -> Any:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-        model_type: Any = {"clip_l": CLIPTextModel, "clip_g": CLIPTextModelWithProjection, "t5xxl": T5EncoderModel}[
-            self.name
-        ]
-        return model_type.from_pretrained(self.folder, local_files_only=True, dtype=self.dtype)
+        settings = encoder_config(self.part)
+        state = dict(weights_of(self.part).read(expected_shapes(self.name, settings), self.dtype))
+        model_type: Any = T5EncoderModel if self.name == "t5xxl" else CLIPTextModelWithProjection
+        config: Any = (T5Config if self.name == "t5xxl" else CLIPTextConfig).from_dict(settings)
+        if self.name == "clip_l":  # never used, and many files have none
+            state["text_projection.weight"] = torch.eye(config.projection_dim, config.hidden_size, dtype=self.dtype)
+        return model_type.from_pretrained(None, config=config, state_dict=state, dtype=self.dtype)
 
     def _token_ids(self, tokenizer: Any, caption: str) -> list[int]:
         """Token ids cut and padded to `num_tokens`. CLIP-L pads with its end token, CLIP-G and T5 with id 0, whatever
@@ -91,16 +90,12 @@ class SD3TextEncoder(FrozenEncoder):
         return list(ids) + [pad] * (self.num_tokens - len(ids))
 
 
-def _run_clip(model: Any, ids: Tensor) -> dict[str, Tensor]:
+def _run_clip(model: Any, ids: Tensor, projects: bool) -> dict[str, Tensor]:
     """ids (1, tokens) -> sequence (1, tokens, width), pooled (1, width)."""
-    output = model(input_ids=ids, output_hidden_states=True)
+    output = model.text_model(input_ids=ids, output_hidden_states=True)
     end = ids[0].argmax()  # the first end token: no id is larger
-    projection = getattr(model, "text_projection", None)
     pooled = output.last_hidden_state[:, end]
-    return {
-        "sequence": output.hidden_states[-2],
-        "pooled": pooled if projection is None else projection(pooled),
-    }
+    return {"sequence": output.hidden_states[-2], "pooled": model.text_projection(pooled) if projects else pooled}
 
 
 def _run_t5(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -108,79 +103,245 @@ def _run_t5(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"sequence": model(input_ids=ids).last_hidden_state}
 
 
-def join_text(text: Mapping[str, Tensor], context_dim: int) -> tuple[Tensor, Tensor]:
-    """The three encoders' tensors as the network reads them.
+# --- what the network reads --------------------------------------------------------------------------------------------
 
-    text: "clip_l.sequence" (B, tokens, width) and so on. Returns context (B, L, context_dim), CLIP's tokens (both encoders
-    side by side, zeros up to the width) before T5's, and pooled (B, width of CLIP-L + width of CLIP-G).
+
+def join_text(text: Mapping[str, Tensor], settings: SD3Settings, config: MMDiTConfig) -> tuple[Tensor, Tensor]:
+    """The encoders' tensors as the network reads them.
+
+    text: "clip_l.sequence" (B, tokens, width) and so on, of the encoders there are. Returns context (B, L, context_dim),
+    CLIP's tokens (CLIP-L and CLIP-G side by side, zeros up to the width) before T5's, and pooled (B, pooled_dim), CLIP-L's
+    before CLIP-G's. What is off is zeros, or its tokens are left out: `missing_encoders`.
     """
-    clip = torch.cat([text["clip_l.sequence"], text["clip_g.sequence"]], dim=-1)
-    clip = F.pad(clip, (0, context_dim - clip.shape[-1]))
-    context = torch.cat([clip, text["t5xxl.sequence"]], dim=1)
-    return context, torch.cat([text["clip_l.pooled"], text["clip_g.pooled"]], dim=-1)
+    some = next(iter(text.values()))
+    clips = [text[f"{name}.sequence"] for name in ("clip_l", "clip_g") if f"{name}.sequence" in text]
+    pooled = [text[f"{name}.pooled"] for name in ("clip_l", "clip_g") if f"{name}.pooled" in text]
+    offset = 0
+    if len(pooled) == 1:
+        # Where CLIP-L would stand, CLIP-G leaves room: the two widths add up to the pooled width.
+        offset = config.pooled_dim - pooled[0].shape[-1] if "clip_g.pooled" in text else 0
+    clip = torch.cat(clips, dim=-1) if clips else some.new_zeros(some.shape[0], settings.clip_tokens, 0)
+    clip = F.pad(clip, (offset, config.context_dim - offset - clip.shape[-1]))
+    t5 = text.get("t5xxl.sequence", some.new_zeros(some.shape[0], settings.t5xxl_tokens, config.context_dim))
+    both = torch.cat(pooled, dim=-1) if pooled else some.new_zeros(some.shape[0], 0)
+    return torch.cat([clip, t5], dim=1), F.pad(both, (offset, config.pooled_dim - offset - both.shape[-1]))
 
 
-def make_text_encoders(settings: SD3Settings) -> tuple[SD3TextEncoder, ...]:
-    """CLIP-L, CLIP-G, T5 of checked settings."""
-    lengths = {"clip_l": settings.clip_max_token_length, "clip_g": settings.clip_max_token_length}
-    encoders = []
-    for name in TOKENIZER_FOLDERS:
-        folder = _folder(settings, name)
-        tokenizer = find_tokenizer(name, folder)
-        assert tokenizer is not None, "check_files comes first"
-        num_tokens = lengths.get(name, settings.t5xxl_max_token_length)
-        encoders.append(SD3TextEncoder(name, folder, tokenizer, num_tokens, settings.dtype))
-    return tuple(encoders)
+def make_text_encoders(
+    parts: Mapping[str, Part], tokenizers: Mapping[str, Path], settings: SD3Settings
+) -> tuple[SD3TextEncoder, ...]:
+    """The encoders that are not off."""
+    lengths = {"t5xxl": settings.t5xxl_max_token_length}
+    return tuple(
+        SD3TextEncoder(part, tokenizers[name], lengths.get(name, settings.clip_max_token_length), settings.dtype)
+        for name, part in parts.items()
+    )
 
 
-def _folder(settings: SD3Settings, name: str) -> Path:
-    return {"clip_l": settings.clip_l, "clip_g": settings.clip_g, "t5xxl": settings.t5xxl}[name]
+# --- bare files --------------------------------------------------------------------------------------------------------
 
 
-def check_files(settings: SD3Settings, config: MMDiTConfig | None) -> list[tuple[str, str]]:
-    """What is wrong with the three folders and, where the network is known, how they fit it, as (key, message).
+def weights_of(part: Part) -> TensorFiles:
+    """The encoder's tensors under the public files' names, and no others."""
+    tensors = part.tensors.without(lambda name: _NEVER_READ.fullmatch(name) is not None)
+    if part.key == "t5xxl":
+        table, copy = "shared.weight", "encoder.embed_tokens.weight"
+        if table in tensors:
+            return tensors.without(lambda name: name == copy)
+        return tensors.renamed(lambda name: table if name == copy else name)
+    if "embeddings.token_embedding.weight" in tensors:  # a CLIPTextModel as transformers 5 has it
+        tensors = tensors.renamed(lambda name: f"text_model.{name}")
+    return tensors.without(lambda name: name == "text_projection.weight") if part.key == "clip_l" else tensors
 
-    Reads config.json only.
+
+def encoder_config(part: Part) -> dict[str, Any]:
+    """The settings of transformers' class: config.json, or told from the shapes of a bare file.
+
+    Raises ValueError when a bare file lacks a defining tensor.
+    """
+    if part.config is not None:
+        settings: dict[str, Any] = part.config.get("text_config", part.config)  # whole CLIPs nest it
+        return settings
+    shapes = weights_of(part).shapes
+    return _t5_config(shapes) if part.key == "t5xxl" else _clip_config(part.key, shapes)
+
+
+def _shape_of(shapes: Mapping[str, Shape], name: str) -> Shape:
+    if len(shapes.get(name, ())) != 2:
+        raise ValueError(f"has no {name}")
+    return shapes[name]
+
+
+def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    return 1 + max((int(m.group(1)) for name in shapes if (m := re.match(pattern, name))), default=-1)
+
+
+def _clip_config(key: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    vocabulary, width = _shape_of(shapes, "text_model.embeddings.token_embedding.weight")
+    positions, _ = _shape_of(shapes, "text_model.embeddings.position_embedding.weight")
+    inner, _ = _shape_of(shapes, "text_model.encoder.layers.0.mlp.fc1.weight")
+    if width % HEAD_WIDTH:
+        raise ValueError(f"is {width} wide, no multiple of the head width, {HEAD_WIDTH}")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": width // HEAD_WIDTH,
+        "projection_dim": _shape_of(shapes, "text_projection.weight")[0] if key == "clip_g" else width,
+        "max_position_embeddings": positions,
+        "hidden_act": "quick_gelu" if key == "clip_l" else "gelu",
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+    }
+
+
+def _t5_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    vocabulary, width = _shape_of(shapes, "shared.weight")
+    buckets, heads = _shape_of(shapes, f"{_T5_ATTENTION.format(0)}.relative_attention_bias.weight")
+    inner_attention, _ = _shape_of(shapes, f"{_T5_ATTENTION.format(0)}.q.weight")
+    inner, _ = _shape_of(shapes, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": inner_attention // heads,
+        "d_ff": inner,
+        "num_layers": _count(shapes, r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+    }
+
+
+_T5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
+
+
+def expected_shapes(key: str, config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Tensor name -> shape of an encoder of these settings, in the public files' names."""
+    return _t5_shapes(config) if key == "t5xxl" else _clip_shapes(key, config)
+
+
+def _clip_shapes(key: str, config: Mapping[str, Any]) -> dict[str, Shape]:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    linears = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+    linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    norms = ["text_model.final_layer_norm"]
+    shapes: dict[str, Shape] = {
+        "text_model.embeddings.token_embedding.weight": (config.get("vocab_size", 49408), width),
+        "text_model.embeddings.position_embedding.weight": (config.get("max_position_embeddings", 77), width),
+    }
+    for index in range(config["num_hidden_layers"]):
+        layer = f"text_model.encoder.layers.{index}"
+        norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
+        for name, shape in linears.items():
+            shapes[f"{layer}.{name}.weight"] = shape
+            shapes[f"{layer}.{name}.bias"] = shape[:1]
+    for name in norms:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    if key == "clip_g":
+        shapes["text_projection.weight"] = (config.get("projection_dim", width), width)
+    return shapes
+
+
+def _t5_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
+    attention = heads * config["d_kv"]
+    shapes: dict[str, Shape] = {"shared.weight": (config["vocab_size"], width), "encoder.final_layer_norm.weight": (width,)}
+    for index in range(config["num_layers"]):
+        name, mlp = _T5_ATTENTION.format(index), f"encoder.block.{index}.layer.1"
+        shapes |= {f"{name}.{part}.weight": (attention, width) for part in ("q", "k", "v")}
+        shapes |= {f"{name}.o.weight": (width, attention), f"encoder.block.{index}.layer.0.layer_norm.weight": (width,)}
+        shapes |= {f"{mlp}.DenseReluDense.wi_{part}.weight": (inner, width) for part in (0, 1)}
+        shapes |= {f"{mlp}.DenseReluDense.wo.weight": (width, inner), f"{mlp}.layer_norm.weight": (width,)}
+    buckets = config.get("relative_attention_num_buckets", 32)
+    shapes[f"{_T5_ATTENTION.format(0)}.relative_attention_bias.weight"] = (buckets, heads)
+    return shapes
+
+
+# --- checking and writing ----------------------------------------------------------------------------------------------
+
+
+def check_parts(parts: Mapping[str, Part], settings: SD3Settings, config: MMDiTConfig | None) -> list[tuple[str, str]]:
+    """What is wrong with the encoders' files and, where the network is known, how they fit it, as (key, message).
+
+    Reads headers and config.json only.
     """
     problems: list[tuple[str, str]] = []
     configs: dict[str, dict[str, Any]] = {}
-    for name in TOKENIZER_FOLDERS:
-        folder = _folder(settings, name)
+    for name, part in parts.items():
         try:
-            configs[name] = read_pretrained_config(folder, "a transformers text encoder")
+            configs[name] = encoder_config(part)
+            found = weights_of(part)
+            misfits = shape_problems(found.shapes, expected_shapes(name, configs[name]))
         except ValueError as error:
-            problems.append((name, str(error)))
+            what = what_it_is(list(part.tensors.shapes))
+            problems.append((name, f"{part.tensors.source} is {what}, not a whole {_KINDS[name]}: it {error}"))
             continue
-        if find_tokenizer(name, folder) is None:
-            wanted = " or ".join(" and ".join(files) for files in _TOKENIZER_FILES[name])
-            place = folder.parent / TOKENIZER_FOLDERS[name]
-            problems.append((name, f"no tokenizer: put {wanted} into {folder} or into {place}"))
+        except KeyError as error:
+            problems.append((name, f"{part.folder / 'config.json'} gives no {error.args[0]}"))
+            continue
+        problems += [(name, f"{part.tensors.source} {line}") for line in misfits + found.unreadable()]
     if problems or config is None:
         return problems
     return _fit_problems(settings, configs, config.context_dim, config.pooled_dim)
+
+
+_KINDS = {"clip_l": "CLIP-L text encoder", "clip_g": "CLIP-G text encoder", "t5xxl": "T5 text encoder"}
 
 
 def _fit_problems(
     settings: SD3Settings, configs: Mapping[str, Mapping[str, Any]], context_dim: int, pooled_dim: int
 ) -> list[tuple[str, str]]:
     """Widths and lengths of the encoders against what the network takes."""
-    widths = {name: configs[name].get("hidden_size", configs[name].get("d_model")) for name in configs}
-    problems = [(name, "its config.json gives no width") for name, width in widths.items() if not isinstance(width, int)]
-    if problems:
-        return problems
-    if widths["clip_l"] > widths["clip_g"]:
-        problems.append(("clip_l", "is wider than clip_g: the two folders have changed places"))
-    pooled = widths["clip_l"] + configs["clip_g"].get("projection_dim", widths["clip_g"])
-    if pooled != pooled_dim:
-        problems.append(("clip_l", f"pooled widths of CLIP-L and CLIP-G add up to {pooled}, the network takes {pooled_dim}"))
-    if widths["clip_l"] + widths["clip_g"] > context_dim:
-        problems.append(("clip_g", f"CLIP-L and CLIP-G together are wider than the network's context, {context_dim}"))
-    if widths["t5xxl"] != context_dim:
-        problems.append(("t5xxl", f"is {widths['t5xxl']} wide, the network's context is {context_dim}"))
-    for name in ("clip_l", "clip_g"):
-        positions = configs[name].get("max_position_embeddings", 77)
+    problems: list[tuple[str, str]] = []
+    clips = {name: config for name, config in configs.items() if name != "t5xxl"}
+    widths = {name: config["hidden_size"] for name, config in clips.items()}
+    if len(widths) == 2 and widths["clip_l"] > widths["clip_g"]:
+        problems.append(("clip_l", "is wider than clip_g: the two have changed places"))
+    pooled = sum(_pooled_width(name, config) for name, config in clips.items())
+    if pooled != pooled_dim if len(clips) == 2 else pooled >= pooled_dim:
+        names = " and ".join(clips)
+        problems.append((next(iter(clips)), f"pooled width of {names} is {pooled}, the network takes {pooled_dim} of both"))
+    if sum(widths.values()) > context_dim:
+        problems.append((next(iter(clips)), f"{' and '.join(clips)} are wider than the network's context, {context_dim}"))
+    t5_width = configs["t5xxl"]["d_model"] if "t5xxl" in configs else context_dim
+    if t5_width != context_dim:
+        problems.append(("t5xxl", f"is {t5_width} wide, the network's context is {context_dim}"))
+    for name, config in clips.items():
+        positions = config.get("max_position_embeddings", 77)
         if settings.clip_max_token_length > positions:
             problems.append(
                 ("clip_max_token_length", f"= {settings.clip_max_token_length}: {name} has {positions} positions")
             )
     return problems
+
+
+def _pooled_width(name: str, config: Mapping[str, Any]) -> int:
+    return int(config["hidden_size"] if name == "clip_l" else config.get("projection_dim", config["hidden_size"]))
+
+
+def file_problems(part: Part) -> list[str]:
+    """Why a single file could not say how this encoder is built."""
+    if part.config is None:
+        return []
+    config = encoder_config(part)
+    bare = encoder_config(Part(part.key, weights_of(part), None, part.folder))
+    untold = ("num_attention_heads", "hidden_act", "feed_forward_proj")
+    return [
+        f"{part.tensors.source} has {key} {config[key]}; a single file cannot say so, it means {bare[key]}"
+        for key in untold
+        if key in config and config[key] != bare[key]
+    ]
+
+
+def file_tensors(part: Part, dtype: torch.dtype) -> list[FileTensor]:
+    """The encoder as a complete single file has it."""
+    tensors = weights_of(part)
+    prefix = PREFIXES[part.key][0]
+    return [
+        FileTensor(prefix + name, tensors.shapes[name], partial(tensors.read_one, name, dtype))
+        for name in expected_shapes(part.key, encoder_config(part))
+    ]

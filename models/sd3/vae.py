@@ -1,26 +1,28 @@
 """The 16-channel autoencoder, over diffusers' AutoencoderKL: pixels to normalised latents and back.
 
-The only place where the latents' shift and scale are applied: z = (mean - shift) * scale.
+The only place where the latents' shift and scale are applied: z = (mean - shift) * scale. Read are diffusers' folder and the
+native file, whose shape is told from its tensors and whose names are translated; a native file has no settings beside its
+tensors, so those are SD3's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.base import DecodeFunction, EncodedItem, EncodeFunction, FrozenEncoder, read_pretrained_config
+from models.base import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, FrozenEncoder
+from models.sd3.sources import PREFIXES, Part, what_it_is
+from models.tensor_files import shape_problems
 
 SPATIAL_DOWNSCALE = 8
-
-
-def _load_autoencoder(folder: Path, device: torch.device):  # type: ignore[no-untyped-def]
-    from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run with a full cache never needs it
-
-    autoencoder = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    return autoencoder.eval().requires_grad_(False).to(device)
+SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
+NATIVE_NORM_GROUPS = 32
+Shape = tuple[int, ...]
 
 
 class SD3ImageEncoder(FrozenEncoder):
@@ -32,13 +34,13 @@ class SD3ImageEncoder(FrozenEncoder):
 
     name = "vae"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = (folder / "config.json", *sorted(folder.glob("*.safetensors")))
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.files = part.files
         self.settings = {"class": "AutoencoderKL", "posterior": "mean", "dtype": "float32"}
 
     def load(self, device: torch.device) -> EncodeFunction:
-        autoencoder = _load_autoencoder(self.folder, device)
+        autoencoder = _load_autoencoder(self.part, device)
         shift, scale = autoencoder.config.shift_factor or 0.0, autoencoder.config.scaling_factor
 
         @torch.no_grad()
@@ -53,9 +55,9 @@ class SD3ImageEncoder(FrozenEncoder):
         return encode
 
 
-def load_decoder(folder: Path, device: torch.device) -> DecodeFunction:
+def load_decoder(part: Part, device: torch.device) -> DecodeFunction:
     """Read the decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU."""
-    autoencoder = _load_autoencoder(folder, device)
+    autoencoder = _load_autoencoder(part, device)
     shift, scale = autoencoder.config.shift_factor or 0.0, autoencoder.config.scaling_factor
 
     @torch.no_grad()
@@ -69,19 +71,190 @@ def load_decoder(folder: Path, device: torch.device) -> DecodeFunction:
     return decode
 
 
-def check_files(folder: Path, num_channels: int | None) -> list[tuple[str, str]]:
-    """What is wrong with the autoencoder's folder, as (key, message); reads config.json only.
+def _load_autoencoder(part: Part, device: torch.device) -> Any:
+    from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run with a full cache never needs it
+
+    config = part.config if part.config is not None else native_config(part.tensors.shapes)
+    with torch.device("meta"):
+        autoencoder: Any = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    state = {}
+    for name, parameter in autoencoder.state_dict().items():
+        own_name = name if part.config is not None else native_name(name, len(config["block_out_channels"]))
+        if own_name not in part.tensors:
+            own_name = _older_name(own_name)
+        state[name] = part.tensors.read_one(own_name, torch.float32).reshape(parameter.shape)
+    autoencoder.load_state_dict(state, assign=True)
+    return autoencoder.eval().requires_grad_(False).to(device)
+
+
+_OLDER_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def _older_name(name: str) -> str:
+    """diffusers' name of an attention tensor before version 0.18, which some folders still have."""
+    for new, old in _OLDER_ATTENTION.items():
+        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return name
+
+
+# --- the native file ---------------------------------------------------------------------------------------------------
+
+
+def native_name(name: str, num_levels: int) -> str:
+    """The native name of a tensor of AutoencoderKL. Source: CompVis/latent-diffusion, diffusionmodules/model.py."""
+    name = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block.", name)
+    name = re.sub(r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample.", name)
+    level = re.match(r"decoder\.up_blocks\.(\d+)\.", name)
+    if level:  # counted from the other end
+        up = f"decoder.up.{num_levels - 1 - int(level.group(1))}."
+        name = up + name[level.end() :].replace("resnets.", "block.").replace("upsamplers.0.", "upsample.")
+    name = name.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
+    name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
+    for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f"attn_1.{new}.", f"attn_1.{old}.")
+    return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """AutoencoderKL's settings from the shapes of a native file. Raises ValueError when a defining tensor is missing."""
+    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
+        if len(shapes.get(name, ())) != 4:
+            raise ValueError(f"has no {name}")
+    levels = sorted(
+        {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.", name))}
+    )
+    blocks = {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
+    if levels != list(range(len(levels))) or not levels:
+        raise ValueError("has no encoder.down.0.block.0.conv1.weight")
+    channels = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels]
+    return {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["encoder.conv_in.weight"][1],
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
+        "block_out_channels": channels,
+        "layers_per_block": len(blocks),
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "norm_num_groups": NATIVE_NORM_GROUPS,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "scaling_factor": SCALING_FACTOR,
+        "shift_factor": SHIFT_FACTOR,
+    }
+
+
+class _Shapes(dict[str, Shape]):
+    """Name -> shape, built up of the autoencoder's kinds of modules."""
+
+    def conv(self, name: str, inside: int, outside: int, size: int = 3) -> None:
+        self.update({f"{name}.weight": (outside, inside, size, size), f"{name}.bias": (outside,)})
+
+    def norm(self, name: str, width: int) -> None:
+        self.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    def resnet(self, name: str, inside: int, outside: int) -> None:
+        self.norm(f"{name}.norm1", inside)
+        self.conv(f"{name}.conv1", inside, outside)
+        self.norm(f"{name}.norm2", outside)
+        self.conv(f"{name}.conv2", outside, outside)
+        if inside != outside:
+            self.conv(f"{name}.nin_shortcut", inside, outside, 1)
+
+    def middle(self, name: str, width: int, has_attention: bool) -> None:
+        for block in ("block_1", "block_2"):
+            self.resnet(f"{name}.{block}", width, width)
+        if has_attention:
+            self.norm(f"{name}.attn_1.norm", width)
+            for part in ("q", "k", "v", "proj_out"):
+                self.conv(f"{name}.attn_1.{part}", width, width, 1)
+
+    def levels(self, name: str, widths: Mapping[int, int], num_blocks: int, step: str) -> None:
+        """widths: level -> width, in the order they are run in; `step` is the change of size between two."""
+        inside = next(iter(widths.values()))
+        for place, (level, width) in enumerate(widths.items()):
+            for index in range(num_blocks):
+                self.resnet(f"{name}.{level}.block.{index}", inside, width)
+                inside = width
+            if place < len(widths) - 1:
+                self.conv(f"{name}.{level}.{step}.conv", width, width)
+
+
+def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Native tensor name -> shape of an autoencoder of these settings."""
+    widths, latent, colours = config["block_out_channels"], config["latent_channels"], config["in_channels"]
+    first, last, num_blocks = widths[0], widths[-1], config["layers_per_block"]
+    shapes = _Shapes()
+    shapes.conv("encoder.conv_in", colours, first)
+    shapes.levels("encoder.down", dict(enumerate(widths)), num_blocks, "downsample")
+    shapes.middle("encoder.mid", last, config["mid_block_add_attention"])
+    shapes.norm("encoder.norm_out", last)
+    shapes.conv("encoder.conv_out", last, 2 * latent)
+    shapes.conv("decoder.conv_in", latent, last)
+    shapes.middle("decoder.mid", last, config["mid_block_add_attention"])
+    shapes.levels("decoder.up", dict(reversed(list(enumerate(widths)))), num_blocks + 1, "upsample")
+    shapes.norm("decoder.norm_out", first)
+    shapes.conv("decoder.conv_out", first, colours)
+    if config["use_quant_conv"]:
+        shapes.conv("quant_conv", 2 * latent, 2 * latent, 1)
+    if config["use_post_quant_conv"]:
+        shapes.conv("post_quant_conv", latent, latent, 1)
+    return dict(shapes)
+
+
+# --- checking and writing ----------------------------------------------------------------------------------------------
+
+
+def check_part(part: Part, num_channels: int | None) -> list[tuple[str, str]]:
+    """What is wrong with the autoencoder's files, as (key, message); reads headers and config.json only.
 
     num_channels: what the network takes; None when it is not known.
     """
-    try:
-        config = read_pretrained_config(folder, "a diffusers AutoencoderKL")
-    except ValueError as error:
-        return [("vae", str(error))]
+    source, shapes = part.tensors.source, part.tensors.shapes
+    config = part.config
+    if config is None:
+        try:
+            config = native_config(shapes)
+        except ValueError as error:
+            return [("vae", f"{source} is {what_it_is(list(shapes))}, not a whole autoencoder: it {error}")]
+        misfits = shape_problems(shapes, native_shapes(config)) + part.tensors.unreadable()
+        if misfits:
+            return [("vae", f"{source} {line}") for line in misfits]
     channels = config.get("latent_channels")
     if num_channels is not None and channels != num_channels:
-        return [("vae", f"{folder} has {channels} latent channels, the network takes {num_channels}")]
+        return [("vae", f"{source} has {channels} latent channels, the network takes {num_channels}")]
     downscale = 2 ** (len(config.get("block_out_channels", ())) - 1)
     if downscale != SPATIAL_DOWNSCALE:
-        return [("vae", f"{folder} shrinks pictures {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
+        return [("vae", f"{source} shrinks pictures {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
     return []
+
+
+def file_problems(part: Part) -> list[str]:
+    """Why a single file could not say how this autoencoder is built."""
+    if part.config is None:
+        return []
+    given = {"norm_num_groups": NATIVE_NORM_GROUPS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
+    return [
+        f"{part.tensors.source} has {key} {part.config.get(key)}; a single file cannot say so, it means {value}"
+        for key, value in given.items()
+        if part.config.get(key) != value
+    ]
+
+
+def file_tensors(part: Part) -> list[FileTensor]:
+    """The autoencoder as a complete single file has it, in float32."""
+    num_levels = 0 if part.config is None else len(part.config["block_out_channels"])
+    tensors = []
+    for name, shape in part.tensors.shapes.items():
+        native = name
+        if part.config is not None:
+            for new, old in _OLDER_ATTENTION.items():
+                native = native.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+            native = native_name(native, num_levels)
+        full = (*shape, 1, 1) if len(shape) == 2 else shape  # the attention's linears: convolutions of one pixel there
+        tensors.append(FileTensor(PREFIXES["vae"][0] + native, full, partial(_read_as, part, name, full), torch.float32))
+    return tensors
+
+
+def _read_as(part: Part, name: str, shape: Shape) -> Tensor:
+    return part.tensors.read_one(name, torch.float32).reshape(shape)

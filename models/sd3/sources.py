@@ -1,0 +1,162 @@
+"""Which of the user's files holds which part of the model: network, autoencoder, three text encoders.
+
+A part is given by its own path, or found inside what `mmdit` names: in the folder of a whole diffusers pipeline, or in a
+single file beside the network, under the prefixes of the public checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.sd3.settings import SD3Settings
+from models.tensor_files import TensorFiles, TensorFilesError, open_any, open_folder
+
+TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
+FOLDERS = {"vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+"""Of a diffusers pipeline."""
+PREFIXES = {
+    "vae": ("first_stage_model.", "vae."),
+    **{name: (f"text_encoders.{name}.transformer.", f"text_encoders.{name}.") for name in TEXT_ENCODERS},
+}
+"""In a single file; the first is what the public files and ours have."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One frozen network on disk."""
+
+    key: str
+    """Of the [model] table."""
+    tensors: TensorFiles
+    config: dict[str, Any] | None
+    """config.json of a folder; None for a bare file, whose tensors say it all."""
+    folder: Path
+    """Where files that belong to it, such as a tokenizer, are looked for: its own folder, or the file's."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        config = self.folder / "config.json"
+        return (config, *self.tensors.paths) if self.config is not None else self.tensors.paths
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Every part of the model that was asked for."""
+
+    network: TensorFiles
+    vae: Part
+    text_encoders: dict[str, Part]
+    """By key; without those that are off."""
+
+
+def find_parts(settings: SD3Settings) -> tuple[Sources | None, list[tuple[str, str]]]:
+    """Open every part's headers; returns None and what is wrong, as (key, message), unless all are there."""
+    problems: list[tuple[str, str]] = []
+    if settings.clip_l is False and settings.clip_g is False and settings.t5xxl is False:
+        problems.append(("clip_l", "all three text encoders are off; captions need one of clip_l, clip_g, t5xxl"))
+    network = None
+    try:
+        network = _open_network(settings.mmdit)
+    except TensorFilesError as error:
+        problems.append(("mmdit", str(error)))
+    parts: dict[str, Part] = {}
+    given = {"vae": settings.vae, "clip_l": settings.clip_l, "clip_g": settings.clip_g, "t5xxl": settings.t5xxl}
+    for key, path in given.items():
+        try:
+            if path is None:
+                parts[key] = _part_inside(key, settings.mmdit, network)
+            elif path is not False:
+                parts[key] = _part_at(key, path)
+        except TensorFilesError as error:
+            problems.append((key, str(error)))
+    if problems or network is None:
+        return None, problems
+    vae = parts.pop("vae")
+    return Sources(network, vae, parts), []
+
+
+def _open_network(path: Path) -> TensorFiles:
+    if (path / "transformer").is_dir():
+        return open_folder(path / "transformer")
+    return open_any(path)
+
+
+def _part_at(key: str, path: Path) -> Part:
+    """The part in a folder or file of its own, or in a single file that has it among others."""
+    if path.is_dir():
+        return _part_in_folder(key, path)
+    tensors = open_any(path)
+    return Part(key, _stripped(key, tensors) or tensors, None, path.parent)
+
+
+def _part_in_folder(key: str, folder: Path) -> Part:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise TensorFilesError(f"{folder} has no config.json; give the folder of {_kind(key)}, or one safetensors file")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TensorFilesError(f"{config_file} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TensorFilesError(f"{config_file} is not a table of settings")
+    return Part(key, open_folder(folder), config, folder)
+
+
+def _part_inside(key: str, mmdit: Path, network: TensorFiles | None) -> Part:
+    """The part beside the network, in a pipeline's folder or in one file."""
+    off = "" if key == "vae" else f", or {key} = false to train without it"
+    if (mmdit / "transformer").is_dir():
+        if (mmdit / FOLDERS[key]).is_dir():
+            return _part_in_folder(key, mmdit / FOLDERS[key])
+        raise TensorFilesError(f"is not given, and {mmdit} has no folder {FOLDERS[key]}; give {key} = PATH{off}")
+    inside = _stripped(key, network) if network is not None else None
+    if inside is None:
+        where = f"{mmdit} has none" if network is not None else f"{mmdit} cannot be read"
+        raise TensorFilesError(f"is not given, and {where}; give {key} = PATH{off}")
+    return Part(key, inside, None, mmdit.parent)
+
+
+def _stripped(key: str, tensors: TensorFiles) -> TensorFiles | None:
+    """The part's tensors in a single file, without their prefix; None when it has none."""
+    for prefix in PREFIXES[key]:
+        inside = tensors.within(prefix)
+        if len(inside):
+            return inside
+    return None
+
+
+def _kind(key: str) -> str:
+    return "a diffusers AutoencoderKL" if key == "vae" else "a transformers text encoder"
+
+
+# --- what else a file may hold -------------------------------------------------------------------------------------------------
+
+_SIGNS = (
+    ("lora_down.", "a LoRA"),
+    ("lora_A.", "a LoRA"),
+    ("lokr_w", "a LoKr adapter"),
+    ("controlnet_blocks.", "a ControlNet"),
+    ("double_blocks.", "a Flux transformer"),
+    ("single_transformer_blocks.", "a Flux transformer in diffusers' layout"),
+    ("input_blocks.", "the UNet of Stable Diffusion 1, 2 or XL"),
+    ("down_blocks.", "a UNet or autoencoder in diffusers' layout"),
+    ("joint_blocks.", "an SD3 network with native keys"),
+    ("transformer_blocks.", "a transformer in diffusers' layout"),
+    ("first_stage_model.", "an autoencoder"),
+    ("decoder.conv_in", "an autoencoder"),
+    ("text_model.", "a CLIP text encoder"),
+    ("encoder.block.", "a T5 text encoder"),
+)
+
+
+def what_it_is(names: Sequence[str]) -> str:
+    """What tensors of these names are the weights of, as far as can be told."""
+    for sign, what in _SIGNS:
+        if any(sign in name for name in names):
+            return what
+    first = ", ".join(sorted(names)[:3])
+    return f"something unknown (its first tensors: {first})" if names else "a file without tensors"

@@ -1,0 +1,100 @@
+"""Where each text encoder's tokenizer is: a folder on this machine, or one of a model hub.
+
+Looked for in this order: where `clip_l_tokenizer` and so on say; the encoder's own folder; the folder beside it that
+diffusers has (`tokenizer`, `tokenizer_2`, `tokenizer_3`), which for a single file is beside the file; the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from models.sd3.settings import SD3Settings
+from models.sd3.sources import Part
+
+FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenizer_3"}
+HUB_NAMES = {
+    "clip_l": "openai/clip-vit-large-patch14",
+    "clip_g": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "t5xxl": "google/t5-v1_1-xxl",
+}
+_CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+_FILES = {"clip_l": _CLIP_FILES, "clip_g": _CLIP_FILES, "t5xxl": (("tokenizer.json",), ("spiece.model",))}
+"""The sets of files, any of which makes a tokenizer."""
+_DOWNLOADED = ("*.json", "merges.txt", "spiece.model")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+
+
+def find_tokenizers(settings: SD3Settings, parts: dict[str, Part]) -> tuple[dict[str, Path], list[tuple[str, str]]]:
+    """Encoder -> folder of its tokenizer, and for those that have none what to do, as (key, message)."""
+    given = {
+        "clip_l": settings.clip_l_tokenizer,
+        "clip_g": settings.clip_g_tokenizer,
+        "t5xxl": settings.t5xxl_tokenizer,
+    }
+    found: dict[str, Path] = {}
+    problems: list[tuple[str, str]] = []
+    for name, part in parts.items():
+        value = given[name]
+        try:
+            found[name] = _given(name, value) if value is not None else _nearby(name, part)
+        except LookupError as error:
+            problems.append((f"{name}_tokenizer", str(error.args[0])))
+    return found, problems
+
+
+def _is_tokenizer(name: str, folder: Path) -> bool:
+    return any(all((folder / file).is_file() for file in files) for files in _FILES[name])
+
+
+def _wanted(name: str) -> str:
+    return " or ".join(" and ".join(files) for files in _FILES[name])
+
+
+def _given(name: str, value: str) -> Path:
+    folder = Path(value)
+    if folder.is_dir():
+        if _is_tokenizer(name, folder):
+            return folder
+        raise LookupError(f"= {value!r}: the folder has no {_wanted(name)}")
+    if not _HUB_NAME.fullmatch(value):
+        raise LookupError(f"= {value!r}: is neither a folder nor a hub's owner/name; give a folder with {_wanted(name)}")
+    try:
+        return _from_hub(name, value)
+    except OSError as error:
+        raise LookupError(
+            f"= {value!r}: no such folder, and the hub does not give it ({error}); put {_wanted(name)} into a folder and "
+            f"give {name}_tokenizer = that folder"
+        ) from error
+
+
+def _nearby(name: str, part: Part) -> Path:
+    beside = (part.folder if part.config is None else part.folder.parent) / FOLDERS[name]
+    for folder in (part.folder, beside):
+        if _is_tokenizer(name, folder):
+            return folder
+    try:
+        return _from_hub(name, HUB_NAMES[name])
+    except OSError as error:
+        raise LookupError(
+            f"not found: put {_wanted(name)} into {beside}, or give {name}_tokenizer = a folder that has them "
+            f"(the hub was asked for {HUB_NAMES[name]}: {error})"
+        ) from error
+
+
+def _from_hub(name: str, hub_name: str) -> Path:
+    """The folder of a hub's tokenizer on this machine, downloaded if need be. Raises OSError saying why there is none."""
+    from huggingface_hub import snapshot_download  # here: files on this machine need no hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, inner = "/".join(hub_name.split("/")[:2]), "/".join(hub_name.split("/")[2:])
+    patterns = [f"{inner}/{pattern}" for pattern in _DOWNLOADED] if inner else list(_DOWNLOADED)
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=patterns)) / inner
+    except LocalEntryNotFoundError as error:
+        raise OSError("it cannot be reached") from error
+    except (HfHubHTTPError, ValueError) as error:
+        raise OSError(str(error).strip().split("\n")[0]) from error
+    if not _is_tokenizer(name, folder):
+        raise OSError(f"{hub_name} has no {_wanted(name)}")
+    return folder
