@@ -27,7 +27,7 @@ from utils.data.batches import BatchOrder
 from utils.data.dataset import Example
 from utils.data.precompute import EncodedData, cache_dataset
 from utils.log import RunLog, StepMetrics, say
-from utils.optimizer import learning_rate, make_optimizer
+from utils.optimizer import ema_decay, learning_rate, make_optimizer
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare
@@ -150,14 +150,13 @@ def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[Encode
 
 def build_pipeline(experiment: Experiment) -> Pipeline:
     """The network over the processes, each with its own layers only, and what is trained of it."""
-    config = experiment.config.experiment
-    adapter = config.adapter
+    config, plan, start = experiment.config.experiment, experiment.adapter_plan, experiment.adapter_start
 
     def prepare_layer(layer: PipelineLayer, module: nn.Module) -> None:
-        if adapter is not None:
-            alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
-            targets = experiment.lora_targets
-            lora.inject(module, layer.prefix, targets, rank=adapter.rank, alpha=alpha, seed=config.seed)
+        if plan is not None:
+            lora.inject(module, layer.prefix, plan, seed=config.seed)
+        if start is not None:
+            lora.load_start(module, layer.prefix, start)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         velocity = experiment.adapter.velocity(output, target.shape[-2], target.shape[-1])
@@ -234,9 +233,10 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
         for step in range(start_step, num_steps):
             log.start_clock()
             rate = learning_rate(config.optimizer, step, num_steps)
-            result = pipeline.train_step(feed.micro_batches(step), rate)
-            stop_if_not_finite(result, step, order)
             done = step + 1
+            decay = ema_decay(config.ema, done) if config.ema is not None else None
+            result = pipeline.train_step(feed.micro_batches(step), rate, decay)
+            stop_if_not_finite(result, step, order)
             log.write(StepMetrics(done, step // order.steps_per_epoch, result.loss, rate, result.grad_norm))
             # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.
             if previews.due(done, num_steps):

@@ -8,6 +8,7 @@ from models.base import PipelineLayer
 from utils.data.batches import BatchOrder
 from utils.log import table
 from utils.preflight import Experiment
+from utils.targets import some
 
 MAX_BUCKETS_SHOWN = 12
 
@@ -25,6 +26,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     rows = [
         ("model", experiment.adapter.describe()),
         ("training", _what_is_trained(experiment)),
+        *_ema_rows(experiment),
         *_stage_rows(experiment),
         ("images", f"{dataset.num_images} ({len(dataset.examples)} examples; by bucket {', '.join(shown)})"),
         (
@@ -37,30 +39,50 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
         ("cache", str(config.cache_folder)),
         ("output", output),
     ]
-    notes = [f"note: {warning}" for warning in dataset.warnings]
+    notes = [f"note: {line}" for line in (*experiment.adapter.notes, *dataset.warnings)]
     notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
     notes += [f"left out: {bad}" for bad in dataset.bad_files]
+    notes += [f"note: {line}" for line in _start_notes(experiment)]
     return "\n".join([table(rows), *(f"  {note}" for note in notes)])
 
 
 def _what_is_trained(experiment: Experiment) -> str:
-    adapter = experiment.config.experiment.adapter
-    if adapter is None:
-        return f"every weight ({_millions(sum(layer.num_parameters for layer in experiment.adapter.layers))} parameters)"
     trained = sum(_num_trained(experiment, layer) for layer in experiment.adapter.layers)
-    return f"LoRA of rank {adapter.rank} on {len(experiment.lora_targets)} modules ({_millions(trained)} parameters)"
+    plan, start = experiment.adapter_plan, experiment.adapter_start
+    what = "every weight" if plan is None else plan.describe()
+    return f"{what} ({_millions(trained)} parameters){f', starting from {start.path}' if start is not None else ''}"
+
+
+def _start_notes(experiment: Experiment) -> list[str]:
+    """What the file an adapter starts from has not got, and what of it is not used."""
+    plan, start = experiment.adapter_plan, experiment.adapter_start
+    if plan is None or start is None:
+        return []
+    notes = []
+    fresh = [name for name in plan.modules if name not in start.shapes]
+    if fresh:
+        notes.append(
+            f"{len(fresh)} of the {len(plan.modules)} modules are not in {start.path} and start fresh: {some(fresh)}"
+        )
+    if start.left_out:
+        keys = some(start.left_out)
+        notes.append(f"{start.path} has {len(start.left_out)} tensors for other networks, which are left out: {keys}")
+    return notes
+
+
+def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    ema = experiment.config.experiment.ema
+    if ema is None:
+        return []
+    return [("averaged weights", f"EMA of decay {ema.decay:g}{', less in the first steps' if ema.warmup else ''}")]
 
 
 def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:
-    adapter = experiment.config.experiment.adapter
-    if adapter is None:
+    plan = experiment.adapter_plan
+    if plan is None:
         return layer.num_parameters
-    targets = set(experiment.lora_targets)
-    return sum(
-        adapter.rank * (shape[0] + shape[1])
-        for name, shape in layer.shapes.items()
-        if (layer.prefix + name).removesuffix(".weight") in targets
-    )
+    modules = ((layer.prefix + name).removesuffix(".weight") for name in layer.shapes if name.endswith(".weight"))
+    return sum(plan.num_parameters(module) for module in modules if module in plan.modules)
 
 
 def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:

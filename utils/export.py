@@ -1,194 +1,318 @@
 """Weights for other programs: public files of what has been trained.
 
-A file is written by all stages at once, each at its own place in it, so no process ever holds the network: rank 0 gathers
-names and shapes, writes the header and makes room; every stage writes its layers' tensors; rank 0 gives the file its name.
+A file is written by all stages at once, each at its own place in it, or each stage writes a file of its own; so no process
+ever holds the network, and beyond its own layers none holds more than a tensor. A step's folder appears when all of its
+files are whole.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-import struct
+import math
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.base import LoraWeights, ModelAdapter
+from models.base import FileTensor, ModelAdapter, ModelFilesError
 from utils import distributed, lora
-from utils.atomic import replace_file
+from utils.atomic import sync_folder
 from utils.checkpoint import step_folder
 from utils.config.schema import AdapterConfig, ExperimentConfig
 from utils.pipeline.engine import LocalLayer, Pipeline
+from utils.safetensors_file import Entry, FileLayout, create_file, plan_file, write_tensors
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DIFFUSERS_FOLDER = "transformer"
+DIFFUSERS_NAME = "diffusion_pytorch_model"
+EMA_FOLDER = "ema"
+TRAINING_TABLES = ("seed", "model", "objective", "adapter", "ema", "optimizer", "pipeline")
+"""Of the configuration, what goes into a file's header: what made the weights, and nothing of where or for whom."""
 
-Values = dict[str, Tensor]
-Convert = Callable[[LocalLayer, Values], Values]
-"""A layer's values by parameter name to a file's tensors by key. Called with meta tensors first, for the shapes."""
+
+@dataclass(frozen=True)
+class Exported:
+    """A tensor on its way into a file."""
+
+    key: str
+    value: Tensor
+    """On the CPU, or on meta where only its shape was asked for."""
+    exact: bool = False
+    """Kept in float32 whatever the precision of the file."""
+
+    def entry(self, dtype: torch.dtype) -> Entry:
+        return Entry(self.key, torch.float32 if self.exact else dtype, tuple(self.value.shape))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is trained, and what is not, in the layers of this rank."""
+
+    pipeline: Pipeline
+    ema: bool
+    """The average of the weights instead of the weights."""
+    shapes_only: bool
+
+    def value(self, layer: LocalLayer, name: str) -> Tensor:
+        """A parameter or constant: of what is trained the optimizer's float32 weights, the rest as it is.
+
+        All replicas must ask for the same in the same order.
+        """
+        tensor = layer.module.state_dict()[name]
+        trained = layer.trainable()
+        if self.shapes_only:
+            return torch.empty(tensor.shape, dtype=torch.float32, device="meta")
+        if name in trained:
+            return self.pipeline.read_weights(trained[name])
+        return tensor.cpu()
+
+
+Tensors = Callable[[Reader], Iterator[Exported]]
 
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One file to write: its name, how a layer's tensors appear in it, its header entries."""
+    """A file, or with `per_stage` a file for each stage and their index: what it is called and what goes into it."""
 
     name: str
-    convert: Convert
+    tensors: Tensors
     metadata: dict[str, str]
-    only_trained: bool
-    """Whether `convert` looks at nothing but what is trained."""
+    beside: tuple[FileTensor, ...] = ()
+    """What is not the network's; rank 0 writes it."""
+    per_stage: bool = False
 
 
-def full_files(adapter: ModelAdapter, metadata: dict[str, str]) -> list[ExportedFile]:
-    """The whole network as one file with native keys."""
-
-    def native(layer: LocalLayer, values: Values) -> Values:
-        return {layer.layer.prefix + name: value for name, value in values.items()}
-
-    return [ExportedFile("mmdit.safetensors", native, {**adapter.export_metadata(), **metadata}, only_trained=False)]
+# --- what is written ---------------------------------------------------------------------------------------------------
 
 
-def lora_files(adapter: ModelAdapter, config: AdapterConfig, metadata: dict[str, str]) -> list[ExportedFile]:
-    """The adapter twice: native keys for ComfyUI and sd-scripts, and diffusers' keys with alpha folded in."""
-    alpha = float(config.alpha if config.alpha is not None else config.rank)
+def wanted_formats(config: ExperimentConfig) -> list[str]:
+    """`save.formats`, or its default: the native file, and for a low-rank adapter diffusers' too."""
+    if config.save.formats is not None:
+        return list(config.save.formats)
+    return ["native", "diffusers"] if config.adapter is not None and config.adapter.type == "lora" else ["native"]
 
-    def weights(layer: LocalLayer, values: Values) -> LoraWeights:
-        return lora.collect(layer.module, layer.layer.prefix, values, alpha)
 
-    architecture = adapter.export_metadata()
-    common = {**architecture, **metadata}
-    common["modelspec.architecture"] = architecture["modelspec.architecture"] + "/lora"
-    kohya = {
-        "ss_network_module": "networks.lora_sd3",
-        "ss_network_dim": str(config.rank),
-        "ss_network_alpha": str(alpha),
+def export_problems(config: ExperimentConfig, adapter: ModelAdapter) -> list[tuple[str, str]]:
+    """Formats that cannot hold what is trained, as (key, message)."""
+    formats = wanted_formats(config)
+    if config.adapter is not None:
+        problems = []
+        if "complete" in formats:
+            problems.append(("save.formats", "complete files hold a whole network; an adapter has native and diffusers"))
+        if config.adapter.type == "lokr" and "diffusers" in formats:
+            problems.append(("save.formats", "diffusers reads no LoKr; leave diffusers out, or train a lora"))
+        return problems
+    if "complete" in formats:
+        try:
+            adapter.frozen_tensors()
+        except ModelFilesError as error:
+            return [("save.formats", f"no complete file: {text}") for _, text in error.problems]
+    return []
+
+
+def full_files(adapter: ModelAdapter, formats: list[str], metadata: dict[str, str]) -> list[ExportedFile]:
+    """The whole network: native keys alone or beside the frozen networks, diffusers' folder."""
+
+    def native(reader: Reader, prefix: str = "") -> Iterator[Exported]:
+        for layer in reader.pipeline.local_layers():
+            constants = [name for name, _ in layer.module.named_buffers()]
+            for name in (*layer.layer.shapes, *constants):
+                key = prefix + layer.layer.prefix + name
+                yield Exported(key, reader.value(layer, name), exact=name in constants)
+
+    def diffusers(reader: Reader) -> Iterator[Exported]:
+        for tensor in native(reader):
+            for key, value in adapter.diffusers_weights({tensor.key: tensor.value}).items():
+                yield replace(tensor, key=key, value=value)
+
+    metadata = {**adapter.export_metadata(), **metadata}
+    complete = functools.partial(native, prefix=adapter.native_prefix)
+    makers: dict[str, Callable[[], ExportedFile]] = {
+        "native": lambda: ExportedFile("mmdit.safetensors", native, metadata),
+        "complete": lambda: ExportedFile("complete.safetensors", complete, metadata, tuple(adapter.frozen_tensors())),
+        "diffusers": lambda: ExportedFile(DIFFUSERS_FOLDER, diffusers, metadata, per_stage=True),
     }
+    return [makers[name]() for name in formats]
 
-    def native(layer: LocalLayer, values: Values) -> Values:
-        return adapter.native_lora(weights(layer, values))
 
-    def diffusers(layer: LocalLayer, values: Values) -> Values:
-        return adapter.diffusers_lora(weights(layer, values))
+def adapter_files(
+    adapter: ModelAdapter, config: ExperimentConfig, formats: list[str], metadata: dict[str, str]
+) -> list[ExportedFile]:
+    """The adapter with native keys, for ComfyUI and sd-scripts, and with diffusers', its scale folded in."""
+    settings = config.adapter
+    assert settings is not None
 
-    return [
-        ExportedFile("lora.safetensors", native, {**common, **kohya}, only_trained=True),
-        ExportedFile("lora_diffusers.safetensors", diffusers, common, only_trained=True),
-    ]
+    def tensors(reader: Reader, convert: Callable[[dict[str, lora.ModuleAdapter]], dict[str, Tensor]]) -> Iterator[Exported]:
+        for layer in reader.pipeline.local_layers():
+            values = {name: reader.value(layer, name) for name in layer.trainable()}
+            for key, value in convert(lora.collect(layer.module, layer.layer.prefix, values)).items():
+                yield Exported(key, value, exact=value.dim() == 0)  # an alpha need not be a round number
+
+    metadata = {**adapter.export_metadata(), **metadata}
+    metadata["modelspec.architecture"] += "/lora"
+    kohya = {
+        "ss_network_module": "networks.lora_sd3" if settings.type == "lora" and not settings.dora else "lycoris.kohya",
+        "ss_network_dim": str(settings.rank) if _has_one_rank(config) else "Dynamic",
+        "ss_network_alpha": str(_native_alpha(settings)),
+    }
+    native = functools.partial(tensors, convert=adapter.native_adapter)
+    diffusers = functools.partial(tensors, convert=adapter.diffusers_adapter)
+    files = {
+        "native": ExportedFile(f"{settings.type}.safetensors", native, {**metadata, **kohya}),
+        "diffusers": ExportedFile(f"{settings.type}_diffusers.safetensors", diffusers, metadata),
+    }
+    return [files[name] for name in formats]
+
+
+def _native_alpha(settings: AdapterConfig) -> float:
+    """Alpha as native files mean it, where the scale is alpha / rank always."""
+    alpha = float(settings.alpha if settings.alpha is not None else settings.rank)
+    return alpha * math.sqrt(settings.rank) if settings.rank_stabilized else alpha
+
+
+def _has_one_rank(config: ExperimentConfig) -> bool:
+    targets = config.adapter.targets if config.adapter is not None else None
+    return all(target.rank is None for target in targets or [])
 
 
 def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentConfig, parent: Path, step: int) -> None:
     """Write the public files of what is trained into `parent/step_…`. All ranks together, on a file system they share."""
-    folder = step_folder(parent, step)
-    metadata = run_metadata(config, step)
+    final = step_folder(parent, step)
+    temporary = parent / f".{final.name}.tmp"
+    is_main = distributed.world().is_main
+    metadata = distributed.broadcast(run_metadata(config, adapter, step) if is_main else {})
+    formats = wanted_formats(config)
     if config.adapter is None:
-        files = full_files(adapter, metadata)
+        files = full_files(adapter, formats, metadata)
     else:
-        files = lora_files(adapter, config.adapter, metadata)
-    if distributed.world().is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        _write_file(pipeline, file, folder / file.name, EXPORT_DTYPES[config.save.dtype])
+        files = adapter_files(adapter, config, formats, metadata)
+    averages = [False, True] if config.ema is not None else [False]
+    if is_main:
+        for left_over in parent.glob(".step_*"):
+            shutil.rmtree(left_over)
+        for ema in averages:
+            (temporary / EMA_FOLDER if ema else temporary).mkdir(parents=True)
+    distributed.wait_for_all(f"export {step} begins")
+    for ema in averages:
+        for file in files:
+            folder = temporary / EMA_FOLDER if ema else temporary
+            _write(pipeline, file, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, adapter.diffusers_config())
+    distributed.wait_for_all(f"export {step} written")
+    if is_main:
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.replace(final)
+        sync_folder(parent)
+    distributed.wait_for_all(f"export {step} named")
 
 
-def run_metadata(config: ExperimentConfig, step: int) -> dict[str, str]:
-    """Header entries every file carries: what it was trained as, and so how to use it."""
+# --- headers -----------------------------------------------------------------------------------------------------------
+
+
+def run_metadata(config: ExperimentConfig, adapter: ModelAdapter, step: int) -> dict[str, str]:
+    """Header entries every file carries: what it was trained from and as, and so how to use it."""
+    base = {path.name: file_sha256(path) for path in adapter.network_files}
+    first = next(iter(base))
+    token_lengths = {key: value for key, value in config.model.model_dump().items() if key.endswith("token_length")}
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": config.output_dir.name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ss_sd_model_name": first,
+        "ss_new_sd_model_hash": base[first],
+        "mmdit_pipe.base_sha256": json.dumps(base),
         "mmdit_pipe.step": str(step),
         "mmdit_pipe.seed": str(config.seed),
         "mmdit_pipe.objective": config.objective.model_dump_json(),
-        "mmdit_pipe.text_tokens": json.dumps(
-            {key: value for key, value in config.model.model_dump().items() if key.endswith("token_length")}
-        ),
+        "mmdit_pipe.discrete_flow_shift": str(config.objective.discrete_flow_shift),
+        "mmdit_pipe.text_tokens": json.dumps(token_lengths),
+        "mmdit_pipe.training_config": json.dumps(training_config(config)),
     }
 
 
-# --- one file ----------------------------------------------------------------------------------------------------------
+def training_config(config: ExperimentConfig) -> dict[str, object]:
+    """The settings that made the weights; of a path only its last part, because where files lie is nobody's business."""
+    tables = config.model_dump(include=set(TRAINING_TABLES), exclude_none=True)
+    return {key: _without_folders(value) for key, value in tables.items()}
 
 
-def _write_file(pipeline: Pipeline, file: ExportedFile, path: Path, dtype: torch.dtype) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    shapes = [
-        (key, str(value.dtype), tuple(value.shape)) for key, value in _tensors(pipeline, file, dtype, shapes_only=True)
-    ]
-    everyones = distributed.gather(shapes if pipeline.replica == 0 else [])
-    offsets = _write_header(temporary, [entry for part in everyones for entry in part], file.metadata)
+def _without_folders(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(inner) for inner in value]
+    return value.name if isinstance(value, Path) else value
+
+
+def file_sha256(path: Path) -> str:
+    """As model sites and sd-scripts name a file; read once as long as it does not change."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, _num_bytes: int, _changed_at: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    pipeline: Pipeline, file: ExportedFile, path: Path, dtype: torch.dtype, ema: bool, diffusers_config: dict[str, object]
+) -> None:
+    shapes = Reader(pipeline, ema, shapes_only=True)
+    entries = [tensor.entry(dtype) for tensor in file.tensors(shapes)] if pipeline.replica == 0 else []
+    everyones = distributed.gather(entries)
+    if file.per_stage:
+        _write_stages(pipeline, file, path, dtype, ema, everyones)
+        if distributed.world().is_main:
+            (path / "config.json").write_text(json.dumps(diffusers_config, indent=2), encoding="utf-8")
+        return
+    beside = [Entry(part.key, part.dtype or dtype, part.shape) for part in file.beside]
+    layout = plan_file([entry for part in everyones for entry in part] + beside, file.metadata)
+    if distributed.world().is_main:
+        create_file(path, layout)
     distributed.wait_for_all(f"header of {path}")
-    _write_tensors(pipeline, file, temporary, dtype, offsets)
-    distributed.wait_for_all(f"tensors of {path}")
+    _write_own(pipeline, file, path, layout, dtype, ema)
     if distributed.world().is_main:
-        replace_file(temporary, path)
-    distributed.wait_for_all(f"name of {path}")
+        write_tensors(path, layout, ((part.key, part.read().to(part.dtype or dtype)) for part in file.beside))
 
 
-def _write_tensors(pipeline: Pipeline, file: ExportedFile, path: Path, dtype: torch.dtype, offsets: dict[str, int]) -> None:
-    with path.open("r+b") as output:
-        for key, value in _tensors(pipeline, file, dtype, shapes_only=False):
-            if pipeline.replica == 0:
-                output.seek(offsets[key])
-                output.write(value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else _scalar(value))
-
-
-def _scalar(value: Tensor) -> bytes:
-    return value[None].view(torch.uint8).numpy().tobytes()
-
-
-def _tensors(
-    pipeline: Pipeline, file: ExportedFile, dtype: torch.dtype, *, shapes_only: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """The file's tensors of this rank's layers, one layer in memory at a time."""
-    for layer in pipeline.local_layers():
-        values = _layer_values(pipeline, layer, dtype, file.only_trained, shapes_only)
-        yield from file.convert(layer, values).items()
-
-
-def _layer_values(
-    pipeline: Pipeline, layer: LocalLayer, dtype: torch.dtype, only_trained: bool, shapes_only: bool
-) -> Values:
-    """What is trained in the layer from the optimizer's float32 weights, the rest as it is. Constant tables keep float32."""
-    trained = layer.trainable()
-    constants = {name for name, _ in layer.module.named_buffers()}
-    values = {}
-    for name, tensor in layer.module.state_dict().items():
-        wanted = torch.float32 if name in constants else dtype
-        if only_trained and name not in trained:
-            continue
-        if shapes_only:
-            values[name] = torch.empty(tensor.shape, dtype=wanted, device="meta")
-        elif name in trained:
-            values[name] = pipeline.read_weights(trained[name]).to(wanted)
-        else:
-            values[name] = tensor.detach().to("cpu", wanted)
-    return values
-
-
-def _write_header(path: Path, entries: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> dict[str, int]:
-    """Where each tensor's bytes go in a safetensors file of these entries; rank 0 writes the header and makes room.
-
-    Format: 8 bytes of little-endian header length, the header as JSON padded with spaces, the tensors.
-    """
-    dtypes = {str(dtype): dtype for dtype in _SAFETENSORS_DTYPES}
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    starts: dict[str, int] = {}
-    position = 0
-    for key, dtype_name, shape in sorted(entries, key=lambda entry: (-dtypes[entry[1]].itemsize, entry[0])):
-        num_bytes = dtypes[dtype_name].itemsize * int(torch.Size(shape).numel())
-        header[key] = {
-            "dtype": _SAFETENSORS_DTYPES[dtypes[dtype_name]],
-            "shape": list(shape),
-            "data_offsets": [position, position + num_bytes],
-        }
-        starts[key] = position
-        position += num_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+def _write_stages(
+    pipeline: Pipeline, file: ExportedFile, folder: Path, dtype: torch.dtype, ema: bool, everyones: list[list[Entry]]
+) -> None:
+    """One file for each stage, and the index that says which tensor is where."""
+    stages = [entries for entries in everyones if entries]
+    names = [f"{DIFFUSERS_NAME}-{i:05d}-of-{len(stages):05d}.safetensors" for i in range(1, len(stages) + 1)]
     if distributed.world().is_main:
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + position)
-    return {key: 8 + len(text) + start for key, start in starts.items()}
+        folder.mkdir()
+        where = {entry.key: name for name, entries in zip(names, stages, strict=True) for entry in entries}
+        size = sum(entry.num_bytes for entries in stages for entry in entries)
+        index = {"metadata": {"total_size": size, **file.metadata}, "weight_map": where}
+        (folder / f"{DIFFUSERS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    distributed.wait_for_all(f"folder {folder}")
+    layout = plan_file(stages[pipeline.stage], file.metadata)
+    path = folder / names[pipeline.stage]
+    if pipeline.replica == 0:
+        create_file(path, layout)
+    _write_own(pipeline, file, path, layout, dtype, ema)
+
+
+def _write_own(
+    pipeline: Pipeline, file: ExportedFile, path: Path, layout: FileLayout, dtype: torch.dtype, ema: bool
+) -> None:
+    """This rank's layers' tensors, one in memory at a time. Other replicas only take part in putting them together."""
+    tensors = file.tensors(Reader(pipeline, ema, shapes_only=False))
+    if pipeline.replica != 0:
+        for _ in tensors:
+            pass
+        return
+    write_tensors(path, layout, ((t.key, t.value.to(torch.float32 if t.exact else dtype)) for t in tensors))

@@ -1,4 +1,4 @@
-"""The optimizer by name, and the learning rate as a function of the step. Pure but for making the optimizer."""
+"""The optimizer by name; learning rate and EMA decay as functions of the step. Pure but for making the optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from utils.config.schema import OptimizerConfig
+from utils.config.schema import EmaConfig, OptimizerConfig
 
 # ZeRO-1 hands the optimizer one flat vector of all parameters, cut over the replicas.
 _UNSUITABLE = {
@@ -79,3 +79,14 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     else:
         share = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.learning_rate * (config.lr_min_ratio + (1.0 - config.lr_min_ratio) * share)
+
+
+def ema_decay(config: EmaConfig, step: int) -> float:
+    """The share of the average, in (0, 1), that is left when the weights after `step` optimizer steps (from 1) go into it.
+
+    With the warm-up, min(decay, (1 + step) / (10 + step)), which looks back over step / 9 steps: without, the average would
+    be mostly its beginning for the first 1 / (1 - decay) steps.
+    """
+    if not config.warmup:
+        return config.decay
+    return min(config.decay, (1 + step) / (10 + step))

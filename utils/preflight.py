@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from models import adapter_class
-from models.base import ModelAdapter, ModelFilesError
+from models.base import AdapterFile, ModelAdapter, ModelFilesError
 from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_problems
 from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Dataset, resolution_problems, scan
 from utils.distributed import World
-from utils.lora import match_targets
+from utils.export import export_problems
+from utils.lora import AdapterPlan
 from utils.optimizer import optimizer_problems
 from utils.pipeline.partition import balanced_bounds
+from utils.targets import choose_modules, start_problems
 
 CHECKPOINTS = "checkpoints"
 MAX_BAD_FILES_SHOWN = 20
@@ -42,7 +43,10 @@ class Experiment:
     num_replicas: int
     global_batch: int
     bounds: list[int]
-    lora_targets: list[str]
+    adapter_plan: AdapterPlan | None
+    """None: the whole network is trained."""
+    adapter_start: AdapterFile | None
+    """What the adapter starts from; None for a fresh start."""
     resume_run: Path | None
     """The run folder to go on in; None for a new one."""
     resume_from: SavedState | None
@@ -65,8 +69,10 @@ def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> di
         "global batch": global_batch,
         "layer list": adapter.layer_list_version,
         NETWORK_FILES: [sample_hash(path) for path in adapter.network_files],
-        "adapter": experiment.adapter.model_dump(mode="json") if experiment.adapter else "none",
+        "network settings": adapter.network_settings,
+        "adapter": experiment.adapter.model_dump(mode="json", exclude={"init_from"}) if experiment.adapter else "none",
         "optimizer.type": experiment.optimizer.type,
+        "ema": experiment.ema.model_dump(mode="json") if experiment.ema else "none",
     }
 
 
@@ -78,11 +84,12 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
     _check_folders(config, problems)
     num_stages = _check_stages(config, world, problems)
     adapter = _open_model(config, problems)
-    dataset, bounds, targets = Dataset([], [], []), [0, 1], []
+    dataset, bounds, plan, start = Dataset([], [], []), [0, 1], None, None
     if adapter is not None:
         dataset = _open_dataset(config, adapter, problems)
         bounds = _check_bounds(config, adapter, num_stages, problems)
-        targets = _check_targets(config, adapter, problems)
+        plan, start = _check_adapter(config, adapter, problems)
+        problems += [Problem(config.path, key, text) for key, text in export_problems(config.experiment, adapter)]
         _check_preview_size(config, adapter, problems)
     num_replicas = max(1, world.size // num_stages)
     run = _find_run(config, resume, problems)
@@ -99,7 +106,8 @@ def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, wor
         num_replicas=num_replicas,
         global_batch=global_batch,
         bounds=bounds,
-        lora_targets=targets,
+        adapter_plan=plan,
+        adapter_start=start,
         resume_run=run,
         resume_from=_find_checkpoint(config, run, identity),
         changed_keys=changed_keys(run, config) if run is not None else [],
@@ -168,23 +176,25 @@ def _check_bounds(config: Config, adapter: ModelAdapter, num_stages: int, proble
         return [0, len(adapter.layers)]
 
 
-def _check_targets(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> list[str]:
+def _check_adapter(
+    config: Config, adapter: ModelAdapter, problems: list[Problem]
+) -> tuple[AdapterPlan | None, AdapterFile | None]:
+    """What is trained of the network, and the file it starts from."""
     settings = config.experiment.adapter
     if settings is None:
-        return []
-    patterns = settings.targets if settings.targets is not None else list(adapter.default_lora_targets)
-    for index, pattern in enumerate(patterns):
-        key = f"adapter.targets[{index}]"
+        return None, None
+    plan, found = choose_modules(settings, adapter)
+    problems += [Problem(config.path, key, text) for key, text in found]
+    file = None
+    if settings.init_from is not None:
         try:
-            matched = match_targets(adapter.linear_modules, [pattern])
-        except re.error as error:
-            problems.append(Problem(config.path, key, f"= {pattern!r}: is no regular expression: {error}"))
-            return []
-        if not matched:
-            examples = ", ".join(adapter.linear_modules[:3])
-            message = f"= {pattern!r}: matches no linear module; names are like {examples}"
-            problems.append(Problem(config.path, key, message))
-    return match_targets(adapter.linear_modules, patterns)
+            file = adapter.open_adapter_file(settings.init_from)
+        except ModelFilesError as error:
+            problems += [Problem(config.path, "adapter.init_from", text) for _, text in error.problems]
+    if file is not None and not found:
+        texts = start_problems(file, plan, settings, adapter)
+        problems += [Problem(config.path, "adapter.init_from", f"{file.path} {text}") for text in texts]
+    return plan, file
 
 
 def _check_preview_size(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> None:

@@ -39,6 +39,6 @@ def permutation(seed: int, purpose: str, *key: str | int, length: int) -> list[i
 
 
 def kaiming_uniform(seed: int, purpose: str, *key: str | int, shape: tuple[int, ...]) -> Tensor:
-    """torch.nn.Linear's default weights: uniform in +-1/sqrt(fan-in), float32."""
-    bound = 1 / math.sqrt(shape[1])
+    """torch.nn.Linear's and Conv2d's default weights (out, in, ...): uniform in +-1/sqrt(fan-in), float32."""
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
     return (torch.rand(shape, generator=_generator(seed, purpose, *key)) * 2 - 1) * bound

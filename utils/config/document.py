@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class
+from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
 
 _INTRODUCTION = """# Every key
 
@@ -35,12 +35,13 @@ def document() -> str:
 
 def _table(table: type[BaseModel], path: str, family: str) -> Iterator[str]:
     """The keys of a table, then the tables inside it."""
-    inner = [(name, found) for name, field in table.model_fields.items() if (found := _inner_table(field.annotation))]
+    inner = [(name, found) for name, field in table.model_fields.items() for found in inner_tables(field.annotation)]
+    only_tables = [name for name, field in table.model_fields.items() if _is_table(field.annotation)]
     heading = f"### `[{path}]`{family if path == 'model' else ''}" if path else "### Top level"
     yield f"{heading}\n\n{_first_line(table, path)}\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, field in table.model_fields.items():
-        if name not in dict(inner):
+        if name not in only_tables:
             yield f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |"
     yield ""
     for name, found in inner:
@@ -53,11 +54,9 @@ def _first_line(table: type[BaseModel], path: str) -> str:
     return (table.__doc__ or "").strip().splitlines()[0]
 
 
-def _inner_table(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _is_table(annotation: Any) -> bool:
+    """Whether a table, or a list of them, is all that may be written."""
+    return any(isinstance(part, type) and issubclass(part, BaseModel) for part in (annotation, *get_args(annotation)))
 
 
 def _type(field: FieldInfo) -> str:
@@ -83,6 +82,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
     if origin is list:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if list(inner_tables(annotation)):
+        return "table"
     names = {int: "integer", float: "number", str: "string", bool: "true or false", Path: "path"}
     return names.get(annotation, "table" if typing.get_origin(annotation) is dict else str(annotation))
 

@@ -11,13 +11,13 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import toml
 from pydantic import BaseModel, ValidationError
 
 import models
-from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class
+from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
 
 TableT = TypeVar("TableT", bound=BaseModel)
 
@@ -149,9 +149,8 @@ def _tables(table: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]
     """Every key below a table as (table path, key)."""
     for name, field in table.model_fields.items():
         yield path, name
-        for inner in [field.annotation, *get_args(field.annotation)]:
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from _tables(inner, f"{path}.{name}" if path else name)
+        for inner in inner_tables(field.annotation):
+            yield from _tables(inner, f"{path}.{name}" if path else name)
 
 
 def known_keys(table: type[BaseModel]) -> dict[str, list[str]]:

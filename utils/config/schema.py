@@ -5,15 +5,27 @@ docs/configuration.md is generated from this file. A key is here if, and only if
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    create_model,
+    field_serializer,
+    field_validator,
+)
 
 import models
 from utils.rectified_flow import TimestepSampling
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
+ExportFormat = Literal["native", "complete", "diffusers"]
 
 
 # Strict: TOML has types of its own, so "3" is no number and true is neither 1 nor 1.0. A float may be written as 1.
@@ -26,6 +38,14 @@ class Table(BaseModel):
     """A table of a TOML file: typed, closed, read-only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def inner_tables(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The tables in the type of a field, alone, in lists or as alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from inner_tables(part)
 
 
 class ObjectiveConfig(Table):
@@ -44,18 +64,65 @@ class ObjectiveConfig(Table):
     )
 
 
-class AdapterConfig(Table):
-    """Train a low-rank adapter; without this table the whole network is trained."""
+class TargetConfig(Table):
+    """An entry of `targets` with a rank or alpha of its own: `{ pattern = "attn", rank = 8 }`."""
 
-    type: Literal["lora"] = Field(description="Kind of adapter.")
-    rank: Int = Field(16, ge=1, description="Rank of each pair.")
+    pattern: str = Field(description="Name of a group of modules, or regular expression over whole native module names.")
+    rank: Int | None = Field(None, ge=1, description="Rank of these modules. Default: that of `[adapter]`.")
+    alpha: Float | None = Field(
+        None, gt=0, description="Alpha of these modules. Default: that of `[adapter]`, and where it has none, their rank."
+    )
+
+
+def _as_target(entry: Any) -> Any:
+    if isinstance(entry, str):
+        return {"pattern": entry}
+    if not isinstance(entry, dict | TargetConfig):
+        raise ValueError("must be a string, or a table such as { pattern = 'attn', rank = 8 }")
+    return entry
+
+
+class AdapterConfig(Table):
+    """Train a small adapter; without this table the whole network is trained."""
+
+    type: Literal["lora", "lokr"] = Field(
+        description="Kind of adapter: `lora`, two thin matrices (low rank); `lokr`, a Kronecker product, smaller still."
+    )
+    rank: Int = Field(16, ge=1, description="Rank of the update; of `lokr`, rank of the product's second factor.")
     alpha: Float | None = Field(None, gt=0, description="Strength: the update is scaled by alpha / rank. Default: rank.")
-    targets: list[str] | None = Field(
+    rank_stabilized: Bool = Field(
+        False, description="Scale by alpha / sqrt(rank) instead (rsLoRA), so that high ranks learn as fast. `lora` only."
+    )
+    dora: Bool = Field(False, description="Train the length of each row of the weights apart (DoRA). `lora` only.")
+    targets: list[Annotated[TargetConfig, BeforeValidator(_as_target)]] | None = Field(
         None,
         min_length=1,
-        description="Regular expressions over native module names, each matching whole names. Default: attn and "
-        "mlp of both streams in every block and the final layer; neither SD3.5-medium's attn2 nor adaLN_modulation.",
+        description="Modules that get an adapter. Each entry is a string, the name of a group (docs/training.md) or a "
+        "regular expression over whole native module names, or a table with rank and alpha of its own; the last that "
+        "matches a module decides them. Default: the groups attn, mlp and final_layer.",
     )
+    blocks: str | None = Field(
+        None, description='Only these blocks\' modules, such as "0-11,20". Modules outside of blocks are not touched by it.'
+    )
+    init_from: Path | None = Field(
+        None, description="An adapter file to start from, with native or diffusers' keys. Unset: a fresh start."
+    )
+
+    @field_validator("rank_stabilized", "dora")
+    @classmethod
+    def _low_rank_only(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("type") == "lokr":
+            raise ValueError('goes with type = "lora" only; leave it out, or change the type')
+        return value
+
+    @field_serializer("targets")
+    def _plain_strings(self, targets: list[TargetConfig] | None) -> list[str] | list[dict[str, Any]] | None:
+        """Strings where no entry says more: as it was written, and as toml can write it."""
+        if targets is None:
+            return None
+        if all(target.rank is None and target.alpha is None for target in targets):
+            return [target.pattern for target in targets]
+        return [target.model_dump(exclude_none=True) for target in targets]
 
 
 class PipelineConfig(Table):
@@ -90,6 +157,17 @@ class OptimizerConfig(Table):
     lr_min_ratio: Float = Field(0.0, ge=0, le=1, description="Learning rate of the last step, as a share of the highest.")
 
 
+class EmaConfig(Table):
+    """Keep an exponential moving average (EMA) of the trained weights; without this table there is none."""
+
+    decay: Float = Field(
+        0.9999, gt=0, lt=1, description="Share of the average that one step leaves; the rest is new weights."
+    )
+    warmup: Bool = Field(
+        True, description="Leave less at first: (1 + n) / (10 + n) after step n, until that is more than `decay`."
+    )
+
+
 class SamplingConfig(Table):
     """Preview pictures, drawn by the network in training at the start, now and then, and at the end."""
 
@@ -111,6 +189,13 @@ class SaveConfig(Table):
     keep_last: Int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     export_every_n_steps: Int | None = Field(
         None, ge=1, description="Steps between exports of weights. Unset: only the last."
+    )
+    formats: list[ExportFormat] | None = Field(
+        None,
+        min_length=1,
+        description="Files an export writes: `native` (keys of the original model; ComfyUI, sd-scripts), `diffusers` (a "
+        "folder for from_pretrained; of an adapter, a file for load_lora_weights), `complete` (one native file with the "
+        "autoencoder and the text encoders; full training only). Default: `native`, and for a LoRA `diffusers` too.",
     )
     dtype: ExportDtype = Field("bfloat16", description="Precision of exported weights.")
 
@@ -135,6 +220,7 @@ class ExperimentConfig(Table):
     adapter: AdapterConfig | None = None
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     optimizer: OptimizerConfig
+    ema: EmaConfig | None = None
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     save: SaveConfig = Field(default_factory=SaveConfig)
     monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)

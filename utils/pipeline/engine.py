@@ -27,7 +27,7 @@ import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from utils.pipeline.feed import MicroBatch
-from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, write_states
+from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, update_ema, write_states
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
@@ -173,12 +173,17 @@ class Pipeline:
         modules = self._module.forward_funcs
         return [LocalLayer(index, self._layers[index], modules[index - start]) for index in range(start, stop)]
 
-    def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
-        """Forward, backward and one optimizer step over one global batch."""
+    def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float, ema_decay: float | None) -> StepResult:
+        """Forward, backward and one optimizer step over one global batch.
+
+        `ema_decay`: what is left of the average when the new weights go into it, in all steps of a run; None: no average.
+        """
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.reset_activation_shape()
         loss = self._engine.train_batch(micro_batches)
+        if ema_decay is not None:
+            update_ema(self._engine.optimizer, ema_decay)
         return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
 
     def predict(self, inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor] | None:
@@ -210,9 +215,12 @@ class Pipeline:
         """Float32 weights and optimizer state of one parameter, on the CPU; all replicas in the same order."""
         return read_state(self._engine.optimizer, parameter)
 
-    def read_weights(self, parameter: nn.Parameter) -> Tensor:
-        """Float32 weights of one parameter, on the CPU; all replicas in the same order."""
-        return read_weights(parameter).cpu()
+    def read_weights(self, parameter: nn.Parameter, *, ema: bool = False) -> Tensor:
+        """Float32 weights of one parameter, or their average, on the CPU; all replicas in the same order.
+
+        There is an average once a step was made with `ema_decay`, or a checkpoint of such a run was loaded.
+        """
+        return read_weights(parameter, ema=ema).cpu()
 
     def write_states(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
         """Set what `read_state` gave, for every trainable parameter of this rank."""

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 MASTER = "master"
 """The float32 weights, as an entry beside the optimizer's own."""
+EMA = "ema"
+"""The average of the float32 weights over the steps: kept as one more of the optimizer's own, it is cut over the replicas,
+saved and read back as they are. torch's optimizers (2.13) pass over entries they do not know; tests/distributed/test_ema.py
+tries them."""
 
 
 def flat_partitions(zero_optimizer: Any) -> list[Tensor]:
@@ -26,9 +30,31 @@ def flat_partitions(zero_optimizer: Any) -> list[Tensor]:
     raise TypeError(f"{type(zero_optimizer).__name__} is not one of DeepSpeed 0.19.8's ZeRO-1 optimizers")
 
 
-def read_weights(parameter: nn.Parameter) -> Tensor:
-    """The float32 weights of one parameter, whole, in its shape."""
-    weights: Tensor = parameter.get_full_hp_param()  # type: ignore[attr-defined]
+@torch.no_grad()
+def update_ema(zero_optimizer: Any, decay: float) -> None:
+    """Of this rank's partition: average = decay * average + (1 - decay) * weights, or a copy of the weights at first.
+
+    To be called after the optimizer's step, never before its first: torch's optimizers make their state when they find none,
+    and would take this entry for it.
+    """
+    (flat,) = flat_partitions(zero_optimizer)
+    state = zero_optimizer.optimizer.state[flat]
+    if EMA in state:
+        state[EMA].lerp_(flat, 1 - decay)
+    else:
+        state[EMA] = flat.detach().clone()
+        _link_states(zero_optimizer)
+
+
+def _link_states(zero_optimizer: Any) -> None:
+    """Let DeepSpeed find each parameter's part of the state vectors, which it looks for once, after its first step."""
+    zero_optimizer._hp_optimizer_states_linked = False
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def read_weights(parameter: nn.Parameter, *, ema: bool = False) -> Tensor:
+    """The float32 weights of one parameter, or their average, whole, in its shape. There must be an average to read one."""
+    weights: Tensor = parameter.get_full_hp_param(optim_state_key=EMA if ema else None)  # type: ignore[attr-defined]
     return weights
 
 
@@ -62,8 +88,7 @@ def write_states(zero_optimizer: Any, states: dict[nn.Parameter, dict[str, Tenso
             fresh[name] = value.clone() if on_cpu else value.to(flat.device, copy=True)
     if fresh:
         zero_optimizer.optimizer.state[flat] = fresh
-        zero_optimizer._hp_optimizer_states_linked = False
-        zero_optimizer._lazy_init_hp_params_optimizer_state()
+        _link_states(zero_optimizer)
     for parameter, tensors in states.items():
         for name, value in tensors.items():
             if name == MASTER:
