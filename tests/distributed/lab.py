@@ -36,8 +36,8 @@ class Run:
         """Exported tensors of the last step, of whichever files there are."""
         folder = self.folder / "weights" / f"step_{self.last_step:06d}"
         tensors: dict[str, Tensor] = {}
-        for file in sorted(path.name for path in folder.iterdir()):
-            tensors.update(read_weights(self.folder, self.last_step, file))
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors.update(read_weights(self.folder, self.last_step, path.name))
         return tensors
 
 

@@ -8,6 +8,7 @@ test_layouts.py shows that the four ways give the same numbers.
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -155,15 +156,15 @@ class Ranks:
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
 
-def start_ranks(num_processes: int, arguments: Sequence[str], log: Path) -> Ranks:
-    """Forked ranks of `train.py ARGUMENTS`, with their output in `log`."""
+def start_ranks(num_processes: int, arguments: Sequence[str], log: Path, module: str = "train") -> Ranks:
+    """Forked ranks of `train.py ARGUMENTS`, or of another module's `main()`, with their output in `log`."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     size = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     processes: list[BaseProcess] = []
     with _environment(child_environment()):
         for rank in range(num_processes):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **address}
-            process = _FORKS.Process(target=_be_rank, args=(list(arguments), place, str(log)), daemon=True)
+            process = _FORKS.Process(target=_be_rank, args=(module, list(arguments), place, str(log)), daemon=True)
             process.start()
             processes.append(process)
     return Ranks(processes, log)
@@ -186,17 +187,15 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _be_rank(arguments: list[str], place: dict[str, str], log: str) -> None:
+def _be_rank(module: str, arguments: list[str], place: dict[str, str], log: str) -> None:
     multiprocessing.set_start_method("fork", force=True)  # else tqdm's lock outlives a killed rank
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
     os.environ.update(place)
-    sys.argv = ["train.py", *arguments]
-    import train
-
-    train.main()
+    sys.argv = [f"{module}.py", *arguments]
+    importlib.import_module(module).main()
 
 
 # --- what a run leaves -------------------------------------------------------------------------------------------------

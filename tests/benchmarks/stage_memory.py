@@ -1,0 +1,175 @@
+"""Peak memory of each rank while an 8B-shaped network is loaded from its file and while it is saved, and the time of both.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.stage_memory --stages 4 --depth 12 --folder /tmp/stage_memory
+
+The file has SD3.5-large's true width (2432) in bfloat16 and fewer blocks than its 38: the whole is 16 GB, and memory, per
+rank, is a matter of its own blocks. The file is sparse: its weights are zeros that take no disk, but take as much memory
+as any others once read. Nothing is trained, so that what is measured is the network and nothing of the optimizer.
+Resident memory is VmHWM of /proc (Linux), reset before each phase; shared library pages count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from models.sd3 import weights
+from models.sd3.adapter import SD3Adapter
+from models.sd3.layers import layer_cost, layer_prefix, num_layers
+from models.base import PipelineLayer
+from models.tensor_files import open_file
+from tests.distributed.launch import child_environment, free_port
+from tests.tiny_model import native_shapes
+from utils import distributed, export
+from utils.pipeline.engine import EngineSettings, Pipeline
+from utils.pipeline.partition import balanced_bounds
+from utils.safetensors_file import Entry, create_file, plan_file
+
+WIDTH, CONTEXT_DIM, POOLED_DIM, POSITIONS = 2432, 4096, 2048, 192
+CONTEXT_LENGTH = 77 + 256
+ALLOWED_SHARE, ALLOWED_MEGABYTES = 1.15, 600
+
+
+def make_file(path: Path, depth: int) -> None:
+    """A sparse native file of SD3.5-large's width and this many blocks."""
+    shapes = native_shapes(
+        depth=depth,
+        width=WIDTH,
+        context_dim=CONTEXT_DIM,
+        pooled_dim=POOLED_DIM,
+        pos_embed_max_size=POSITIONS,
+        qk_norm=True,
+    )
+    create_file(path, plan_file([Entry(name, torch.bfloat16, shape) for name, shape in shapes.items()], {}))
+
+
+def peak_megabytes() -> float:
+    """Highest resident memory of this process since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def make_layers(path: Path) -> list[PipelineLayer]:
+    network = weights.NetworkFiles(open_file(path))
+    return [
+        PipelineLayer(
+            name=f"layer {index}",
+            prefix=layer_prefix(network.config, index),
+            cost=layer_cost(network.config, index),
+            shapes=network.layer_shapes(index, CONTEXT_LENGTH),
+            build=lambda index=index: network.load_layer(index, CONTEXT_LENGTH, torch.bfloat16),  # type: ignore[misc]
+        )
+        for index in range(num_layers(network.config))
+    ]
+
+
+def measure(path: Path, num_stages: int) -> dict[str, Any]:
+    """On one rank: load its stage, then save the network with all ranks, in both layouts."""
+    distributed.start()
+    layers = make_layers(path)
+    begin = peak_megabytes()
+    reset_peak()
+    started = time.monotonic()
+    pipeline = Pipeline(
+        layers,
+        balanced_bounds([layer.cost for layer in layers], num_stages),
+        EngineSettings(micro_batch_size=1, num_micro_batches=num_stages, gradient_clipping=1.0, dtype=torch.bfloat16),
+        loss=torch.nn.functional.mse_loss,
+        prepare=lambda _layer, module: module.requires_grad_(False) and None,
+        make_optimizer=lambda parameters: torch.optim.AdamW(parameters),
+    )
+    load_seconds = time.monotonic() - started
+    loaded = peak_megabytes()
+    own = sum(tensor.nbytes for layer in pipeline.local_layers() for tensor in layer.module.state_dict().values())
+    reset_peak()
+    started = time.monotonic()
+    for file in export.full_files(_naming(path), ["native", "diffusers"], {}):
+        export._write(pipeline, file, path.parent / f"out_{file.name}", torch.bfloat16, False, {})
+    return {
+        "rank": distributed.world().rank,
+        "own": own / 2**20,
+        "before": begin,
+        "load": loaded,
+        "save": peak_megabytes(),
+        "load_seconds": load_seconds,
+        "save_seconds": time.monotonic() - started,
+    }
+
+
+def _naming(path: Path) -> Any:
+    """The part of an adapter that names exported tensors."""
+    config = weights.NetworkFiles(open_file(path)).config
+    bare = SimpleNamespace(config=config)
+    return SimpleNamespace(
+        export_metadata=dict,
+        native_prefix="",
+        diffusers_weights=lambda tensors: SD3Adapter.diffusers_weights(bare, tensors),  # type: ignore[arg-type]
+    )
+
+
+def run_ranks(path: Path, num_stages: int) -> Iterator[dict[str, Any]]:
+    """Start every rank as a launcher would; yields what each measured."""
+    port = str(free_port())
+    processes = []
+    for rank in range(num_stages):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_stages, "LOCAL_WORLD_SIZE": num_stages}
+        environment = {**child_environment(), **{k: str(v) for k, v in place.items()}}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.stage_memory",
+            "--rank-of",
+            str(path),
+            "--stages",
+            str(num_stages),
+        ]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(output)
+        yield json.loads(output.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, required=True)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--folder", type=Path, default=Path("stage_memory"))
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank_of is not None:
+        print(json.dumps(measure(arguments.rank_of, arguments.stages)), flush=True)
+        distributed.wait_for_all("measured")
+        os._exit(0)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    path = arguments.folder / "network.safetensors"
+    make_file(path, arguments.depth)
+    print(f"{arguments.depth} blocks of width {WIDTH}, {path.stat().st_size / 1e9:.2f} GB, {arguments.stages} stages; MiB")
+    print("rank     own  before    load  allowed    save   load s  save s")
+    for row in run_ranks(path, arguments.stages):
+        allowed = ALLOWED_SHARE * row["own"] + ALLOWED_MEGABYTES
+        verdict = "" if max(row["load"], row["save"]) <= allowed else "  TOO MUCH"
+        print(
+            f"{row['rank']:4d} {row['own']:7.0f} {row['before']:7.0f} {row['load']:7.0f} {allowed:8.0f} {row['save']:7.0f} "
+            f"{row['load_seconds']:8.1f} {row['save_seconds']:7.1f}{verdict}"
+        )
+
+
+if __name__ == "__main__":
+    main()

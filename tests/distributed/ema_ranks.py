@@ -1,0 +1,121 @@
+"""What each rank does for test_ema.py: train a small layer with one optimizer after another, and check its average.
+
+All ranks are replicas. Two of them cut a parameter in two, and the last one's part has padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.base import PipelineLayer
+from utils import distributed
+from utils.config.schema import OptimizerConfig
+from utils.optimizer import make_optimizer
+from utils.pipeline.engine import EngineSettings, Pipeline
+from utils.pipeline.feed import MicroBatch
+from utils.pipeline.optimizer_state import EMA
+
+DECAY = 0.75
+STOP, NUM_STEPS = 2, 4
+IN_FLOAT32 = ("AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop")
+IN_BFLOAT16 = ("AdamW", "SGD")
+"""Few, because DeepSpeed's optimizer takes a second to be made."""
+CASES: list[tuple[str, dict[str, Any], torch.dtype]] = [
+    *((name, {}, torch.float32) for name in IN_FLOAT32),
+    ("SGD", {"momentum": 0.9}, torch.float32),
+    *((name, {}, torch.bfloat16) for name in IN_BFLOAT16),
+]
+
+
+class Layer(nn.Module):
+    """21 weights in three parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 15).view(5, 3))
+        self.bias = nn.Parameter(torch.linspace(1, 2, 5))
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        return nn.functional.linear(inputs[0], self.weight, self.bias) * self.scale
+
+
+class Trained:
+    """A pipeline of the one layer."""
+
+    def __init__(self, optimizer: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+        config = OptimizerConfig(type=optimizer, learning_rate=1.0, args=arguments)
+        self._dtype = dtype
+        self._pipeline = Pipeline(
+            [PipelineLayer("layer", "layer.", 1.0, {}, Layer)],
+            [0, 1],
+            EngineSettings(micro_batch_size=2, num_micro_batches=1, gradient_clipping=0.0, dtype=dtype),
+            loss=nn.functional.mse_loss,
+            prepare=lambda layer, module: None,
+            make_optimizer=partial(make_optimizer, config),
+        )
+        (layer,) = self._pipeline.local_layers()
+        self._parameters = list(layer.trainable().values())
+
+    def step(self, step: int, decay: float | None) -> None:
+        self._pipeline.train_step(self._micro_batches(step), 0.01, decay)
+
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        inputs = torch.linspace(-1, 1 + step + distributed.world().rank, 6).view(2, 3).to(self._dtype)
+        return itertools.repeat(((inputs,), torch.zeros(2, 5, dtype=self._dtype)))
+
+    def weights(self, *, ema: bool = False) -> list[Tensor]:
+        return [self._pipeline.read_weights(parameter, ema=ema) for parameter in self._parameters]
+
+    def state(self) -> list[dict[str, Tensor]]:
+        return [self._pipeline.read_state(parameter) for parameter in self._parameters]
+
+    def set_state(self, state: list[dict[str, Tensor]]) -> None:
+        self._pipeline.write_states(dict(zip(self._parameters, state, strict=True)))
+
+
+def assert_equal(one: list[Tensor], other: list[Tensor], what: str) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), f"{what}: {one} {other}"
+
+
+def check(optimizer: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    """The average follows the weights, training is what it is without one, and going on from a saved state is exact."""
+    averaged, plain, resumed = (Trained(optimizer, arguments, dtype) for _ in range(3))
+    average = averaged.weights()
+    for step in range(NUM_STEPS):
+        before = averaged.weights()
+        averaged.step(step, DECAY)
+        plain.step(step, None)
+        now = averaged.weights()
+        assert not any(torch.equal(a, b) for a, b in zip(before, now, strict=True)), "a parameter stood still"
+        assert_equal(now, plain.weights(), "trained beside an average")
+        average = [torch.lerp(a, w, 1 - DECAY) for a, w in zip(average, now, strict=True)] if step else now
+        assert_equal(averaged.weights(ema=True), average, f"average after step {step + 1}")
+        if step + 1 == STOP:
+            saved = averaged.state()
+            assert_equal([tensors[EMA] for tensors in saved], average, "saved average")
+            resumed.set_state(saved)
+        if step + 1 >= STOP:
+            assert_equal(resumed.weights(ema=True), average, f"average gone on from, after step {step + 1}")
+            assert_equal(resumed.weights(), now, f"weights gone on from, after step {step + 1}")
+            resumed.step(step + 1, DECAY)
+
+
+def main() -> None:
+    distributed.start()
+    for case in CASES:
+        try:
+            check(*case)
+        except Exception:
+            print(f"{case}:\n{traceback.format_exc()}", file=sys.stderr)
+            distributed.finish(1)
+    print(f"{len(CASES)} cases")
+    distributed.finish(0)
