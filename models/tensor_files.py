@@ -25,6 +25,8 @@ _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _INFERENCE_ONLY = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 """How a program may run the eight-bit weights; not part of what they are."""
 MAX_PROBLEMS_SHOWN = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""What safetensors itself accepts."""
 STANDARD_NAMES = ("diffusion_pytorch_model", "model")
 """What weights are called in folders of diffusers and transformers."""
 
@@ -90,7 +92,7 @@ class TensorFiles:
             f"stores {name} as {dtype}; readable are {', '.join(sorted(READABLE_DTYPES))}" for dtype, name in odd.items()
         ]
         for name, place in self._places.items():
-            if place.scale is not None and math.prod(place.scale.shape) not in (1, place.shape[0]):
+            if place.scale is not None and not _is_one_or_one_a_row(place.scale.shape, place.shape):
                 return [*lines, f"scales {name} by blocks of {place.scale.shape}; read are one scale a tensor or one a row"]
         return lines
 
@@ -116,6 +118,10 @@ class TensorFiles:
         for name in names:
             grouped.setdefault(self._places[name].path, []).append(name)
         return list(grouped.items())
+
+
+def _is_one_or_one_a_row(scale: Shape, shape: Shape) -> bool:
+    return math.prod(scale) == 1 or (scale[:1] == shape[:1] and math.prod(scale[1:]) == 1)
 
 
 def _read_scale(place: _Place, num_axes: int) -> Tensor:
@@ -210,13 +216,14 @@ def _what_it_is_instead(path: Path) -> str:
         return "is a git-lfs pointer, not the weights: run `git lfs pull` where it came from, or download the file itself"
     if start.lstrip()[:1] == b"<":
         return "is a web page: the download failed, often because the model's licence was not accepted"
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "is a pickled file, which is not read: convert it to safetensors"
     if start.startswith(b"GGUF"):
         return "is a GGUF file, which is not read: give the safetensors file it was made from"
     header_bytes = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and size < 8 + header_bytes + _data_bytes(path, header_bytes):
-        return f"is cut off: it has {size:,} bytes and its header announces more; download it again"
+    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:  # before pickles: any byte may be a length's first
+        if size < 8 + header_bytes + _data_bytes(path, header_bytes):
+            return f"is cut off: it has {size:,} bytes and its header announces more; download it again"
+    elif start.startswith((b"PK\x03\x04", b"\x80")):
+        return "is a pickled file, which is not read: convert it to safetensors"
     return "is no readable safetensors file"
 
 

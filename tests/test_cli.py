@@ -183,7 +183,7 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.args": {"weight_decay": -1.0}}, "optimizer.args: AdamW refuses them: Invalid weight_decay value: -1.0"),
     (
         {"adapter": {"type": "lora", "targets": ["no_such_.*"]}},
-        "adapter.targets[0]: = 'no_such_.*': matches no linear module; names are like ",
+        "adapter.targets[0]: = 'no_such_.*': matches no module; groups are attn, ",
     ),
     (
         {"adapter": {"type": "lora", "targets": ["final_layer.linear", "(x"]}},

@@ -65,8 +65,7 @@ def _start_notes(experiment: Experiment) -> list[str]:
             f"{len(fresh)} of the {len(plan.modules)} modules are not in {start.path} and start fresh: {some(fresh)}"
         )
     if start.left_out:
-        keys = some(start.left_out)
-        notes.append(f"{start.path} has {len(start.left_out)} tensors for other networks, which are left out: {keys}")
+        notes.append(f"left out of {start.path}, as of other networks: {some(start.left_out)}")
     return notes
 
 

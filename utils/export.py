@@ -69,7 +69,7 @@ class Reader:
         if self.shapes_only:
             return torch.empty(tensor.shape, dtype=torch.float32, device="meta")
         if name in trained:
-            return self.pipeline.read_weights(trained[name])
+            return self.pipeline.read_weights(trained[name], ema=self.ema)
         return tensor.cpu()
 
 

@@ -25,8 +25,9 @@ from models.sd3 import adapter_files, diffusers_names, text_encoders, vae, weigh
 from models.sd3.layers import LAYER_LIST_VERSION, layer_cost, layer_prefix, num_layers
 from models.sd3.mmdit import unpatchify
 from models.sd3.settings import SD3Settings
-from models.sd3.sources import Sources, find_parts
+from models.sd3.sources import TEXT_ENCODERS, Part, find_parts
 from models.sd3.tokenizers import find_tokenizers
+from models.tensor_files import TensorFiles
 
 TIMESTEP_SCALE = 1000.0
 
@@ -50,14 +51,12 @@ class SD3Adapter(ModelAdapter):
     default_lora_targets = ("attn", "mlp", "final_layer")
 
     def __init__(self, settings: SD3Settings) -> None:
-        sources, problems = find_parts(settings)
-        if sources is None:
-            raise ModelFilesError(problems)
-        network, problems = _check(sources, settings)
-        tokenizers, missing = find_tokenizers(settings, sources.text_encoders)
-        problems += missing
-        merges, unfit = _open_merges(settings, network)
-        problems += unfit
+        tensors, parts, problems = find_parts(settings)
+        encoders = {name: parts[name] for name in TEXT_ENCODERS if name in parts}
+        network, unfit = _check(tensors, parts.get("vae"), encoders, settings)
+        tokenizers, missing = find_tokenizers(settings, encoders)
+        merges, unmergeable = _open_merges(settings, network)
+        problems += unfit + missing + unmergeable
         if problems or network is None:
             raise ModelFilesError(problems)
         for file, strength in merges:
@@ -71,12 +70,13 @@ class SD3Adapter(ModelAdapter):
         )
         self.settings = settings
         self.config = config
-        self.sources = sources
+        self.vae_part = parts["vae"]
+        self.encoder_parts = encoders
         self.num_blocks = config.depth
         self.network_files = (*network.paths, *(file.path for file, _ in merges))
         self.network_settings = {"merge strengths": [strength for _, strength in merges]}
-        self.image_encoder = vae.SD3ImageEncoder(sources.vae)
-        self.text_encoders = text_encoders.make_text_encoders(sources.text_encoders, tokenizers, settings)
+        self.image_encoder = vae.SD3ImageEncoder(self.vae_part)
+        self.text_encoders = text_encoders.make_text_encoders(encoders, tokenizers, settings)
         self.adaptable_modules = weights.adaptable_modules(config)
         self.layers = tuple(self._layer(network, index) for index in range(num_layers(config)))
         self.notes = tuple(_notes(settings, merges))
@@ -92,7 +92,7 @@ class SD3Adapter(ModelAdapter):
         )
 
     def describe(self) -> str:
-        off = [name for name in ("clip_l", "clip_g", "t5xxl") if name not in self.sources.text_encoders]
+        off = [name for name in TEXT_ENCODERS if name not in self.encoder_parts]
         return ", ".join([weights.variant_name(self.config), self.settings.dtype, *(f"without {name}" for name in off)])
 
     def block_of(self, module: str) -> int | None:
@@ -110,7 +110,7 @@ class SD3Adapter(ModelAdapter):
         return unpatchify(output, height, width, self.config.patch_size)
 
     def load_decoder(self, device: torch.device) -> DecodeFunction:
-        return vae.load_decoder(self.sources.vae, device)
+        return vae.load_decoder(self.vae_part, device)
 
     # --- public files ------------------------------------------------------------------------------------------------
 
@@ -133,27 +133,30 @@ class SD3Adapter(ModelAdapter):
         return diffusers_names.transformer_config(self.config)
 
     def frozen_tensors(self) -> list[FileTensor]:
-        parts = self.sources.text_encoders.values()
-        problems = [("vae", text) for text in vae.file_problems(self.sources.vae)]
+        parts = self.encoder_parts.values()
+        problems = [("vae", text) for text in vae.file_problems(self.vae_part)]
         problems += [(part.key, text) for part in parts for text in text_encoders.file_problems(part)]
         if problems:
             raise ModelFilesError(problems)
-        tensors = vae.file_tensors(self.sources.vae)
+        tensors = vae.file_tensors(self.vae_part)
         return tensors + [tensor for part in parts for tensor in text_encoders.file_tensors(part, self.settings.torch_dtype)]
 
     def export_metadata(self) -> dict[str, str]:
         return {"modelspec.architecture": weights.architecture_id(self.config)}
 
 
-def _check(sources: Sources, settings: SD3Settings) -> tuple[weights.NetworkFiles | None, list[tuple[str, str]]]:
-    """The network, if its files are whole, and what is wrong with any part, as (key, message)."""
+def _check(
+    tensors: TensorFiles | None, vae_part: Part | None, encoders: Mapping[str, Part], settings: SD3Settings
+) -> tuple[weights.NetworkFiles | None, list[tuple[str, str]]]:
+    """The network, if its files are whole, and what is wrong with any part that is there, as (key, message)."""
     network, problems = None, []
     try:
-        network = weights.NetworkFiles(sources.network)
+        network = weights.NetworkFiles(tensors) if tensors is not None else None
     except ModelFilesError as error:
         problems += error.problems
-    problems += vae.check_part(sources.vae, network.config.in_channels if network else None)
-    problems += text_encoders.check_parts(sources.text_encoders, settings, network.config if network else None)
+    if vae_part is not None:
+        problems += vae.check_part(vae_part, network.config.in_channels if network else None)
+    problems += text_encoders.check_parts(encoders, settings, network.config if network else None)
     return network, problems
 
 

@@ -43,18 +43,11 @@ class Part:
         return (config, *self.tensors.paths) if self.config is not None else self.tensors.paths
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Every part of the model that was asked for."""
+def find_parts(settings: SD3Settings) -> tuple[TensorFiles | None, dict[str, Part], list[tuple[str, str]]]:
+    """Open every part's headers: the network, the other parts by key, and what is wrong with those not there.
 
-    network: TensorFiles
-    vae: Part
-    text_encoders: dict[str, Part]
-    """By key; without those that are off."""
-
-
-def find_parts(settings: SD3Settings) -> tuple[Sources | None, list[tuple[str, str]]]:
-    """Open every part's headers; returns None and what is wrong, as (key, message), unless all are there."""
+    Problems are (key, message).
+    """
     problems: list[tuple[str, str]] = []
     if settings.clip_l is False and settings.clip_g is False and settings.t5xxl is False:
         problems.append(("clip_l", "all three text encoders are off; captions need one of clip_l, clip_g, t5xxl"))
@@ -73,10 +66,7 @@ def find_parts(settings: SD3Settings) -> tuple[Sources | None, list[tuple[str, s
                 parts[key] = _part_at(key, path)
         except TensorFilesError as error:
             problems.append((key, str(error)))
-    if problems or network is None:
-        return None, problems
-    vae = parts.pop("vae")
-    return Sources(network, vae, parts), []
+    return network, parts, problems
 
 
 def _open_network(path: Path) -> TensorFiles:
@@ -133,11 +123,12 @@ def _kind(key: str) -> str:
     return "a diffusers AutoencoderKL" if key == "vae" else "a transformers text encoder"
 
 
-# --- what else a file may hold -------------------------------------------------------------------------------------------------
+# --- what else a file may hold -----------------------------------------------------------------------------------------
 
 _SIGNS = (
     ("lora_down.", "a LoRA"),
     ("lora_A.", "a LoRA"),
+    ("lora.down.", "a LoRA"),
     ("lokr_w", "a LoKr adapter"),
     ("controlnet_blocks.", "a ControlNet"),
     ("double_blocks.", "a Flux transformer"),

@@ -6,6 +6,7 @@ diffusers has (`tokenizer`, `tokenizer_2`, `tokenizer_3`), which for a single fi
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ HUB_NAMES = {
 _CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _FILES = {"clip_l": _CLIP_FILES, "clip_g": _CLIP_FILES, "t5xxl": (("tokenizer.json",), ("spiece.model",))}
 """The sets of files, any of which makes a tokenizer."""
+_KINDS = {"clip_l": "CLIP tokenizer", "clip_g": "CLIP tokenizer", "t5xxl": "T5 tokenizer"}
 _DOWNLOADED = ("*.json", "merges.txt", "spiece.model")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
@@ -44,7 +46,18 @@ def find_tokenizers(settings: SD3Settings, parts: dict[str, Part]) -> tuple[dict
 
 
 def _is_tokenizer(name: str, folder: Path) -> bool:
-    return any(all((folder / file).is_file() for file in files) for files in _FILES[name])
+    return any(all(_is_of_kind(name, folder / file) for file in files) for files in _FILES[name])
+
+
+def _is_of_kind(name: str, path: Path) -> bool:
+    """Whether the file is there; tokenizer.json has the same name for both kinds: CLIP's words are a table, T5's a list."""
+    if path.name != "tokenizer.json" or not path.is_file():
+        return path.is_file()
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(vocabulary, list if name == "t5xxl" else dict)
 
 
 def _wanted(name: str) -> str:
@@ -56,7 +69,7 @@ def _given(name: str, value: str) -> Path:
     if folder.is_dir():
         if _is_tokenizer(name, folder):
             return folder
-        raise LookupError(f"= {value!r}: the folder has no {_wanted(name)}")
+        raise LookupError(f"= {value!r}: the folder has no {_KINDS[name]} ({_wanted(name)})")
     if not _HUB_NAME.fullmatch(value):
         raise LookupError(f"= {value!r}: is neither a folder nor a hub's owner/name; give a folder with {_wanted(name)}")
     try:

@@ -90,6 +90,13 @@ def _load_autoencoder(part: Part, device: torch.device) -> Any:
 _OLDER_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
+def _newer_name(name: str) -> str:
+    """The inverse of `_older_name`."""
+    for new, old in _OLDER_ATTENTION.items():
+        name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+    return name
+
+
 def _older_name(name: str) -> str:
     """diffusers' name of an attention tensor before version 0.18, which some folders still have."""
     for new, old in _OLDER_ATTENTION.items():
@@ -113,6 +120,21 @@ def native_name(name: str, num_levels: int) -> str:
     for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
         name = name.replace(f"attn_1.{new}.", f"attn_1.{old}.")
     return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+
+
+def diffusers_name(name: str, num_levels: int) -> str:
+    """The inverse of `native_name`."""
+    name = re.sub(r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", name)
+    name = re.sub(r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
+    level = re.match(r"decoder\.up\.(\d+)\.", name)
+    if level:
+        up = f"decoder.up_blocks.{num_levels - 1 - int(level.group(1))}."
+        name = up + name[level.end() :].replace("block.", "resnets.").replace("upsample.", "upsamplers.0.")
+    name = name.replace("mid.block_1.", "mid_block.resnets.0.").replace("mid.block_2.", "mid_block.resnets.1.")
+    name = name.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
+    for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f"mid.attn_1.{old}.", f"mid_block.attentions.0.{new}.")
+    return name
 
 
 def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -216,17 +238,44 @@ def check_part(part: Part, num_channels: int | None) -> list[tuple[str, str]]:
         try:
             config = native_config(shapes)
         except ValueError as error:
-            return [("vae", f"{source} is {what_it_is(list(shapes))}, not a whole autoencoder: it {error}")]
+            what = what_it_is(list(shapes))
+            hint = "; give its folder, which has its config.json" if "in diffusers' layout" in what else ""
+            return [("vae", f"{source} is {what}, not a whole autoencoder with native keys: it {error}{hint}")]
         misfits = shape_problems(shapes, native_shapes(config)) + part.tensors.unreadable()
-        if misfits:
-            return [("vae", f"{source} {line}") for line in misfits]
+    else:
+        misfits = _folder_problems(part, config)
     channels = config.get("latent_channels")
     if num_channels is not None and channels != num_channels:
         return [("vae", f"{source} has {channels} latent channels, the network takes {num_channels}")]
     downscale = 2 ** (len(config.get("block_out_channels", ())) - 1)
     if downscale != SPATIAL_DOWNSCALE:
         return [("vae", f"{source} shrinks pictures {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
-    return []
+    return [("vae", f"{source} {line}") for line in misfits]
+
+
+_DEFAULTS = {
+    "in_channels": 3,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+"""What diffusers' class takes for a setting that config.json leaves out."""
+
+
+def _folder_problems(part: Part, config: Mapping[str, Any]) -> list[str]:
+    """Tensors of a folder that do not fit its config.json."""
+    if not {"block_out_channels", "latent_channels"} <= config.keys():
+        return [f"{part.folder / 'config.json'} gives no block_out_channels or no latent_channels"]
+    num_levels = len(config["block_out_channels"])
+    expected = {diffusers_name(name, num_levels): shape for name, shape in native_shapes({**_DEFAULTS, **config}).items()}
+    found = {_newer_name(name): _as_convolution(shape) for name, shape in part.tensors.shapes.items()}
+    return shape_problems(found, expected) + part.tensors.unreadable()
+
+
+def _as_convolution(shape: Shape) -> Shape:
+    """The attention's linears are convolutions of one pixel in native files."""
+    return (*shape, 1, 1) if len(shape) == 2 else shape
 
 
 def file_problems(part: Part) -> list[str]:
@@ -246,12 +295,8 @@ def file_tensors(part: Part) -> list[FileTensor]:
     num_levels = 0 if part.config is None else len(part.config["block_out_channels"])
     tensors = []
     for name, shape in part.tensors.shapes.items():
-        native = name
-        if part.config is not None:
-            for new, old in _OLDER_ATTENTION.items():
-                native = native.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-            native = native_name(native, num_levels)
-        full = (*shape, 1, 1) if len(shape) == 2 else shape  # the attention's linears: convolutions of one pixel there
+        native = name if part.config is None else native_name(_newer_name(name), num_levels)
+        full = _as_convolution(shape)
         tensors.append(FileTensor(PREFIXES["vae"][0] + native, full, partial(_read_as, part, name, full), torch.float32))
     return tensors
 

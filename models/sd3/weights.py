@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,20 +37,26 @@ _DEFINING_TENSORS = {
 """Tensors the network's shape is read from, and how many axes each has."""
 
 
-def detect_config(shapes: Mapping[str, Shape]) -> MMDiTConfig:
-    """The network's shape from the shapes of its tensors. Raises ValueError when a defining tensor is missing or odd."""
-    missing = [name for name in _DEFINING_TENSORS if name not in shapes]
+def detect_config(shapes: Mapping[str, Shape], own_name: Callable[[str], str] = str) -> MMDiTConfig:
+    """The network's shape from the shapes of its tensors. Raises ValueError when a defining tensor is missing or odd.
+
+    own_name: what messages call a tensor.
+    """
+    missing = [own_name(name) for name in _DEFINING_TENSORS if name not in shapes]
     blocks = {int(m.group(1)) for name in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", name))}
     if missing or not blocks:
         raise ValueError(f"has no {', '.join(missing) or 'joint_blocks.*'}")
     odd = [name for name, num_axes in _DEFINING_TENSORS.items() if len(shapes[name]) != num_axes]
     if odd:
         raise ValueError(
-            "; ".join(f"tensor {name} has shape {shapes[name]}, expected {_DEFINING_TENSORS[name]} axes" for name in odd)
+            "; ".join(
+                f"has tensor {own_name(name)} of shape {shapes[name]}, expected {_DEFINING_TENSORS[name]} axes"
+                for name in odd
+            )
         )
     hidden, channels, patch = shapes["x_embedder.proj.weight"][:3]
     if hidden % HEAD_WIDTH:
-        raise ValueError(f"width {hidden} is not a multiple of the head width, {HEAD_WIDTH}")
+        raise ValueError(f"is {hidden} wide, no multiple of the head width, {HEAD_WIDTH}")
     depth = max(blocks) + 1
     return MMDiTConfig(
         patch_size=patch,
@@ -60,9 +66,9 @@ def detect_config(shapes: Mapping[str, Shape]) -> MMDiTConfig:
         context_dim=shapes["context_embedder.weight"][1],
         pooled_dim=shapes["y_embedder.mlp.0.weight"][1],
         pos_embed_max_size=math.isqrt(shapes["pos_embed"][1]),
-        qk_norm="joint_blocks.0.x_block.attn.ln_k.weight" in shapes,
+        qk_norm=any(".attn.ln_" in name for name in shapes),
         dual_attention_layers=tuple(
-            index for index in range(depth) if f"joint_blocks.{index}.x_block.attn2.qkv.weight" in shapes
+            index for index in range(depth) if any(f"joint_blocks.{index}.x_block.attn2." in name for name in shapes)
         ),
     )
 
@@ -95,14 +101,18 @@ class NetworkFiles:
         names = list(tensors.shapes)
         if any(name.startswith(CHECKPOINT_PREFIX) for name in names):
             tensors = tensors.within(CHECKPOINT_PREFIX)
-        self._is_diffusers = "pos_embed.proj.weight" in tensors
+        self._is_diffusers = any(name.startswith("transformer_blocks.") for name in tensors.shapes)
         if not self._is_diffusers:
             tensors = tensors.without(_is_beside_the_network)
         self._tensors = tensors
         self._merge: list[tuple[AdapterFile, float]] = []
         found = tensors.shapes
         try:
-            self.config = detect_config(diffusers_names.native_shapes(found) if self._is_diffusers else found)
+            if any(name.startswith("controlnet_blocks.") for name in found):  # otherwise much like a network
+                raise ValueError("has controlnet_blocks.*")
+            self.config = detect_config(
+                diffusers_names.native_shapes(found) if self._is_diffusers else found, self._first_own_name
+            )
         except ValueError as error:
             what = what_it_is(names)
             raise ModelFilesError([("mmdit", f"{self.source} is {what}, not a whole SD3 network: it {error}")]) from error
@@ -110,6 +120,10 @@ class NetworkFiles:
         if problems:
             looks_like = f"{self.source}, by its shapes {variant_name(self.config)},"
             raise ModelFilesError([("mmdit", f"{looks_like} {problem}") for problem in problems])
+
+    def _first_own_name(self, name: str) -> str:
+        """What the files call a native tensor, or the first part of it."""
+        return diffusers_names.diffusers_names(name)[0] if self._is_diffusers else name
 
     def _expected_shapes(self) -> dict[str, Shape]:
         """In the files' own names."""

@@ -3,16 +3,16 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.stage_memory --stages 4 --depth 12 --folder /tmp/stage_memory
 
 The file has SD3.5-large's true width (2432) in bfloat16 and fewer blocks than its 38: the whole is 16 GB, and memory, per
-rank, is a matter of its own blocks. The file is sparse: its weights are zeros that take no disk, but take as much memory
-as any others once read. Nothing is trained, so that what is measured is the network and nothing of the optimizer.
-Resident memory is VmHWM of /proc (Linux), reset before each phase; shared library pages count.
+rank, is a matter of its own blocks. The file is sparse: its weights are zeros that take no disk, but take as much memory as
+any others once read. Nothing is trained, so that what is measured is the network and nothing of the optimizer; with
+--trained everything is, and what counts is what saving adds to what training holds anyway. Resident memory is VmHWM of
+/proc (Linux), reset before each phase; shared library pages count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from models.sd3 import weights
 from models.sd3.adapter import SD3Adapter
@@ -53,10 +54,10 @@ def make_file(path: Path, depth: int) -> None:
     create_file(path, plan_file([Entry(name, torch.bfloat16, shape) for name, shape in shapes.items()], {}))
 
 
-def peak_megabytes() -> float:
-    """Highest resident memory of this process since `reset_peak`."""
+def megabytes(what: str) -> float:
+    """Resident memory of this process: VmRSS now, VmHWM the highest since `reset_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def reset_peak() -> None:
@@ -77,11 +78,15 @@ def make_layers(path: Path) -> list[PipelineLayer]:
     ]
 
 
-def measure(path: Path, num_stages: int) -> dict[str, Any]:
+def freeze(module: nn.Module) -> None:
+    module.requires_grad_(False)
+
+
+def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     """On one rank: load its stage, then save the network with all ranks, in both layouts."""
     distributed.start()
     layers = make_layers(path)
-    begin = peak_megabytes()
+    begin = megabytes("VmHWM")
     reset_peak()
     started = time.monotonic()
     pipeline = Pipeline(
@@ -89,12 +94,13 @@ def measure(path: Path, num_stages: int) -> dict[str, Any]:
         balanced_bounds([layer.cost for layer in layers], num_stages),
         EngineSettings(micro_batch_size=1, num_micro_batches=num_stages, gradient_clipping=1.0, dtype=torch.bfloat16),
         loss=torch.nn.functional.mse_loss,
-        prepare=lambda _layer, module: module.requires_grad_(False) and None,
+        prepare=lambda _layer, module: None if trained else freeze(module),
         make_optimizer=lambda parameters: torch.optim.AdamW(parameters),
     )
     load_seconds = time.monotonic() - started
-    loaded = peak_megabytes()
+    loaded = megabytes("VmHWM")
     own = sum(tensor.nbytes for layer in pipeline.local_layers() for tensor in layer.module.state_dict().values())
+    held = megabytes("VmRSS")
     reset_peak()
     started = time.monotonic()
     for file in export.full_files(_naming(path), ["native", "diffusers"], {}):
@@ -104,7 +110,8 @@ def measure(path: Path, num_stages: int) -> dict[str, Any]:
         "own": own / 2**20,
         "before": begin,
         "load": loaded,
-        "save": peak_megabytes(),
+        "held": held,
+        "save": megabytes("VmHWM"),
         "load_seconds": load_seconds,
         "save_seconds": time.monotonic() - started,
     }
@@ -121,7 +128,7 @@ def _naming(path: Path) -> Any:
     )
 
 
-def run_ranks(path: Path, num_stages: int) -> Iterator[dict[str, Any]]:
+def run_ranks(path: Path, num_stages: int, trained: bool) -> Iterator[dict[str, Any]]:
     """Start every rank as a launcher would; yields what each measured."""
     port = str(free_port())
     processes = []
@@ -151,24 +158,24 @@ def main() -> None:
     parser.add_argument("--stages", type=int, required=True)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--folder", type=Path, default=Path("stage_memory"))
+    parser.add_argument("--trained", action="store_true")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
-        print(json.dumps(measure(arguments.rank_of, arguments.stages)), flush=True)
-        distributed.wait_for_all("measured")
-        os._exit(0)
+        print(json.dumps(measure(arguments.rank_of, arguments.stages, arguments.trained)), flush=True)
+        distributed.finish(0)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "network.safetensors"
     make_file(path, arguments.depth)
     print(f"{arguments.depth} blocks of width {WIDTH}, {path.stat().st_size / 1e9:.2f} GB, {arguments.stages} stages; MiB")
-    print("rank     own  before    load  allowed    save   load s  save s")
-    for row in run_ranks(path, arguments.stages):
+    print("rank     own  before    load allowed    held    save    adds   load s  save s")
+    for row in run_ranks(path, arguments.stages, arguments.trained):
         allowed = ALLOWED_SHARE * row["own"] + ALLOWED_MEGABYTES
-        verdict = "" if max(row["load"], row["save"]) <= allowed else "  TOO MUCH"
-        print(
-            f"{row['rank']:4d} {row['own']:7.0f} {row['before']:7.0f} {row['load']:7.0f} {allowed:8.0f} {row['save']:7.0f} "
-            f"{row['load_seconds']:8.1f} {row['save_seconds']:7.1f}{verdict}"
-        )
+        highest = row["save"] - row["held"] if arguments.trained else max(row["load"], row["save"])
+        verdict = "" if highest <= (allowed - row["own"] if arguments.trained else allowed) else "  TOO MUCH"
+        columns = [row["own"], row["before"], row["load"], allowed, row["held"], row["save"], row["save"] - row["held"]]
+        numbers = " ".join(f"{number:7.0f}" for number in columns)
+        print(f"{row['rank']:4d} {numbers} {row['load_seconds']:8.1f} {row['save_seconds']:7.1f}{verdict}")
 
 
 if __name__ == "__main__":

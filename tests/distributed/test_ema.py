@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.distributed.ema_ranks import CASES
 from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run, start_ranks
-from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_same_run, assert_same_weights
+from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_same_weights
 from tests.distributed.test_resume import copy_of, prepare_resume
 from utils.checkpoint import step_folder
 from utils.config.load import ConfigError
@@ -100,7 +100,10 @@ def test_every_optimizer_can_be_averaged_beside(tmp_path: Path) -> None:
 
 def test_average_changes_nothing_in_training(lab: Lab) -> None:
     plain, averaged = lab.shared_run(2, FULL), lab.shared_run(2, AVERAGED)
-    assert_same_run(plain, averaged)
+    assert plain.metrics == averaged.metrics
+    everything = saved(averaged, averaged.last_step)
+    without_average = {name: tensor for name, tensor in everything.items() if not name.endswith(f"//{EMA}")}
+    assert_same_weights(saved(plain, plain.last_step), without_average)
     assert "averaged weights" not in plain.output
     (row,) = [line for line in averaged.output.splitlines() if "averaged weights" in line]
     assert "decay 0.35, less in the first steps" in row
@@ -138,7 +141,7 @@ def test_average_gone_on_from_equals_that_of_an_uninterrupted_run(lab: Lab, chan
     for step in range(STOP + 1, straight.last_step + 1):
         shutil.rmtree(step_folder(checkpoints, step))
     resumed = lab.run(2, experiment, "--resume")
-    assert_same_run(straight, resumed)
+    assert straight.metrics == resumed.metrics
     for step in range(STOP + 1, straight.last_step + 1):
         assert_same_weights(saved(straight, step), saved(resumed, step))
 

@@ -1,4 +1,4 @@
-"""Optimizers by name and the course of the learning rate."""
+"""Optimizers by name, the course of the learning rate and of the average's decay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.config.schema import OptimizerConfig
-from utils.optimizer import learning_rate, make_optimizer, optimizer_names, optimizer_problems
+from utils.config.schema import EmaConfig, OptimizerConfig
+from utils.optimizer import ema_decay, learning_rate, make_optimizer, optimizer_names, optimizer_problems
 
 RATE = 1e-3
 
@@ -118,3 +118,22 @@ def test_rates_of_very_short_runs_stay_within_bounds(scheduler: str, warmup: int
         warnings.simplefilter("error")
         rates = [learning_rate(config, step, num_steps) for step in range(num_steps)]
     assert all(0 < rate <= RATE for rate in rates)
+
+
+# --- the average's decay -----------------------------------------------------------------------------------------------
+
+
+def test_decay_warms_up_to_its_height_and_stays_there() -> None:
+    decays = [ema_decay(EmaConfig(decay=0.5), step) for step in range(1, 12)]
+    assert decays[:8] == [2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 9 / 18]
+    assert decays[7:] == [0.5] * 4
+
+
+def test_default_decay_is_reached_after_ninety_thousand_steps() -> None:
+    assert ema_decay(EmaConfig(), 89_980) < 0.9999
+    assert ema_decay(EmaConfig(), 90_000) == 0.9999
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 1_000_000])
+def test_decay_without_warm_up_is_the_same_in_every_step(step: int) -> None:
+    assert ema_decay(EmaConfig(decay=0.99, warmup=False), step) == 0.99

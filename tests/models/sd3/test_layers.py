@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from models.sd3.layers import layer_cost, layer_prefix, make_layer, num_layers, pack, unpack
 from models.sd3.mmdit import MMDiT, unpatchify
-from models.sd3.weights import MMDiTFile
+from models.sd3.weights import NetworkFiles
+from models.tensor_files import open_file
 from tests.tiny_model import CONTEXT_DIM, POOLED_DIM, tiny_shapes
 
 CONTEXT_LENGTH = 6
@@ -27,7 +28,7 @@ def make_inputs(height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def whole_network(tiny_model: Path, dtype: torch.dtype) -> MMDiT:
     file = tiny_model / "mmdit.safetensors"
-    network = MMDiT(MMDiTFile(file).config)
+    network = MMDiT(NetworkFiles(open_file(file)).config)
     network.load_state_dict(load_file(file))
     network.to(dtype).pos_embed = network.pos_embed.float()
     network.load_state_dict({"pos_embed": load_file(file)["pos_embed"]}, strict=False)
@@ -35,7 +36,7 @@ def whole_network(tiny_model: Path, dtype: torch.dtype) -> MMDiT:
 
 
 def row_of_layers(tiny_model: Path, dtype: torch.dtype) -> list[nn.Module]:
-    file = MMDiTFile(tiny_model / "mmdit.safetensors")
+    file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     return [file.load_layer(index, CONTEXT_LENGTH, dtype) for index in range(num_layers(file.config))]
 
 
@@ -89,7 +90,7 @@ def test_no_context_packs_like_an_empty_one() -> None:
 
 
 def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Path) -> None:
-    config = MMDiTFile(tiny_model / "mmdit.safetensors").config
+    config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     names = [
         layer_prefix(config, index) + name
         for index in range(num_layers(config))
@@ -100,7 +101,7 @@ def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Pat
 
 
 def test_cost_counts_the_multiply_adds_of_an_image_token_and_a_third_of_a_text_token(tiny_model: Path) -> None:
-    config = MMDiTFile(tiny_model / "mmdit.safetensors").config
+    config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     for index in range(1, config.depth + 1):
         layer = make_layer(config, index, CONTEXT_LENGTH)
         linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models.sd3 import mmdit
+from models.sd3.diffusers_names import diffusers_modules, swaps_halves
 from models.sd3.mmdit import MMDiT, MMDiTConfig
-from models.sd3.weights import diffusers_modules, swaps_halves
 from tests.models.sd3.diffusers_reference import convert_module, diffusers_network, relative_error, to_diffusers
 from tests.tiny_model import native_shapes, random_weights
 
@@ -143,8 +143,8 @@ def test_table_of_diffusers_names_equals_an_independent_one(variant: str) -> Non
     assert len(modules) > 20
     for module in modules:
         names, swapped = convert_module(module, config.depth)
-        assert diffusers_modules(module, config) == tuple(names)
-        assert swaps_halves(module, config) == swapped
+        assert diffusers_modules(module) == tuple(names)
+        assert swaps_halves(module, config.depth) == swapped
 
 
 def test_timesteps_survive_a_network_in_bfloat16() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 from torch import Tensor
 
 from models.base import EncodedItem
+from models.sd3 import text_encoders
+from models.sd3.adapter import SD3Adapter
 from models.sd3.settings import SD3Settings
-from models.sd3.text_encoders import SD3TextEncoder, join_text, make_text_encoders
+from models.sd3.sources import Part
+from models.sd3.text_encoders import SD3TextEncoder, join_text
+from models.tensor_files import TensorFiles, _Place
 from tests.model_copies import linked_copy, settings_for
+from tests.public_files import load_encoder
 from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, POOLED_DIM
 
 CPU = torch.device("cpu")
@@ -28,6 +34,14 @@ FOX_CLIP = [49406, 320, 1125, 539, 320, 736, 3240, 49407]
 FOX_T5 = [3, 9, 1202, 13, 3, 9, 1131, 3, 20400]
 
 
+def encoders_of(settings: SD3Settings) -> tuple[SD3TextEncoder, ...]:
+    return SD3Adapter(settings).text_encoders
+
+
+def join(text: dict[str, Tensor], settings: SD3Settings) -> tuple[Tensor, Tensor]:
+    return join_text(text, settings, SD3Adapter(settings).config)
+
+
 @pytest.fixture(scope="module")
 def full_length(tiny_model: Path) -> SD3Settings:
     return settings_for(tiny_model, clip_max_token_length=77, t5xxl_max_token_length=64)
@@ -36,7 +50,7 @@ def full_length(tiny_model: Path) -> SD3Settings:
 def encode_all(settings: SD3Settings, captions: tuple[str, ...] = CAPTIONS) -> list[dict[str, Tensor]]:
     """For each caption, "encoder.tensor" -> tensor with a batch axis of one."""
     joined: list[dict[str, Tensor]] = [{} for _ in captions]
-    for encoder in make_text_encoders(settings):
+    for encoder in encoders_of(settings):
         items: list[EncodedItem] = encoder.load(CPU)(captions)
         for row, item in zip(joined, items, strict=True):
             row.update({f"{encoder.name}.{key}": value[None] for key, value in item.items()})
@@ -44,7 +58,7 @@ def encode_all(settings: SD3Settings, captions: tuple[str, ...] = CAPTIONS) -> l
 
 
 def token_ids(settings: SD3Settings, caption: str) -> dict[str, list[int]]:
-    encoders = make_text_encoders(settings)
+    encoders = encoders_of(settings)
     return {encoder.name: encoder._token_ids(encoder._load_tokenizer(), caption) for encoder in encoders}
 
 
@@ -52,15 +66,15 @@ def token_ids(settings: SD3Settings, caption: str) -> dict[str, list[int]]:
 def pipeline(tiny_model: Path) -> Any:
     """diffusers' pipeline with text encoders and nothing else."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+    from transformers import CLIPTokenizer, T5TokenizerFast
 
     return StableDiffusion3Pipeline(
         transformer=None,
         vae=None,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder=CLIPTextModelWithProjection.from_pretrained(tiny_model / "text_encoder"),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(tiny_model / "text_encoder_2"),
-        text_encoder_3=T5EncoderModel.from_pretrained(tiny_model / "text_encoder_3"),
+        text_encoder=load_encoder(tiny_model, "clip_l"),
+        text_encoder_2=load_encoder(tiny_model, "clip_g"),
+        text_encoder_3=load_encoder(tiny_model, "t5xxl"),
         tokenizer=CLIPTokenizer.from_pretrained(tiny_model / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(tiny_model / "tokenizer_2"),
         tokenizer_3=T5TokenizerFast.from_pretrained(tiny_model / "tokenizer_3"),
@@ -74,7 +88,7 @@ def test_context_and_pooled_equal_diffusers(pipeline: Any, full_length: SD3Setti
             caption, None, None, device=CPU, do_classifier_free_guidance=False, max_sequence_length=64
         )
     (text,) = encode_all(full_length, (caption,))
-    ours, our_pooled = join_text(text, CONTEXT_DIM)
+    ours, our_pooled = join(text, full_length)
     assert ours.shape == (1, 77 + 64, CONTEXT_DIM)
     assert our_pooled.shape == (1, POOLED_DIM)
     assert torch.equal(ours, context)
@@ -83,7 +97,7 @@ def test_context_and_pooled_equal_diffusers(pipeline: Any, full_length: SD3Setti
 
 def test_parts_of_the_context_are_in_the_released_order(full_length: SD3Settings) -> None:
     (text,) = encode_all(full_length, CAPTIONS[:1])
-    context, pooled = join_text(text, CONTEXT_DIM)
+    context, pooled = join(text, full_length)
     both = CLIP_L_WIDTH + CLIP_G_WIDTH
     assert torch.equal(context[:, :77, :CLIP_L_WIDTH], text["clip_l.sequence"])
     assert torch.equal(context[:, :77, CLIP_L_WIDTH:both], text["clip_g.sequence"])
@@ -149,14 +163,14 @@ def test_clip_l_is_not_projected_even_when_its_file_holds_a_projection(tiny_mode
 
 
 def test_padding_length_changes_what_is_encoded_so_it_is_part_of_the_identity(tiny_model: Path) -> None:
-    short, long = (make_text_encoders(settings_for(tiny_model, t5xxl_max_token_length=length))[2] for length in (16, 32))
+    short, long = (encoders_of(settings_for(tiny_model, t5xxl_max_token_length=length))[2] for length in (16, 32))
     first, second = (encoder.load(CPU)(["a red fox"])[0]["sequence"] for encoder in (short, long))
     assert not torch.allclose(first, second[:16], atol=1e-3)
     assert dict(short.settings) != dict(long.settings)
 
 
 def test_encoded_tensors_have_the_training_precision(tiny_model: Path) -> None:
-    for encoder in make_text_encoders(settings_for(tiny_model, dtype="bfloat16")):
+    for encoder in encoders_of(settings_for(tiny_model, dtype="bfloat16")):
         for tensor in encoder.load(CPU)(["a red fox"])[0].values():
             assert tensor.dtype == torch.bfloat16
             assert tensor.isfinite().all()
@@ -165,23 +179,76 @@ def test_encoded_tensors_have_the_training_precision(tiny_model: Path) -> None:
 
 
 def test_identity_names_weights_config_and_tokenizer(tiny_model: Path) -> None:
-    clip_l, _, t5xxl = make_text_encoders(settings_for(tiny_model))
+    clip_l, _, t5xxl = encoders_of(settings_for(tiny_model))
     names = {path.name for path in clip_l.files}
     assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"} <= names
     assert {"spiece.model", "tokenizer.json"} <= {path.name for path in t5xxl.files}
-    assert len({json.dumps(dict(encoder.settings)) for encoder in make_text_encoders(settings_for(tiny_model))}) == 3
+    assert len({json.dumps(dict(encoder.settings)) for encoder in encoders_of(settings_for(tiny_model))}) == 3
 
 
-def test_a_tokenizer_in_the_encoder_s_own_folder_comes_first(tiny_model: Path, tmp_path: Path) -> None:
-    folder = linked_copy(tiny_model, tmp_path / "model")
-    for file in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        (folder / "text_encoder" / file).symlink_to(tiny_model / "tokenizer" / file)
-    clip_l, clip_g, _ = make_text_encoders(settings_for(folder))
-    assert clip_l.tokenizer_folder == folder / "text_encoder"
-    assert clip_g.tokenizer_folder == folder / "tokenizer_2"
-    assert_same_tokens(clip_l, make_text_encoders(settings_for(tiny_model))[0])
+# --- the released encoders ---------------------------------------------------------------------------------------------
+
+CLIP = {"vocab_size": 49408, "max_position_embeddings": 77}
+RELEASED = {
+    "clip_l": (
+        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        {"hidden_act": "quick_gelu", "projection_dim": 768, **CLIP},
+        123.65,
+    ),
+    "clip_g": (
+        {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+        {"hidden_act": "gelu", "projection_dim": 1280, **CLIP},
+        694.66,
+    ),
+    "t5xxl": (
+        {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
+        {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False},
+        4762.3,
+    ),
+}
+"""Settings of the three, and their parameters in millions."""
 
 
-def assert_same_tokens(one: SD3TextEncoder, other: SD3TextEncoder) -> None:
-    first, second = (encoder._token_ids(encoder._load_tokenizer(), "a photo of a red fox") for encoder in (one, other))
-    assert first == second
+def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Of transformers' own class, as it saves them; nothing is allocated."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    shape, rest, _ = RELEASED[name]
+    with torch.device("meta"):
+        if name == "t5xxl":
+            model: Any = T5EncoderModel(T5Config(**shape, **rest))
+        else:
+            model = CLIPTextModelWithProjection(CLIPTextConfig(**shape, **rest))
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
+
+
+def bare_part(name: str, shapes: dict[str, tuple[int, ...]]) -> Part:
+    places = {key: _Place(Path("file"), key, shape, "F16") for key, shape in shapes.items()}
+    return Part(name, TensorFiles(places, Path("file")), None, Path("."))
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_expected_tensors_are_those_of_the_released_encoder(name: str) -> None:
+    shape, rest, millions = RELEASED[name]
+    published = released_shapes(name)
+    ours = text_encoders.expected_shapes(name, {**shape, **rest})
+    # CLIP-L's projection is an identity, which is not asked for; its 123.65 million count it.
+    projection = {"text_projection.weight": (768, 768)} if name == "clip_l" else {}
+    assert {**ours, **projection} == published
+    total = sum(math.prod(shape) for shape in published.values())
+    assert total / 1e6 == pytest.approx(millions, abs=0.05 if name == "t5xxl" else 0.005)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_bare_file_of_a_released_encoder_tells_its_settings(name: str) -> None:
+    shape, rest, _ = RELEASED[name]
+    told = text_encoders.encoder_config(bare_part(name, released_shapes(name)))
+    assert {key: told[key] for key in (*shape, *rest)} == {**shape, **rest}
+
+
+def test_a_table_under_either_or_both_of_t5_s_names_is_one_tensor() -> None:
+    shapes = released_shapes("t5xxl")
+    table = shapes.pop("shared.weight")
+    for names in (("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")):
+        part = bare_part("t5xxl", {**shapes, **dict.fromkeys(names, table)})
+        assert text_encoders.weights_of(part).shapes == {**shapes, "shared.weight": table}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.sd3 import vae
+from models.sd3.sources import Part
+from models.tensor_files import open_folder
+from tests import public_files
 from tests.model_copies import linked_copy, rewrite
 
 CPU = torch.device("cpu")
@@ -25,6 +30,10 @@ def autoencoder(tiny_model: Path) -> Any:
     return AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
 
 
+def folder_part(folder: Path) -> Part:
+    return Part("vae", open_folder(folder), json.loads((folder / "config.json").read_text()), folder)
+
+
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -32,7 +41,7 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
 def test_latents_are_the_shifted_and_scaled_mean(tiny_model: Path, autoencoder: Any, height: int, width: int) -> None:
     pixels = picture(height, width)
-    (item,) = vae.SD3ImageEncoder(tiny_model / "vae").load(CPU)([pixels])
+    (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
     with torch.no_grad():
         mean = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist.mean[0]
     assert item["latents"].shape == (16, height // 8, width // 8)
@@ -45,13 +54,15 @@ def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_pat
     folder = linked_copy(tiny_model / "vae", tmp_path / "vae")
     rewrite(folder / "config.json", config.replace("1.5305", "0.75").replace("0.0609", "-0.25"))
     pixels = picture(16, 16)
-    (ours,), (released,) = (vae.SD3ImageEncoder(path).load(CPU)([pixels]) for path in (folder, tiny_model / "vae"))
+    (ours,), (released,) = (
+        vae.SD3ImageEncoder(folder_part(path)).load(CPU)([pixels]) for path in (folder, tiny_model / "vae")
+    )
     mean = released["latents"] / SCALE + SHIFT
     torch.testing.assert_close(ours["latents"], (mean + 0.25) * 0.75)
 
 
 def test_a_picture_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> None:
-    encode = vae.SD3ImageEncoder(tiny_model / "vae").load(CPU)
+    encode = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)
     pictures = [picture(16, 32, seed) for seed in range(3)]
     together = encode(pictures)
     for ours, single in zip(together, (encode([one])[0] for one in pictures), strict=True):
@@ -60,7 +71,7 @@ def test_a_picture_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> N
 
 def test_decoded_pixels_are_the_inverse_chain(tiny_model: Path, autoencoder: Any) -> None:
     latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(1))
-    pixels = vae.load_decoder(tiny_model / "vae", CPU)(latents)
+    pixels = vae.load_decoder(folder_part(tiny_model / "vae"), CPU)(latents)
     with torch.no_grad():
         expected = torch.cat([autoencoder.decode(sample[None] / SCALE + SHIFT).sample for sample in latents])
     assert pixels.dtype == torch.uint8
@@ -75,20 +86,20 @@ def test_decoder_saturates_instead_of_wrapping_round(tiny_model: Path, tmp_path:
     weights["decoder.conv_out.bias"] = torch.tensor([9.0, -9.0, 9.0])
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    pixels = vae.load_decoder(folder, CPU)(torch.zeros(1, 16, 2, 2))
+    pixels = vae.load_decoder(folder_part(folder), CPU)(torch.zeros(1, 16, 2, 2))
     assert pixels[0, 0].unique().tolist() == [255]
     assert pixels[0, 1].unique().tolist() == [0]
 
 
 def test_a_fitting_folder_has_no_problems(tiny_model: Path) -> None:
-    assert vae.check_files(tiny_model / "vae", NUM_CHANNELS) == []
+    assert vae.check_part(folder_part(tiny_model / "vae"), NUM_CHANNELS) == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (('"latent_channels": 16', '"latent_channels": 4'), "has 4 latent channels, the network takes 16"),
-        (("[\n    8,\n    8,\n    16,\n    16\n  ]", "[8, 16, 16]"), "shrinks pictures 4 times"),
+        (("[\n    32,\n    32,\n    32,\n    64\n  ]", "[32, 32, 64]"), "shrinks pictures 4 times"),
     ],
 )
 def test_an_autoencoder_of_another_model_is_refused(
@@ -98,26 +109,111 @@ def test_an_autoencoder_of_another_model_is_refused(
     config = (folder / "config.json").read_text()
     assert change[0] in config
     rewrite(folder / "config.json", config.replace(*change))
-    ((key, text),) = vae.check_files(folder, NUM_CHANNELS)
+    ((key, text),) = vae.check_part(folder_part(folder), NUM_CHANNELS)
     assert key == "vae"
     assert message in text
 
 
-def test_without_a_network_to_fit_only_the_folder_itself_is_judged(tiny_model: Path, tmp_path: Path) -> None:
-    assert vae.check_files(tiny_model / "vae", None) == []
-    ((key, text),) = vae.check_files(tmp_path, None)
-    assert key == "vae"
-    assert "has no config.json" in text
-
-
-def test_pickled_weights_are_not_read(tiny_model: Path, tmp_path: Path) -> None:
-    folder = linked_copy(tiny_model / "vae", tmp_path / "vae")
-    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
-    ((key, text),) = vae.check_files(folder, NUM_CHANNELS)
-    assert key == "vae"
-    assert "no .safetensors file" in text
+def test_without_a_network_to_fit_only_the_folder_itself_is_judged(tiny_model: Path) -> None:
+    assert vae.check_part(folder_part(tiny_model / "vae"), None) == []
 
 
 def test_identity_names_weights_and_config(tiny_model: Path) -> None:
-    names = {path.name for path in vae.SD3ImageEncoder(tiny_model / "vae").files}
+    names = {path.name for path in vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).files}
     assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+# --- the native file ---------------------------------------------------------------------------------------------------
+
+RELEASED = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+}
+"""config.json of SD3's autoencoder."""
+CONFIGS = {
+    "released": RELEASED,
+    "with quant convolutions": {**RELEASED, "use_quant_conv": True, "use_post_quant_conv": True, "latent_channels": 4},
+    "without attention": {**RELEASED, "mid_block_add_attention": False},
+    "three levels, one block": {
+        **RELEASED,
+        "block_out_channels": [32, 32, 64],
+        "layers_per_block": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+    },
+}
+
+
+def diffusers_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in AutoencoderKL.from_config(config).state_dict().items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_native_names_and_shapes_are_those_diffusers_converts(name: str) -> None:
+    """By diffusers' own converter, from markers: see tests/public_files.py."""
+    config, expected = CONFIGS[name], diffusers_shapes(CONFIGS[name])
+    ldm = public_files.ldm_names(config)
+    native = vae.native_shapes(config)
+    assert set(native) == {ldm[diffusers] for diffusers in expected}
+    for diffusers, shape in expected.items():
+        num_levels = len(config["block_out_channels"])
+        assert vae.native_name(diffusers, num_levels) == ldm[diffusers]
+        assert vae.diffusers_name(ldm[diffusers], num_levels) == diffusers
+        assert native[ldm[diffusers]] == (shape if len(shape) != 2 else (*shape, 1, 1))
+
+
+def test_the_released_autoencoder_has_its_published_size() -> None:
+    native = vae.native_shapes(RELEASED)
+    assert len(native) == 244
+    assert sum(math.prod(shape) for shape in native.values()) == 83_819_683
+    assert native["encoder.conv_out.weight"] == (32, 512, 3, 3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_settings_are_told_from_a_native_file_s_shapes(name: str) -> None:
+    assert vae.native_config(vae.native_shapes(CONFIGS[name])) == CONFIGS[name]
+
+
+def test_an_old_folder_s_attention_names_are_read(tiny_model: Path, tmp_path: Path, autoencoder: Any) -> None:
+    """diffusers before 0.18 wrote these; it still reads them."""
+    folder = linked_copy(tiny_model / "vae", tmp_path / "vae")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): value for name, value in tensors.items()}
+    assert any(".proj_attn." in name for name in tensors)
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    assert vae.check_part(folder_part(folder), NUM_CHANNELS) == []
+    latents = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    ours, original = (vae.load_decoder(folder_part(one), CPU)(latents) for one in (folder, tiny_model / "vae"))
+    assert torch.equal(ours, original)
+
+
+def test_a_folder_whose_tensors_do_not_fit_its_config_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = linked_copy(tiny_model / "vae", tmp_path / "vae")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["decoder.up_blocks.1.upsamplers.0.conv.bias"]
+    tensors["encoder.conv_in.weight"] = torch.zeros(32, 4, 3, 3)
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    found = [text for _, text in vae.check_part(folder_part(folder), NUM_CHANNELS)]
+    assert found == [
+        f"{folder} misses tensor decoder.up_blocks.1.upsamplers.0.conv.bias (32,)",
+        f"{folder} tensor encoder.conv_in.weight has shape (32, 4, 3, 3), expected (32, 3, 3, 3)",
+    ]

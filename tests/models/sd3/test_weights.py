@@ -1,4 +1,4 @@
-"""Public files of the network and of adapters: detected from shapes, checked by name, read layer by layer."""
+"""Public files of the network: detected from shapes, checked by name, read layer by layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.base import LoraWeights, ModelFilesError
-from models.sd3 import weights
+from models import tensor_files
+from models.base import ModelFilesError
+from models.sd3 import diffusers_names, weights
 from models.sd3.layers import layer_prefix, num_layers
-from models.sd3.mmdit import MMDiT, MMDiTConfig, unpatchify
-from models.sd3.weights import MMDiTFile, detect_config, expected_shapes
-from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
-from tests.tiny_model import CONTEXT_DIM, DEPTH, POOLED_DIM, native_shapes, random_weights, tiny_shapes
-from utils import lora
-
-GOLDEN_KEYS = Path(__file__).resolve().parents[2] / "golden" / "lora_keys.txt"
+from models.sd3.mmdit import MMDiTConfig
+from models.sd3.weights import NetworkFiles, detect_config, expected_shapes
+from models.tensor_files import open_file
+from tests.models.sd3.diffusers_reference import to_diffusers
+from tests.tiny_model import native_shapes, random_weights, tiny_shapes
 
 RELEASED = {
     "SD3-medium": (
@@ -57,8 +56,9 @@ def write_network(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> 
 
 
 def problems_of(path: Path) -> str:
+    """The one way the network's file is opened: what is wrong is told under its key."""
     with pytest.raises(ModelFilesError) as caught:
-        MMDiTFile(path)
+        NetworkFiles(open_file(path))
     assert {key for key, _ in caught.value.problems} == {"mmdit"}
     return "\n".join(text for _, text in caught.value.problems)
 
@@ -82,7 +82,7 @@ def test_released_variant_is_told_from_shapes_alone(variant: str) -> None:
         dual_attention_layers=shape.get("dual_attention_layers", ()),
     )
     assert config.num_heads == config.depth
-    assert weights.variant_name(config) == variant
+    assert weights.variant_name(config).startswith(variant)
 
 
 @pytest.mark.parametrize("variant", RELEASED)
@@ -109,10 +109,26 @@ def test_architecture_carries_its_standard_name(variant: str, name: str) -> None
     assert weights.architecture_id(detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))) == name
 
 
-def test_linear_modules_are_those_of_the_file(tiny_model: Path) -> None:
-    config = MMDiTFile(tiny_model / "mmdit.safetensors").config
-    expected = {name.removesuffix(".weight") for name, shape in tiny_shapes().items() if len(shape) == 2}
-    assert set(weights.linear_module_names(config)) == expected
+def test_adaptable_modules_are_the_file_s_linears_and_the_patch_convolution(tiny_model: Path) -> None:
+    config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
+    expected = {name.removesuffix(".weight"): shape for name, shape in tiny_shapes().items() if len(shape) in (2, 4)}
+    assert weights.adaptable_modules(config) == expected
+    assert len(expected["x_embedder.proj"]) == 4
+
+
+def test_large_turbo_is_described_with_large_whose_shapes_it_has() -> None:
+    shape, _ = RELEASED["SD3.5-large"]
+    config = detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))
+    assert "large-turbo" in weights.variant_name(config)
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+def test_released_variant_is_told_from_diffusers_shapes_too(variant: str) -> None:
+    shape, _ = RELEASED[variant]
+    native = native_shapes(context_dim=4096, pooled_dim=2048, **shape)
+    parts = {name: torch.empty(shape, device="meta") for name, shape in native.items()}
+    published = {name: tuple(tensor.shape) for name, tensor in to_diffusers(parts, shape["depth"]).items()}
+    assert diffusers_names.native_shapes(published) == native
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -120,8 +136,8 @@ def test_linear_modules_are_those_of_the_file(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_holds_the_file_s_values(tiny_model: Path, dtype: torch.dtype) -> None:
-    file = MMDiTFile(tiny_model / "mmdit.safetensors")
-    written = load_file(file.path)
+    file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
+    written = load_file(tiny_model / "mmdit.safetensors")
     for index in range(num_layers(file.config)):
         for name, value in file.load_layer(index, 6, dtype).state_dict().items():
             assert value.device.type == "cpu"
@@ -130,7 +146,7 @@ def test_a_layer_holds_the_file_s_values(tiny_model: Path, dtype: torch.dtype) -
 
 
 def test_shapes_of_a_layer_are_those_of_its_parameters(tiny_model: Path) -> None:
-    file = MMDiTFile(tiny_model / "mmdit.safetensors")
+    file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     for index in range(num_layers(file.config)):
         parameters = file.load_layer(index, 6, torch.float32).named_parameters()
         assert file.layer_shapes(index, 6) == {name: tuple(parameter.shape) for name, parameter in parameters}
@@ -154,8 +170,8 @@ def test_loading_a_layer_reads_its_own_tensors_only(tiny_model: Path, monkeypatc
             read.append(name)
             return self._file.get_tensor(name)
 
-    file = MMDiTFile(tiny_model / "mmdit.safetensors")
-    monkeypatch.setattr(weights, "safe_open", Recorder)
+    file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
+    monkeypatch.setattr(tensor_files, "safe_open", Recorder)
     file.load_layer(2, 6, torch.float32)
     assert sorted(read) == sorted(name for name in tiny_shapes() if name.startswith("joint_blocks.1."))
     read.clear()
@@ -168,8 +184,8 @@ def test_a_checkpoint_with_prefix_and_other_networks_reads_like_a_plain_one(tiny
     path = tmp_path / "checkpoint.safetensors"
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in plain.items()}
     save_file({**prefixed, "first_stage_model.decoder.conv_in.weight": torch.zeros(1)}, path)
-    file = MMDiTFile(path)
-    assert file.config == MMDiTFile(tiny_model / "mmdit.safetensors").config
+    file = NetworkFiles(open_file(path))
+    assert file.config == NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     layer = file.load_layer(1, 6, torch.float32)
     assert torch.equal(layer.state_dict()["x_block.mlp.fc1.weight"], plain["joint_blocks.0.x_block.mlp.fc1.weight"])
 
@@ -177,31 +193,11 @@ def test_a_checkpoint_with_prefix_and_other_networks_reads_like_a_plain_one(tiny
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert problems_of(tmp_path / "none.safetensors") == f"{tmp_path / 'none.safetensors'} does not exist"
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickled checkpoint", b"\xff" * 64])
-def test_a_file_of_another_format_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.ckpt"
-    path.write_bytes(content)
-    text = problems_of(path)
-    assert str(path) in text
-    assert "not a readable safetensors file" in text
-
-
-def test_a_truncated_file_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "half.safetensors"
-    content = (tiny_model / "mmdit.safetensors").read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    assert "not a readable safetensors file" in problems_of(path)
-
-
 def test_another_network_is_told_by_what_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "flux.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4), "pos_embed": torch.zeros(1, 4, 4)}, path)
     text = problems_of(path)
-    assert "not an SD3 network with native keys" in text
+    assert "is a Flux transformer, not a whole SD3 network" in text
     assert "x_embedder.proj.weight" in text
     assert "pos_embed" not in text
 
@@ -233,8 +229,8 @@ def test_a_long_list_of_problems_is_cut_and_says_so(tmp_path: Path) -> None:
 
     lines = problems_of(write_network(tmp_path, change)).splitlines()
     deleted = [name for name in tiny_shapes() if name.startswith("joint_blocks.1.")]
-    assert len(lines) == weights.MAX_PROBLEMS_SHOWN + 1
-    assert f"and {len(deleted) - weights.MAX_PROBLEMS_SHOWN} more" in lines[-1]
+    assert len(lines) == tensor_files.MAX_PROBLEMS_SHOWN + 1
+    assert f"and {len(deleted) - tensor_files.MAX_PROBLEMS_SHOWN} more" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -249,144 +245,5 @@ def test_a_defining_tensor_of_the_wrong_rank_is_refused_by_name(tmp_path: Path, 
 
 def test_a_width_of_no_whole_heads_is_refused() -> None:
     shapes = native_shapes(depth=2, width=100, context_dim=8, pooled_dim=8, pos_embed_max_size=4, qk_norm=False)
-    with pytest.raises(ModelFilesError, match="width 100 is not a multiple of the head width, 64"):
+    with pytest.raises(ValueError, match="is 100 wide, no multiple of the head width, 64"):
         detect_config(shapes)
-
-
-# --- adapters ----------------------------------------------------------------------------------------------------------
-
-RANK, ALPHA = 4, 6.0
-
-
-@pytest.fixture(scope="module")
-def config(tiny_model: Path) -> MMDiTConfig:
-    return MMDiTFile(tiny_model / "mmdit.safetensors").config
-
-
-@pytest.fixture(scope="module")
-def adapted(tiny_model: Path, config: MMDiTConfig) -> tuple[list[torch.nn.Module], LoraWeights]:
-    """The layers with an adapter on every linear module, none of it zero, and its weights."""
-    file = MMDiTFile(tiny_model / "mmdit.safetensors")
-    targets = weights.linear_module_names(config)
-    generator = torch.Generator().manual_seed(0)
-    layers, pairs = [], {}
-    for index in range(num_layers(config)):
-        layer, prefix = file.load_layer(index, 6, torch.float32), layer_prefix(config, index)
-        lora.inject(layer, prefix, targets, rank=RANK, alpha=ALPHA, seed=1)
-        for name, parameter in layer.named_parameters():
-            if ".lora_B." in name:
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        values = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-        pairs.update(lora.collect(layer, prefix, values, ALPHA).pairs)
-        layers.append(layer)
-    assert set(pairs) == set(targets)
-    return layers, LoraWeights(pairs, ALPHA)
-
-
-@pytest.fixture(scope="module")
-def adapted_velocity(adapted: tuple[list[torch.nn.Module], LoraWeights]) -> Tensor:
-    value: Any = network_inputs()
-    with torch.no_grad():
-        for layer in adapted[0]:
-            value = layer(value)
-    return unpatchify(value, 8, 4, 2)
-
-
-def network_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    context = torch.randn(2, 6, CONTEXT_DIM, generator=generator)
-    pooled = torch.randn(2, POOLED_DIM, generator=generator)
-    return torch.randn(2, 16, 8, 4, generator=generator), torch.tensor([900.0, 30.0]), context, pooled
-
-
-@torch.no_grad()
-def diffusers_velocity(network: Any) -> Tensor:
-    latents, timestep, context, pooled = network_inputs()
-    return network(latents, context, pooled, timestep, return_dict=False)[0]
-
-
-def test_the_adapter_matters(tiny_model: Path, config: MMDiTConfig, adapted_velocity: Tensor) -> None:
-    base = diffusers_velocity(diffusers_network(config, load_file(tiny_model / "mmdit.safetensors")))
-    assert relative_error(adapted_velocity, base) > 0.1
-
-
-def test_exported_adapter_in_diffusers_gives_the_trained_velocity(
-    tiny_model: Path,
-    tmp_path: Path,
-    config: MMDiTConfig,
-    adapted: tuple[list[torch.nn.Module], LoraWeights],
-    adapted_velocity: Tensor,
-) -> None:
-    path = tmp_path / "lora_diffusers.safetensors"
-    save_file(weights.diffusers_lora_tensors(adapted[1], config), path)
-    network = diffusers_network(config, load_file(tiny_model / "mmdit.safetensors"))
-    network.load_lora_adapter(load_file(path), prefix="transformer")
-    assert relative_error(diffusers_velocity(network), adapted_velocity) <= 1e-5
-
-
-def test_native_adapter_merged_as_other_tools_do_gives_the_trained_velocity(
-    tiny_model: Path,
-    config: MMDiTConfig,
-    adapted: tuple[list[torch.nn.Module], LoraWeights],
-    adapted_velocity: Tensor,
-) -> None:
-    """W + up down alpha / rank, over modules found by their underscored names."""
-    exported = weights.native_lora_tensors(adapted[1])
-    merged = load_file(tiny_model / "mmdit.safetensors")
-    for name in [name for name, tensor in merged.items() if name.endswith(".weight") and tensor.dim() == 2]:
-        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        down, up = exported.pop(f"{key}.lora_down.weight"), exported.pop(f"{key}.lora_up.weight")
-        merged[name] = merged[name] + up @ down * (float(exported.pop(f"{key}.alpha")) / down.shape[0])
-    assert not exported
-    network = MMDiT(config)
-    network.load_state_dict(merged)
-    with torch.no_grad():
-        assert relative_error(network(*network_inputs()), adapted_velocity) <= 1e-5
-
-
-def test_native_keys_are_those_of_other_tools(adapted: tuple[list[torch.nn.Module], LoraWeights]) -> None:
-    modules = [line for line in GOLDEN_KEYS.read_text().splitlines() if not line.startswith("#")]
-    expected = {f"{module}.{part}" for module in modules for part in ("lora_down.weight", "lora_up.weight", "alpha")}
-    assert set(weights.native_lora_tensors(adapted[1])) == expected
-
-
-def test_native_alpha_is_a_scalar_that_is_not_folded_in(adapted: tuple[list[torch.nn.Module], LoraWeights]) -> None:
-    exported = weights.native_lora_tensors(adapted[1])
-    alphas = [tensor for key, tensor in exported.items() if key.endswith(".alpha")]
-    assert all(alpha.shape == () and float(alpha) == ALPHA for alpha in alphas)
-    key, (down, up) = next(iter(adapted[1].pairs.items()))
-    assert torch.equal(exported[f"lora_unet_{key.replace('.', '_')}.lora_up.weight"], up)
-    assert torch.equal(exported[f"lora_unet_{key.replace('.', '_')}.lora_down.weight"], down)
-
-
-def test_diffusers_keys_carry_no_alpha_and_the_transformer_prefix(
-    adapted: tuple[list[torch.nn.Module], LoraWeights], config: MMDiTConfig
-) -> None:
-    keys = list(weights.diffusers_lora_tensors(adapted[1], config))
-    assert all(key.startswith("transformer.") and key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
-    num_fused = sum(name.endswith(".qkv") for name in adapted[1].pairs)
-    assert num_fused == 2 * DEPTH + 1
-    assert len(keys) == 2 * (len(adapted[1].pairs) + 2 * num_fused)
-
-
-@pytest.mark.parametrize("variant", ["SD3-medium", "SD3.5-medium", "SD3.5-large"])
-def test_every_linear_of_a_released_model_has_a_name_in_diffusers(variant: str) -> None:
-    from diffusers import SD3Transformer2DModel
-
-    shape, _ = RELEASED[variant]
-    released = detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))
-    ours = [name for module in weights.linear_module_names(released) for name in weights.diffusers_modules(module, released)]
-    with torch.device("meta"):
-        network = SD3Transformer2DModel(
-            num_layers=released.depth,
-            num_attention_heads=released.num_heads,
-            attention_head_dim=64,
-            caption_projection_dim=released.hidden_size,
-            joint_attention_dim=4096,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=4,
-            dual_attention_layers=released.dual_attention_layers,
-            qk_norm="rms_norm" if released.qk_norm else None,
-        )
-    theirs = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert sorted(ours) == sorted(theirs)

@@ -11,7 +11,7 @@ import toml
 
 from tests.tiny_model import write_experiment
 from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config, parse_override
-from utils.config.schema import DatasetConfig, SamplingConfig
+from utils.config.schema import DatasetConfig, EmaConfig, SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
@@ -60,6 +60,59 @@ def test_values_and_defaults_reach_the_tables(tmp_path: Path) -> None:
 def test_the_cache_is_in_the_output_folder_unless_said_otherwise(tmp_path: Path) -> None:
     assert load(tmp_path).experiment.cache_folder == tmp_path / "output" / "cache"
     assert load(tmp_path, cache_dir="elsewhere").experiment.cache_folder == Path("elsewhere")
+
+
+def test_an_average_is_kept_when_its_table_is_there(tmp_path: Path) -> None:
+    assert load(tmp_path).experiment.ema is None
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "\n[ema]\n")
+    assert load_config(path).experiment.ema == EmaConfig(decay=0.9999, warmup=True)
+
+
+MIXED_TARGETS = 'adapter.targets=["attn", { pattern = "mlp", rank = 4 }, { pattern = "attn2", alpha = 1 }]'
+
+
+def test_targets_are_strings_or_tables(tmp_path: Path) -> None:
+    adapter = load(tmp_path, "adapter.type=lora", MIXED_TARGETS).experiment.adapter
+    assert adapter is not None
+    assert adapter.targets is not None
+    found = [(target.pattern, target.rank, target.alpha) for target in adapter.targets]
+    assert found == [("attn", None, None), ("mlp", 4, None), ("attn2", None, 1.0)]
+
+
+@pytest.mark.parametrize("targets", ['["attn", "mlp"]', MIXED_TARGETS.partition("=")[2]])
+def test_targets_survive_the_resolved_copy(tmp_path: Path, targets: str) -> None:
+    """In TOML either all of a list's entries are tables or none: the library that writes it cannot mix them."""
+    config = load(tmp_path, "adapter.type=lora", f"adapter.targets={targets}")
+    copy = tmp_path / "copy.toml"
+    copy.write_text(dump_toml(config.experiment), encoding="utf-8")
+    assert load_config(copy).experiment.adapter == config.experiment.adapter
+
+
+@pytest.mark.parametrize(
+    ("targets", "key", "message"),
+    [
+        ("[]", "adapter.targets", "= []: List should have at least 1 item"),
+        ("attn", "adapter.targets", "= 'attn': must be a valid list"),
+        ('["attn", 3]', "adapter.targets[1]", "= 3: must be a string, or a table such as { pattern = "),
+        ("[{ rank = 4 }]", "adapter.targets[0].pattern", "is missing"),
+        ('[{ pattern = "mlp", rank = 0 }]', "adapter.targets[0].rank", "= 0: must be greater than or equal to 1"),
+        ('[{ pattern = "mlp", rnk = 4 }]', "adapter.targets[0].rnk", "unknown key; did you mean `rank`?"),
+    ],
+)
+def test_a_wrong_target_is_named_by_its_place(tmp_path: Path, targets: str, key: str, message: str) -> None:
+    path = write(tmp_path, adapter={"type": "lora"})
+    _, found_key, text = only_problem(path, f"adapter.targets={targets}")
+    assert found_key == key
+    assert text.startswith(message)
+
+
+@pytest.mark.parametrize("key", ["dora", "rank_stabilized"])
+def test_what_only_low_rank_has_is_refused_for_lokr(tmp_path: Path, key: str) -> None:
+    message = '= True: goes with type = "lora" only; leave it out, or change the type'
+    assert only_problem(write(tmp_path, adapter={"type": "lokr", key: True}))[1:] == (f"adapter.{key}", message)
+    load(tmp_path, adapter={"type": "lora", key: True})
+    load(tmp_path, adapter={"type": "lokr", key: False})
 
 
 def test_tables_are_read_only(tmp_path: Path) -> None:
@@ -155,6 +208,8 @@ def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) ->
         ("optimizer.learning_rate", float("nan"), "finite"),
         ("optimizer.gradient_clipping", float("inf"), "finite"),
         ("optimizer.lr_scheduler", "cosin", "'constant', 'linear' or 'cosine'"),
+        ("ema.decay", 1.0, "must be less than 1"),
+        ("ema.decay", 0, "must be greater than 0"),
         ("objective.caption_dropout_rate", 1.5, "must be less than or equal to 1"),
         ("objective.timestep_sampling", "uniform", "'sigma' or 'logit_normal'"),
         ("model.dtype", "float16", "'float32' or 'bfloat16'"),
@@ -234,7 +289,7 @@ def test_a_wrong_number_of_stages_is_told_both_things_allowed(tmp_path: Path) ->
     assert "integer" in text
 
 
-@pytest.mark.parametrize("key", ["output_dir", "optimizer.learning_rate", "model.vae", "model", "optimizer", "dataset"])
+@pytest.mark.parametrize("key", ["output_dir", "optimizer.learning_rate", "model.mmdit", "model", "optimizer", "dataset"])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     assert only_problem(write(tmp_path, **{key: None})) == ("experiment.toml", key, "is missing")
 

@@ -1,0 +1,57 @@
+"""Every kind of adapter through whole runs: over stages, and from the file of an earlier run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.lab import Lab
+
+pytestmark = pytest.mark.distributed
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"type": "lora", "rank_stabilized": True, "targets": ["attn", "embedders"], "blocks": "0,2"},
+    "dora": {"type": "lora", "dora": True, "targets": ["attn", {"pattern": "embedders", "rank": 2}]},
+    "lokr": {"type": "lokr", "targets": ["attn", "mlp", "final_layer", "context_embedder"]},
+}
+
+
+def changes(kind: str, **adapter: Any) -> dict[str, Any]:
+    settings = {"rank": 4, "alpha": 8.0, **KINDS[kind], **adapter}
+    if any(isinstance(target, dict) for target in settings["targets"]):  # what writes the test's file mixes no lists
+        settings["targets"] = [t if isinstance(t, dict) else {"pattern": t} for t in settings["targets"]]
+    return {"adapter": settings, "optimizer.learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_stages_train_the_same_adapter_as_one(lab: Lab, kind: str) -> None:
+    """To the bit; the patch embedding, a convolution, among them."""
+    one, two = lab.shared_run(1, changes(kind)), lab.shared_run(2, changes(kind))
+    assert "stage 2 of 2" in two.output
+    assert one.metrics == two.metrics
+    assert one.weights.keys() == two.weights.keys()
+    assert all(torch.equal(tensor, two.weights[name]) for name, tensor in one.weights.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_starts_from_the_file_of_another(lab: Lab, kind: str) -> None:
+    """With a learning rate of next to nothing it ends where that one ended."""
+    first = lab.shared_run(2, changes(kind))
+    name = "lokr.safetensors" if kind == "lokr" else "lora.safetensors"
+    file = first.folder / "weights" / "step_000006" / name
+    again = lab.run(2, lab.experiment(changes(kind, init_from=str(file))), "--set", "optimizer.learning_rate=1e-20")
+    assert f"starting from {file}" in again.output
+    assert again.weights.keys() == first.weights.keys()
+    for key, tensor in first.weights.items():
+        torch.testing.assert_close(again.weights[key], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_a_resumed_run_is_one_that_never_stopped(lab: Lab, kind: str) -> None:
+    straight = lab.shared_run(2, changes(kind))
+    stopped = lab.run(2, lab.experiment(changes(kind)), "--set", "max_steps=4")
+    resumed = lab.run(2, stopped.experiment, "--resume")
+    assert resumed.metrics == straight.metrics
+    assert all(torch.equal(tensor, resumed.weights[name]) for name, tensor in straight.weights.items())

@@ -1,0 +1,129 @@
+"""The network's names in diffusers against diffusers' own class and converter, at the released sizes; nothing is allocated."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from models.sd3 import diffusers_names
+from models.sd3.mmdit import MMDiTConfig
+from models.sd3.weights import adaptable_modules, detect_config, expected_shapes
+from tests.models.sd3.diffusers_reference import relative_error
+from tests.public_files import diffusers_tensors
+from tests.tiny_model import DEPTH, native_shapes, random_weights, tiny_shapes
+
+RELEASED: dict[str, tuple[dict[str, Any], int]] = {
+    "SD3-medium": ({"depth": 24, "width": 1536, "pos_embed_max_size": 192, "qk_norm": False}, 491),
+    "SD3.5-medium": (
+        {
+            "depth": 24,
+            "width": 1536,
+            "pos_embed_max_size": 384,
+            "qk_norm": True,
+            "dual_attention_layers": tuple(range(13)),
+        },
+        665,
+    ),
+    "SD3.5-large": ({"depth": 38, "width": 2432, "pos_embed_max_size": 192, "qk_norm": True}, 923),
+}
+"""Shape, and how many tensors the native file has."""
+
+
+def config_of(variant: str) -> MMDiTConfig:
+    return detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **RELEASED[variant][0]))
+
+
+@cache
+def network_of(variant: str) -> Any:
+    """diffusers' network out of the config.json the program writes, without the sinusoids of its table."""
+    from diffusers import SD3Transformer2DModel
+
+    settings = diffusers_names.transformer_config(config_of(variant))
+    with torch.device("meta"):
+        network = SD3Transformer2DModel.from_config({**settings, "pos_embed_max_size": 4})
+    return network
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+def test_names_and_shapes_are_those_of_diffusers_network(variant: str) -> None:
+    config = config_of(variant)
+    native = expected_shapes(config)
+    assert len(native) == RELEASED[variant][1]
+    ours = {
+        diffusers: tuple(part.shape)
+        for name, shape in native.items()
+        for diffusers, part in diffusers_names.to_diffusers(name, torch.empty(shape, device="meta"), config.depth).items()
+    }
+    theirs = {name: tuple(tensor.shape) for name, tensor in network_of(variant).state_dict().items()}
+    theirs["pos_embed.pos_embed"] = (1, config.pos_embed_max_size**2, config.hidden_size)
+    assert ours == theirs
+    assert diffusers_names.native_shapes(theirs) == native
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+def test_every_adaptable_module_has_its_name_in_diffusers(variant: str) -> None:
+    ours = [name for module in adaptable_modules(config_of(variant)) for name in diffusers_names.diffusers_modules(module)]
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    theirs = [name for name, module in network_of(variant).named_modules() if isinstance(module, kinds)]
+    assert sorted(ours) == sorted(theirs)
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+def test_a_module_s_native_name_is_found_again(variant: str) -> None:
+    for module in adaptable_modules(config_of(variant)):
+        names = diffusers_names.diffusers_modules(module)
+        for part, name in enumerate(names):
+            assert diffusers_names.native_module(name) == (module, part, len(names))
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_embed", "joint_blocks.0.x_block.attn", "transformer_blocks.0.attn.to_q", "proj_out", ""]
+)
+def test_what_is_no_native_module_has_no_name(name: str) -> None:
+    with pytest.raises(KeyError):
+        diffusers_names.diffusers_modules(name)
+
+
+def test_values_are_those_of_diffusers_converter_and_come_back() -> None:
+    """Half of some modulations change places; where is diffusers' to say."""
+    native = random_weights(tiny_shapes())
+    ours = {
+        name: part for key, value in native.items() for name, part in diffusers_names.to_diffusers(key, value, DEPTH).items()
+    }
+    theirs = diffusers_tensors(native)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    for key, value in native.items():
+        parts = [theirs[name] for name in diffusers_names.diffusers_names(key)]
+        assert torch.equal(diffusers_names.to_native(key, parts, DEPTH), value), key
+
+
+def test_a_tensor_that_is_only_in_part_there_has_no_native_shape() -> None:
+    shapes = {name: tuple(value.shape) for name, value in diffusers_tensors(random_weights(tiny_shapes())).items()}
+    del shapes["transformer_blocks.1.attn.to_k.weight"]
+    found = diffusers_names.native_shapes(shapes)
+    assert set(tiny_shapes()) - set(found) == {"joint_blocks.1.x_block.attn.qkv.weight"}
+
+
+def test_the_written_config_builds_a_network_that_gives_the_same_velocity() -> None:
+    from diffusers import SD3Transformer2DModel
+
+    from models.sd3.mmdit import MMDiT
+
+    config = detect_config(tiny_shapes())
+    native = random_weights(tiny_shapes())
+    ours = MMDiT(config)
+    ours.load_state_dict(native)
+    theirs = SD3Transformer2DModel.from_config(diffusers_names.transformer_config(config))
+    theirs.load_state_dict(diffusers_tensors(native))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 4, 6, generator=generator)
+    context = torch.randn(1, 5, config.context_dim, generator=generator)
+    pooled, timestep = torch.randn(1, config.pooled_dim, generator=generator), torch.tensor([400.0])
+    with torch.no_grad():
+        expected = theirs(latents, context, pooled, timestep, return_dict=False)[0]
+        assert relative_error(ours(latents, timestep, context, pooled), expected) <= 1e-5
