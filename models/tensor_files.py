@@ -228,14 +228,17 @@ def _what_it_is_instead(path: Path) -> str:
 
 
 def _data_bytes(path: Path, header_bytes: int) -> int:
-    """Bytes of tensors a header announces; 1 when the header itself is incomplete."""
-    try:
-        with path.open("rb") as file:
-            file.seek(8)
-            header = json.loads(file.read(header_bytes))
-        return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError):
+    """Bytes of tensors a header announces: 1 or more when the header itself is incomplete, 0 when it makes no sense."""
+    with path.open("rb") as file:
+        file.seek(8)
+        text = file.read(header_bytes)
+    if len(text) < header_bytes:
         return 1
+    try:
+        offsets = [entry["data_offsets"] for name, entry in json.loads(text).items() if name != "__metadata__"]
+        return max((int(end) for _, end in offsets), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0
 
 
 def _with_scales(places: Mapping[str, _Place]) -> dict[str, _Place]:

@@ -48,6 +48,7 @@ LEVELS = {
     "utils/config/load.py": 6,
     "utils/config/document.py": 6,
     "utils/optimizer.py": 6,
+    "utils/provenance.py": 6,
     "utils/targets.py": 6,
     "utils/data/dataset.py": 6,
     "utils/data/batches.py": 7,

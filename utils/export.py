@@ -8,13 +8,10 @@ files are whole.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -24,16 +21,15 @@ from models.base import FileTensor, ModelAdapter, ModelFilesError
 from utils import distributed, lora
 from utils.atomic import sync_folder
 from utils.checkpoint import step_folder
-from utils.config.schema import AdapterConfig, ExperimentConfig
+from utils.config.schema import ExperimentConfig
 from utils.pipeline.engine import LocalLayer, Pipeline
+from utils.provenance import kohya_metadata, run_metadata
 from utils.safetensors_file import Entry, FileLayout, create_file, plan_file, write_tensors
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIFFUSERS_FOLDER = "transformer"
 DIFFUSERS_NAME = "diffusion_pytorch_model"
 EMA_FOLDER = "ema"
-TRAINING_TABLES = ("seed", "model", "objective", "adapter", "ema", "optimizer", "pipeline")
-"""Of the configuration, what goes into a file's header: what made the weights, and nothing of where or for whom."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def export_problems(config: ExperimentConfig, adapter: ModelAdapter) -> list[tup
         if "complete" in formats:
             problems.append(("save.formats", "complete files hold a whole network; an adapter has native and diffusers"))
         if config.adapter.type == "lokr" and "diffusers" in formats:
-            problems.append(("save.formats", "diffusers reads no LoKr; leave diffusers out, or train a lora"))
+            problems.append(("save.formats", "diffusers' pipelines read no LoKr; leave diffusers out, or train a lora"))
         return problems
     if "complete" in formats:
         try:
@@ -156,29 +152,13 @@ def adapter_files(
 
     metadata = {**adapter.export_metadata(), **metadata}
     metadata["modelspec.architecture"] += "/lora"
-    kohya = {
-        "ss_network_module": "networks.lora_sd3" if settings.type == "lora" and not settings.dora else "lycoris.kohya",
-        "ss_network_dim": str(settings.rank) if _has_one_rank(config) else "Dynamic",
-        "ss_network_alpha": str(_native_alpha(settings)),
-    }
     native = functools.partial(tensors, convert=adapter.native_adapter)
     diffusers = functools.partial(tensors, convert=adapter.diffusers_adapter)
     files = {
-        "native": ExportedFile(f"{settings.type}.safetensors", native, {**metadata, **kohya}),
+        "native": ExportedFile(f"{settings.type}.safetensors", native, {**metadata, **kohya_metadata(settings)}),
         "diffusers": ExportedFile(f"{settings.type}_diffusers.safetensors", diffusers, metadata),
     }
     return [files[name] for name in formats]
-
-
-def _native_alpha(settings: AdapterConfig) -> float:
-    """Alpha as native files mean it, where the scale is alpha / rank always."""
-    alpha = float(settings.alpha if settings.alpha is not None else settings.rank)
-    return alpha * math.sqrt(settings.rank) if settings.rank_stabilized else alpha
-
-
-def _has_one_rank(config: ExperimentConfig) -> bool:
-    targets = config.adapter.targets if config.adapter is not None else None
-    return all(target.rank is None for target in targets or [])
 
 
 def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentConfig, parent: Path, step: int) -> None:
@@ -210,56 +190,6 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
         temporary.replace(final)
         sync_folder(parent)
     distributed.wait_for_all(f"export {step} named")
-
-
-# --- headers -----------------------------------------------------------------------------------------------------------
-
-
-def run_metadata(config: ExperimentConfig, adapter: ModelAdapter, step: int) -> dict[str, str]:
-    """Header entries every file carries: what it was trained from and as, and so how to use it."""
-    base = {path.name: file_sha256(path) for path in adapter.network_files}
-    first = next(iter(base))
-    token_lengths = {key: value for key, value in config.model.model_dump().items() if key.endswith("token_length")}
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": config.output_dir.name,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ss_sd_model_name": first,
-        "ss_new_sd_model_hash": base[first],
-        "mmdit_pipe.base_sha256": json.dumps(base),
-        "mmdit_pipe.step": str(step),
-        "mmdit_pipe.seed": str(config.seed),
-        "mmdit_pipe.objective": config.objective.model_dump_json(),
-        "mmdit_pipe.discrete_flow_shift": str(config.objective.discrete_flow_shift),
-        "mmdit_pipe.text_tokens": json.dumps(token_lengths),
-        "mmdit_pipe.training_config": json.dumps(training_config(config)),
-    }
-
-
-def training_config(config: ExperimentConfig) -> dict[str, object]:
-    """The settings that made the weights; of a path only its last part, because where files lie is nobody's business."""
-    tables = config.model_dump(include=set(TRAINING_TABLES), exclude_none=True)
-    return {key: _without_folders(value) for key, value in tables.items()}
-
-
-def _without_folders(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(inner) for inner in value]
-    return value.name if isinstance(value, Path) else value
-
-
-def file_sha256(path: Path) -> str:
-    """As model sites and sd-scripts name a file; read once as long as it does not change."""
-    status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _sha256(path: Path, _num_bytes: int, _changed_at: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------

@@ -147,6 +147,8 @@ _SUFFIXES = {
     **{suffix: name for name, suffix in _KRONECKER.items()},
 }
 """What stands after a module's name in a key -> what it is."""
+_ROWS = ("up", "magnitude", "w1", "w1_a")
+"""What the halves of a weight's rows follow; of kron(w1, w2) they are those of w1, if it has an even number."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class _Reader:
         if "magnitude" in tensors:
             tensors["magnitude"] = tensors["magnitude"].flatten()
         if parts[0].place.swaps:
-            tensors.update({what: swap_halves(tensors[what]) for what in ("up", "magnitude") if what in tensors})
+            tensors.update({what: swap_halves(tensors[what]) for what in _ROWS if what in tensors})
         return ModuleAdapter(tensors, adapter.scale)
 
     def _read_thirds(self, module: str, parts: list[_Part]) -> ModuleAdapter:
@@ -324,6 +326,8 @@ def _kronecker_problems(part: _Part, weight: Shape) -> list[str]:
     missing = [f"has no {name}, nor {name}_a and {name}_b to multiply" for name, shape in factors.items() if not shape]
     if missing:
         return missing
+    if part.place.swaps and factors["w1"][0] % 2:
+        return ["is a Kronecker adapter whose halves cannot change places; it can be used with native keys only"]
     product = tuple(a * b for a, b in zip(factors["w1"], factors["w2"], strict=True))
     return [] if product == weight else [f"makes a weight of {product}, expected {weight}"]
 

@@ -328,7 +328,10 @@ def file_problems(part: Part) -> list[str]:
     if part.config is None:
         return []
     config = encoder_config(part)
-    bare = encoder_config(Part(part.key, weights_of(part), None, part.folder))
+    try:
+        bare = encoder_config(Part(part.key, weights_of(part), None, part.folder))
+    except ValueError as error:
+        return [f"{part.tensors.source} {error}; a single file cannot say how it is built then"]
     untold = ("num_attention_heads", "hidden_act", "feed_forward_proj")
     return [
         f"{part.tensors.source} has {key} {config[key]}; a single file cannot say so, it means {bare[key]}"

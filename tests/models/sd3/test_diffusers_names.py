@@ -1,4 +1,4 @@
-"""The network's names in diffusers against diffusers' own class and converter, at the released sizes; nothing is allocated."""
+"""Names in diffusers against diffusers' own class and converter, at the released sizes; nothing is allocated."""
 
 from __future__ import annotations
 
