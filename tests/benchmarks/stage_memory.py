@@ -145,6 +145,7 @@ def run_ranks(path: Path, num_stages: int, trained: bool) -> Iterator[dict[str, 
             "--stages",
             str(num_stages),
         ]
+        command += ["--trained"] if trained else []
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     for process in processes:
         output, _ = process.communicate()
