@@ -137,6 +137,7 @@ STORAGES: dict[str, Storage] = {
     "float16": cast_to(torch.float16),
     "bfloat16": cast_to(torch.bfloat16),
     "fp8": cast_to(FP8),
+    "fp8_e5m2": cast_to(torch.float8_e5m2),
     "fp8_scaled_older": fp8_scaled_older,
     "fp8_scaled_newer": fp8_scaled_newer,
 }

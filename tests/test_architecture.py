@@ -23,7 +23,7 @@ LEVELS = {
     "models/sd3/sources.py": 1,
     "models/sd3/tokenizers.py": 2,
     "models/sd3/vae.py": 2,
-    "models/sd3/text_encoders.py": 2,
+    "models/sd3/text_encoders.py": 3,
     "models/sd3/adapter_files.py": 2,
     "models/sd3/weights.py": 3,
     "models/sd3/adapter.py": 4,

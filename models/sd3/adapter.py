@@ -79,7 +79,7 @@ class SD3Adapter(ModelAdapter):
         self.text_encoders = text_encoders.make_text_encoders(encoders, tokenizers, settings)
         self.adaptable_modules = weights.adaptable_modules(config)
         self.layers = tuple(self._layer(network, index) for index in range(num_layers(config)))
-        self.notes = tuple(_notes(settings, merges))
+        self.notes = tuple(_notes(settings, self.vae_part, merges))
 
     def _layer(self, network: weights.NetworkFiles, index: int) -> PipelineLayer:
         prefix = layer_prefix(self.config, index)
@@ -178,8 +178,9 @@ def _open_merges(
     return merges, problems
 
 
-def _notes(settings: SD3Settings, merges: list[tuple[AdapterFile, float]]) -> list[str]:
-    notes = [f"{file.path} is merged into {len(file.shapes)} modules, strength {strength:g}" for file, strength in merges]
+def _notes(settings: SD3Settings, vae_part: Part, merges: list[tuple[AdapterFile, float]]) -> list[str]:
+    notes = vae.scale_notes(vae_part)
+    notes += [f"{file.path} is merged into {len(file.shapes)} modules, strength {strength:g}" for file, strength in merges]
     notes += [
         f"{file.path} also has {len(file.left_out)} tensors for text encoders, which are left out"
         for file, _ in merges

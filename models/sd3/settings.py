@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _path_or_off(value: object) -> object:
-    if value is None or value is False or isinstance(value, str | Path):
+    if value is None or value is False or (isinstance(value, str | Path) and value != ""):
         return value
     raise ValueError("must be a path, or false to train without it")
 
@@ -51,15 +51,19 @@ class SD3Settings(BaseModel):
     t5xxl: EncoderPath = Field(None, description=f"T5-XXL encoder: a transformers folder or a safetensors file. {_IN_MMDIT}")
     clip_l_tokenizer: str | None = Field(
         None,
+        min_length=1,
         description="CLIP-L's tokenizer: " + _TOKENIZER.format(folder="`tokenizer`", hub="openai/clip-vit-large-patch14"),
     )
     clip_g_tokenizer: str | None = Field(
         None,
+        min_length=1,
         description="CLIP-G's tokenizer: "
         + _TOKENIZER.format(folder="`tokenizer_2`", hub="laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
     )
     t5xxl_tokenizer: str | None = Field(
-        None, description="T5's tokenizer: " + _TOKENIZER.format(folder="`tokenizer_3`", hub="google/t5-v1_1-xxl")
+        None,
+        min_length=1,
+        description="T5's tokenizer: " + _TOKENIZER.format(folder="`tokenizer_3`", hub="google/t5-v1_1-xxl"),
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",

@@ -60,10 +60,10 @@ def find_parts(settings: SD3Settings) -> tuple[TensorFiles | None, dict[str, Par
     given = {"vae": settings.vae, "clip_l": settings.clip_l, "clip_g": settings.clip_g, "t5xxl": settings.t5xxl}
     for key, path in given.items():
         try:
-            if path is None:
-                parts[key] = _part_inside(key, settings.mmdit, network)
-            elif path is not False:
+            if path:
                 parts[key] = _part_at(key, path)
+            elif path is None and network is not None:  # where there is no network, that is what to mend first
+                parts[key] = _part_inside(key, settings.mmdit, network)
         except TensorFilesError as error:
             problems.append((key, str(error)))
     return network, parts, problems
@@ -96,17 +96,16 @@ def _part_in_folder(key: str, folder: Path) -> Part:
     return Part(key, open_folder(folder), config, folder)
 
 
-def _part_inside(key: str, mmdit: Path, network: TensorFiles | None) -> Part:
+def _part_inside(key: str, mmdit: Path, network: TensorFiles) -> Part:
     """The part beside the network, in a pipeline's folder or in one file."""
     off = "" if key == "vae" else f", or {key} = false to train without it"
     if (mmdit / "transformer").is_dir():
         if (mmdit / FOLDERS[key]).is_dir():
             return _part_in_folder(key, mmdit / FOLDERS[key])
         raise TensorFilesError(f"is not given, and {mmdit} has no folder {FOLDERS[key]}; give {key} = PATH{off}")
-    inside = _stripped(key, network) if network is not None else None
+    inside = _stripped(key, network)
     if inside is None:
-        where = f"{mmdit} has none" if network is not None else f"{mmdit} cannot be read"
-        raise TensorFilesError(f"is not given, and {where}; give {key} = PATH{off}")
+        raise TensorFilesError(f"is not given, and {mmdit} has none; give {key} = PATH{off}")
     return Part(key, inside, None, mmdit.parent)
 
 

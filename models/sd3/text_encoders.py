@@ -25,6 +25,7 @@ from models.base import EncodedItem, EncodeFunction, FileTensor, FrozenEncoder
 from models.sd3.mmdit import MMDiTConfig
 from models.sd3.settings import DTYPES, SD3Settings
 from models.sd3.sources import PREFIXES, Part, what_it_is
+from models.sd3.tokenizers import tokenizer_files
 from models.tensor_files import TensorFiles, shape_problems
 
 HEAD_WIDTH = 64
@@ -46,8 +47,7 @@ class SD3TextEncoder(FrozenEncoder):
         self.tokenizer_folder = tokenizer_folder
         self.num_tokens = num_tokens
         self.dtype = DTYPES[dtype]
-        tokenizer_files = sorted(p for p in tokenizer_folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
-        self.files = (*part.files, *(p for p in tokenizer_files if p not in part.files))
+        self.files = (*part.files, *tokenizer_files(tokenizer_folder))
         self.settings = {"encoder": part.key, "num_tokens": num_tokens, "dtype": dtype}
 
     def load(self, device: torch.device) -> EncodeFunction:

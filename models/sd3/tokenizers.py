@@ -23,7 +23,15 @@ _CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _FILES = {"clip_l": _CLIP_FILES, "clip_g": _CLIP_FILES, "t5xxl": (("tokenizer.json",), ("spiece.model",))}
 """The sets of files, any of which makes a tokenizer."""
 _KINDS = {"clip_l": "CLIP tokenizer", "clip_g": "CLIP tokenizer", "t5xxl": "T5 tokenizer"}
-_DOWNLOADED = ("*.json", "merges.txt", "spiece.model")
+_READ_BY_TOKENIZERS = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
@@ -43,6 +51,11 @@ def find_tokenizers(settings: SD3Settings, parts: dict[str, Part]) -> tuple[dict
         except LookupError as error:
             problems.append((f"{name}_tokenizer", str(error.args[0])))
     return found, problems
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Of a tokenizer's folder, which may hold much else, the files that decide what the tokens are."""
+    return tuple(folder / name for name in _READ_BY_TOKENIZERS if (folder / name).is_file())
 
 
 def _is_tokenizer(name: str, folder: Path) -> bool:
@@ -101,7 +114,7 @@ def _from_hub(name: str, hub_name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, inner = "/".join(hub_name.split("/")[:2]), "/".join(hub_name.split("/")[2:])
-    patterns = [f"{inner}/{pattern}" for pattern in _DOWNLOADED] if inner else list(_DOWNLOADED)
+    patterns = [f"{inner}/{pattern}" for pattern in _READ_BY_TOKENIZERS] if inner else list(_READ_BY_TOKENIZERS)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns)) / inner
     except LocalEntryNotFoundError as error:

@@ -278,6 +278,17 @@ def _as_convolution(shape: Shape) -> Shape:
     return (*shape, 1, 1) if len(shape) == 2 else shape
 
 
+def scale_notes(part: Part) -> list[str]:
+    """What a user should know of an autoencoder whose latents are scaled otherwise than SD3's, such as Flux's."""
+    released = {"scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
+    config = part.config if part.config is not None else released
+    return [
+        f"{part.tensors.source} has {key} {config.get(key)}; that of SD3 is {value}"
+        for key, value in released.items()
+        if config.get(key) != value
+    ]
+
+
 def file_problems(part: Part) -> list[str]:
     """Why a single file could not say how this autoencoder is built."""
     if part.config is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import models
 from models.sd3.adapter import SD3Adapter
 from models.sd3.text_encoders import join_text
 from models.tensor_files import TensorFiles
-from tests.model_copies import settings_for
+from tests.model_copies import linked_copy, rewrite, settings_for
 from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, DEPTH, POOLED_DIM, tiny_shapes
 
 
@@ -104,3 +105,16 @@ def test_opening_a_model_reads_no_weights(tiny_model: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(TensorFiles, "read", refuse)
     assert len(SD3Adapter(settings_for(tiny_model)).layers) == DEPTH + 2
+
+
+def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    """Such as Flux's, which has the shapes of SD3's."""
+    model = linked_copy(tiny_model, tmp_path / "model")
+    assert not SD3Adapter(settings_for(model)).notes
+    config = model / "vae" / "config.json"
+    rewrite(config, json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.3611, "shift_factor": 0.1159}))
+    notes = SD3Adapter(settings_for(model)).notes
+    assert [note.partition(" has ")[2] for note in notes] == [
+        "scaling_factor 0.3611; that of SD3 is 1.5305",
+        "shift_factor 0.1159; that of SD3 is 0.0609",
+    ]

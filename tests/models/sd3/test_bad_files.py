@@ -527,12 +527,10 @@ def test_problems_of_all_parts_are_told_at_once(model: Path, tmp_path: Path) -> 
     assert {key for key, _ in found} == {"mmdit", "vae", "clip_l", "clip_g", "t5xxl_tokenizer"}
 
 
-def test_an_unreadable_file_that_should_hold_all_is_told_once_for_each_part(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_unreadable_file_that_should_hold_all_is_told_once(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "none.safetensors"
-    found = dict(problems_of(tiny_model, mmdit=path, vae=None, clip_l=None, clip_g=None, t5xxl=None))
-    assert found.pop("mmdit") == f"{path} does not exist"
-    assert set(found) == {"vae", "clip_l", "clip_g", "t5xxl"}
-    assert all(f"{path} cannot be read" in text for text in found.values())
+    found = problems_of(tiny_model, mmdit=path, vae=None, clip_l=None, clip_g=None, t5xxl=None)
+    assert found == [("mmdit", f"{path} does not exist")]
 
 
 def test_a_whole_part_that_is_changed_in_one_tensor_is_refused(tiny_model: Path, tmp_path: Path) -> None:
