@@ -297,7 +297,9 @@ def test_weights_that_do_not_fit_are_named(bench: Bench, spoil: Callable[[dict[s
     path = bench.folder / "spoiled.safetensors"
     save_file(weights, path)
     experiment = bench.experiment(**{"model.mmdit": str(path)})
-    assert bench.only_problem(experiment) == f"{experiment}: model.mmdit: {path} {message}"
+    assert bench.only_problem(experiment) == (
+        f"{experiment}: model.mmdit: {path}, by its shapes SD3.5-medium-like (width 128, depth 3), {message}"
+    )
 
 
 # --- pictures and captions ---------------------------------------------------------------------------------------------
