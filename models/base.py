@@ -202,6 +202,7 @@ class FileTensor:
 
     key: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[torch.dtype], Tensor]
+    """The tensor on the CPU, rounded to a dtype once."""
     dtype: torch.dtype | None = None
     """What it must be stored in; None: as the rest of the file."""

@@ -85,6 +85,10 @@ class TensorFiles:
         """The same tensors under other names."""
         return TensorFiles({new_name(name): place for name, place in self._places.items()}, self.source)
 
+    def said_to_be(self, source: Path) -> TensorFiles:
+        """The same tensors, which in messages come from `source`."""
+        return TensorFiles(self._places, source)
+
     def unreadable(self) -> list[str]:
         """One line for each way of storing weights that cannot be read."""
         odd = {place.dtype: name for name, place in self._places.items() if place.dtype not in READABLE_DTYPES}
@@ -142,7 +146,7 @@ def open_folder(folder: Path) -> TensorFiles:
     """
     for standard in STANDARD_NAMES:
         if (folder / f"{standard}.safetensors").is_file():
-            return replace_source(open_file(folder / f"{standard}.safetensors"), folder)
+            return open_file(folder / f"{standard}.safetensors").said_to_be(folder)
         if (folder / f"{standard}.safetensors.index.json").is_file():
             return _open_shards(folder, folder / f"{standard}.safetensors.index.json")
     # Otherwise a variant, such as model.fp16.safetensors or model.safetensors.index.fp16.json; only if there is but one.
@@ -151,7 +155,7 @@ def open_folder(folder: Path) -> TensorFiles:
     if len(indices) == 1:
         return _open_shards(folder, indices[0])
     if not indices and len(files) == 1:
-        return replace_source(open_file(files[0]), folder)
+        return open_file(files[0]).said_to_be(folder)
     if not files:
         raise TensorFilesError(f"{folder} has no .safetensors file (pickled .bin, .pt and .ckpt weights are not read)")
     names = ", ".join(path.name for path in (indices or files)[:4])
@@ -160,12 +164,10 @@ def open_folder(folder: Path) -> TensorFiles:
 
 def open_any(path: Path) -> TensorFiles:
     """A file or a folder. Raises TensorFilesError."""
-    return open_folder(path) if path.is_dir() else open_file(path)
-
-
-def replace_source(tensors: TensorFiles, source: Path) -> TensorFiles:
-    """The same tensors, said to come from `source`."""
-    return TensorFiles(tensors._places, source)
+    try:
+        return open_folder(path) if path.is_dir() else open_file(path)
+    except OSError as error:  # no name that the system takes, no right to look
+        raise TensorFilesError(f"{path} cannot be read: {error.strerror}") from error
 
 
 # --- checking ----------------------------------------------------------------------------------------------------------
@@ -267,7 +269,8 @@ def _open_shards(folder: Path, index: Path) -> TensorFiles:
         raise TensorFilesError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists")
     places: dict[str, _Place] = {}
     for path in sorted(set(wanted.values())):
-        places.update(_read_header(path))
+        # Shards may overlap; whose tensor counts, the index says. What it does not list, such as scales, is taken as it is.
+        places.update({name: place for name, place in _read_header(path).items() if wanted.get(name, path) == path})
     absent = [name for name in wanted if name not in places]
     if absent:
         raise TensorFilesError(f"{wanted[absent[0]]} has no tensor {absent[0]}, which {index.name} says it has")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -36,3 +37,10 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     replace_file(temporary, path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; killed half-way, it leaves nothing of that name."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    folder.replace(doomed)
+    shutil.rmtree(doomed)

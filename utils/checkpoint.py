@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils import distributed
-from utils.atomic import replace_file, sync_folder, write_text
+from utils.atomic import remove_folder, replace_file, sync_folder, write_text
 from utils.pipeline.engine import LocalLayer, Pipeline
 from utils.pipeline.optimizer_state import MASTER
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NETWORK_FILES = "network files"
 """The entry of a run's identity that is a hash, which would tell nobody anything."""
 _SEPARATOR = "//"
@@ -112,19 +112,12 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
         state = {"format": FORMAT_VERSION, "step": step, "identity": identity}
         write_text(temporary / "state.json", json.dumps(state, indent=1))
         if final.exists():
-            _remove(final)
+            remove_folder(final)
         temporary.replace(final)
         sync_folder(parent)
         for old in find_checkpoints(parent)[:-keep_last]:
-            _remove(old.folder)
+            remove_folder(old.folder)
     distributed.wait_for_all(f"checkpoint {step} named")
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; killed half-way, it leaves nothing that looks like one."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    folder.replace(doomed)
-    shutil.rmtree(doomed)
 
 
 def _layer_file(index: int) -> str:

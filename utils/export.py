@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.base import FileTensor, ModelAdapter, ModelFilesError
 from utils import distributed, lora
-from utils.atomic import sync_folder
+from utils.atomic import remove_folder, sync_folder, write_text
 from utils.checkpoint import step_folder
 from utils.config.schema import ExperimentConfig
 from utils.pipeline.engine import LocalLayer, Pipeline
@@ -166,7 +166,9 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
     final = step_folder(parent, step)
     temporary = parent / f".{final.name}.tmp"
     is_main = distributed.world().is_main
-    metadata = distributed.broadcast(run_metadata(config, adapter, step) if is_main else {})
+    own = run_metadata(config, adapter, step) if is_main else {}
+    distributed.wait_for_all(f"hashes of export {step}")  # a large base file may take longer than a collective waits
+    metadata = distributed.broadcast(own)
     formats = wanted_formats(config)
     if config.adapter is None:
         files = full_files(adapter, formats, metadata)
@@ -182,11 +184,13 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
     for ema in averages:
         for file in files:
             folder = temporary / EMA_FOLDER if ema else temporary
-            _write(pipeline, file, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, adapter.diffusers_config())
+            marked = replace(file, metadata={**file.metadata, "mmdit_pipe.weights": "average" if ema else "last"})
+            _write(pipeline, marked, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, adapter.diffusers_config())
     distributed.wait_for_all(f"export {step} written")
     if is_main:
         if final.exists():
-            shutil.rmtree(final)
+            remove_folder(final)
+        sync_folder(temporary)
         temporary.replace(final)
         sync_folder(parent)
     distributed.wait_for_all(f"export {step} named")
@@ -204,7 +208,8 @@ def _write(
     if file.per_stage:
         _write_stages(pipeline, file, path, dtype, ema, everyones)
         if distributed.world().is_main:
-            (path / "config.json").write_text(json.dumps(diffusers_config, indent=2), encoding="utf-8")
+            write_text(path / "config.json", json.dumps(diffusers_config, indent=2))
+        distributed.wait_for_all(f"shards of {path}")
         return
     beside = [Entry(part.key, part.dtype or dtype, part.shape) for part in file.beside]
     layout = plan_file([entry for part in everyones for entry in part] + beside, file.metadata)
@@ -213,7 +218,9 @@ def _write(
     distributed.wait_for_all(f"header of {path}")
     _write_own(pipeline, file, path, layout, dtype, ema)
     if distributed.world().is_main:
-        write_tensors(path, layout, ((part.key, part.read().to(part.dtype or dtype)) for part in file.beside))
+        write_tensors(path, layout, ((part.key, part.read(part.dtype or dtype)) for part in file.beside))
+    # Writing what is beside the network may take longer than a collective waits.
+    distributed.wait_for_all(f"tensors of {path}")
 
 
 def _write_stages(
@@ -227,7 +234,7 @@ def _write_stages(
         where = {entry.key: name for name, entries in zip(names, stages, strict=True) for entry in entries}
         size = sum(entry.num_bytes for entries in stages for entry in entries)
         index = {"metadata": {"total_size": size, **file.metadata}, "weight_map": where}
-        (folder / f"{DIFFUSERS_NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_text(folder / f"{DIFFUSERS_NAME}.safetensors.index.json", json.dumps(index, indent=2))
     distributed.wait_for_all(f"folder {folder}")
     layout = plan_file(stages[pipeline.stage], file.metadata)
     path = folder / names[pipeline.stage]

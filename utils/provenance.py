@@ -21,15 +21,15 @@ TRAINING_TABLES = ("seed", "model", "objective", "adapter", "ema", "optimizer", 
 
 def run_metadata(config: ExperimentConfig, adapter: ModelAdapter, step: int) -> dict[str, str]:
     """Header entries every file carries: what it was trained from and as, and so how to use it."""
-    base = {path.name: file_sha256(path) for path in adapter.network_files}
-    first = next(iter(base))
+    base = [(path.name, file_sha256(path)) for path in adapter.network_files]
+    first_name, first_hash = base[0]
     token_lengths = {key: value for key, value in config.model.model_dump().items() if key.endswith("token_length")}
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": config.output_dir.name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ss_sd_model_name": first,
-        "ss_new_sd_model_hash": base[first],
+        "ss_sd_model_name": first_name,
+        "ss_new_sd_model_hash": first_hash,
         "mmdit_pipe.base_sha256": json.dumps(base),
         "mmdit_pipe.step": str(step),
         "mmdit_pipe.seed": str(config.seed),
@@ -51,6 +51,8 @@ def _without_folders(value: object) -> object:
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_without_folders(inner) for inner in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or "/" in value or "\\" in value):  # a tokenizer's folder
+        return Path(value).name
     return value.name if isinstance(value, Path) else value
 
 

@@ -111,7 +111,7 @@ def _match(pattern: str, network: ModelAdapter) -> tuple[list[str], str | None]:
     expression = network.lora_target_groups.get(pattern, pattern)
     try:
         compiled = re.compile(expression)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         return [], f"= {pattern!r}: is no regular expression: {error}"
     matched = [name for name in network.adaptable_modules if compiled.fullmatch(name)]
     if matched:

@@ -139,7 +139,7 @@ class SD3Adapter(ModelAdapter):
         if problems:
             raise ModelFilesError(problems)
         tensors = vae.file_tensors(self.vae_part)
-        return tensors + [tensor for part in parts for tensor in text_encoders.file_tensors(part, self.settings.torch_dtype)]
+        return tensors + [tensor for part in parts for tensor in text_encoders.file_tensors(part)]
 
     def export_metadata(self) -> dict[str, str]:
         return {"modelspec.architecture": weights.architecture_id(self.config)}

@@ -139,6 +139,10 @@ _SUFFIXES = {
     "lora_B.default.weight": "up",
     "lora.down.weight": "down",
     "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "lora_A": "down",
+    "lora_B": "up",
     "alpha": "alpha",
     "dora_scale": "magnitude",
     "lora_magnitude_vector": "magnitude",
@@ -180,7 +184,7 @@ class _Reader:
     def __init__(self, tensors: TensorFiles, adaptable: Mapping[str, Shape], depth: int) -> None:
         self._tensors, self._adaptable = tensors, adaptable
         self.left_out: list[str] = []
-        problems = tensors.unreadable()
+        problems = tensors.without(lambda name: name.endswith(".alpha")).unreadable()  # some write alpha as an integer
         self._peft_settings: Mapping[str, Any] = {}
         try:
             self._peft_settings = _read_peft_settings(tensors.source)
@@ -229,6 +233,8 @@ class _Reader:
         problems = [f"{part.name} {text}" for part in parts for text in _part_problems(part, weight)]
         alphas = [part.keys["alpha"] for part in parts if "alpha" in part.keys]
         problems += [f"{key} is not one number" for key in alphas if math.prod(self._tensors.shapes[key]) != 1]
+        if not problems:
+            problems += [f"{part.name} has no scale that is a number" for part in parts if not self._has_scale(part)]
         if sum("magnitude" in part.shapes for part in parts) not in (0, parts[0].place.num_parts):
             problems.append(f"DoRA of only some of query, key and value of {module}")
         return problems
@@ -283,6 +289,12 @@ class _Reader:
         if "magnitude" in parts[0].shapes:
             tensors["magnitude"] = torch.cat([self._tensor(part, "magnitude").flatten() for part in parts])
         return ModuleAdapter(tensors, 1.0)
+
+    def _has_scale(self, part: _Part) -> bool:
+        try:
+            return math.isfinite(self._scale(part))
+        except (ValueError, TypeError, ArithmeticError, AttributeError, re.error):  # alphas and patterns of any kind
+            return False
 
     def _scale(self, part: _Part) -> float:
         ranks = [shape[0] for what, shape in part.shapes.items() if what == "down" or what.endswith("_b")]
@@ -384,17 +396,25 @@ def _scale_in_peft(settings: Mapping[str, Any], name: str, rank: int | None) -> 
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
+def _adapter_in(folder: Path) -> Path:
+    """The adapter's file in a folder as diffusers or peft saves it. Raises TensorFilesError when there is none."""
+    for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    raise TensorFilesError(f"{folder} is a folder; give the adapter's .safetensors file")
+
+
 def open_adapter_file(path: Path, adaptable: Mapping[str, Shape], depth: int) -> AdapterFile:
     """An adapter for a network of these modules. Raises ModelFilesError with every problem, their keys empty."""
     try:
-        tensors = open_file(path)
+        tensors = open_file(_adapter_in(path) if path.is_dir() else path)
     except TensorFilesError as error:
         raise ModelFilesError([("", str(error))]) from error
     reader = _Reader(tensors, adaptable, depth)
     if reader.problems:
         raise ModelFilesError([("", text) for text in reader.problems])
     return AdapterFile(
-        path=path,
+        path=tensors.source,
         shapes={module: reader.shapes(module) for module in reader.parts},
         read=reader.read,
         left_out=tuple(reader.left_out),

@@ -25,7 +25,7 @@ _TOKENIZER = "a folder, or `owner/name` of a model hub. Unset: the encoder's fol
 class MergedAdapter(BaseModel):
     """An adapter added to the network's weights before training."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     path: Path = Field(description="LoRA, DoRA or LoKr file with native or diffusers keys.")
     strength: Annotated[float, Strict()] = Field(1.0, description="1 is the adapter as trained, 0 none of it.")
@@ -34,7 +34,7 @@ class MergedAdapter(BaseModel):
 class SD3Settings(BaseModel):
     """Which Stable Diffusion 3 or 3.5 to train, and how its captions are encoded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     type: Literal["sd3"] = Field(description="Model family.")
     mmdit: Path = Field(

@@ -93,7 +93,38 @@ def _part_in_folder(key: str, folder: Path) -> Part:
         raise TensorFilesError(f"{config_file} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise TensorFilesError(f"{config_file} is not a table of settings")
+    unfit = [line for table in (config, config.get("text_config", {})) for line in _setting_problems(table)]
+    if unfit:
+        raise TensorFilesError(f"{config_file}: {'; '.join(unfit)}")
     return Part(key, open_folder(folder), config, folder)
+
+
+_WHOLE_NUMBERS = (
+    ("latent_channels", "layers_per_block", "norm_num_groups", "in_channels")
+    + ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
+    + ("vocab_size", "max_position_embeddings", "d_model", "d_ff", "d_kv", "num_layers", "num_heads")
+    + ("relative_attention_num_buckets",)
+)
+"""Settings of the three kinds of networks that shapes follow from."""
+
+
+def _setting_problems(table: object) -> list[str]:
+    """Settings that shapes could not be worked out from."""
+    if not isinstance(table, dict):
+        return [f"text_config = {table!r}: must be a table"]
+    lines = [
+        f"{key} = {table[key]!r}: must be a whole number above 0"
+        for key in _WHOLE_NUMBERS
+        if key in table and not _is_count(table[key])
+    ]
+    widths = table.get("block_out_channels", [1])
+    if not (isinstance(widths, list) and widths and all(_is_count(width) for width in widths)):
+        lines.append(f"block_out_channels = {widths!r}: must be a list of whole numbers")
+    return lines
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _part_inside(key: str, mmdit: Path, network: TensorFiles) -> Part:

@@ -167,7 +167,7 @@ def encoder_config(part: Part) -> dict[str, Any]:
 
 
 def _shape_of(shapes: Mapping[str, Shape], name: str) -> Shape:
-    if len(shapes.get(name, ())) != 2:
+    if len(shapes.get(name, ())) != 2 or 0 in shapes[name]:
         raise ValueError(f"has no {name}")
     return shapes[name]
 
@@ -340,11 +340,11 @@ def file_problems(part: Part) -> list[str]:
     ]
 
 
-def file_tensors(part: Part, dtype: torch.dtype) -> list[FileTensor]:
+def file_tensors(part: Part) -> list[FileTensor]:
     """The encoder as a complete single file has it."""
     tensors = weights_of(part)
     prefix = PREFIXES[part.key][0]
     return [
-        FileTensor(prefix + name, tensors.shapes[name], partial(tensors.read_one, name, dtype))
+        FileTensor(prefix + name, tensors.shapes[name], partial(tensors.read_one, name))
         for name in expected_shapes(part.key, encoder_config(part))
     ]

@@ -77,57 +77,41 @@ def _load_autoencoder(part: Part, device: torch.device) -> Any:
     config = part.config if part.config is not None else native_config(part.tensors.shapes)
     with torch.device("meta"):
         autoencoder: Any = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    own_names = _own_names(part)
     state = {}
     for name, parameter in autoencoder.state_dict().items():
-        own_name = name if part.config is not None else native_name(name, len(config["block_out_channels"]))
-        if own_name not in part.tensors:
-            own_name = _older_name(own_name)
+        own_name = own_names[name]
         state[name] = part.tensors.read_one(own_name, torch.float32).reshape(parameter.shape)
     autoencoder.load_state_dict(state, assign=True)
     return autoencoder.eval().requires_grad_(False).to(device)
+
+
+def _own_names(part: Part) -> dict[str, str]:
+    """AutoencoderKL's name of every tensor -> its name in the files."""
+    if part.config is None:
+        return native_names(native_config(part.tensors.shapes))
+    return {_newer_name(name): name for name in part.tensors.shapes}
 
 
 _OLDER_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def _newer_name(name: str) -> str:
-    """The inverse of `_older_name`."""
+    """Some folders still name the attention's tensors as diffusers did before version 0.18."""
     for new, old in _OLDER_ATTENTION.items():
         name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-    return name
-
-
-def _older_name(name: str) -> str:
-    """diffusers' name of an attention tensor before version 0.18, which some folders still have."""
-    for new, old in _OLDER_ATTENTION.items():
-        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
     return name
 
 
 # --- the native file ---------------------------------------------------------------------------------------------------
 
 
-def native_name(name: str, num_levels: int) -> str:
-    """The native name of a tensor of AutoencoderKL. Source: CompVis/latent-diffusion, diffusionmodules/model.py."""
-    name = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block.", name)
-    name = re.sub(r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample.", name)
-    level = re.match(r"decoder\.up_blocks\.(\d+)\.", name)
-    if level:  # counted from the other end
-        up = f"decoder.up.{num_levels - 1 - int(level.group(1))}."
-        name = up + name[level.end() :].replace("resnets.", "block.").replace("upsamplers.0.", "upsample.")
-    name = name.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
-    name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
-    for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-        name = name.replace(f"attn_1.{new}.", f"attn_1.{old}.")
-    return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-
-
 def diffusers_name(name: str, num_levels: int) -> str:
-    """The inverse of `native_name`."""
+    """AutoencoderKL's name of a native tensor. Source: CompVis/latent-diffusion, diffusionmodules/model.py."""
     name = re.sub(r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", name)
     name = re.sub(r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
     level = re.match(r"decoder\.up\.(\d+)\.", name)
-    if level:
+    if level:  # counted from the other end
         up = f"decoder.up_blocks.{num_levels - 1 - int(level.group(1))}."
         name = up + name[level.end() :].replace("block.", "resnets.").replace("upsample.", "upsamplers.0.")
     name = name.replace("mid.block_1.", "mid_block.resnets.0.").replace("mid.block_2.", "mid_block.resnets.1.")
@@ -137,18 +121,24 @@ def diffusers_name(name: str, num_levels: int) -> str:
     return name
 
 
+def native_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """AutoencoderKL's name of every tensor -> its native name."""
+    full = {**_DEFAULTS, **config}
+    return {diffusers_name(name, len(full["block_out_channels"])): name for name in native_shapes(full)}
+
+
 def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """AutoencoderKL's settings from the shapes of a native file. Raises ValueError when a defining tensor is missing."""
     for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
         if len(shapes.get(name, ())) != 4:
             raise ValueError(f"has no {name}")
-    levels = sorted(
-        {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.", name))}
-    )
+    levels = {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.", name))}
     blocks = {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
-    if levels != list(range(len(levels))) or not levels:
-        raise ValueError("has no encoder.down.0.block.0.conv1.weight")
-    channels = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels]
+    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(max(levels, default=0) + 1)]
+    missing = [name for name in firsts if len(shapes.get(name, ())) != 4]
+    if missing:
+        raise ValueError(f"has no {missing[0]}")
+    channels = [shapes[name][0] for name in firsts]
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["encoder.conv_in.weight"][1],
@@ -244,10 +234,10 @@ def check_part(part: Part, num_channels: int | None) -> list[tuple[str, str]]:
         misfits = shape_problems(shapes, native_shapes(config)) + part.tensors.unreadable()
     else:
         misfits = _folder_problems(part, config)
-    channels = config.get("latent_channels")
-    if num_channels is not None and channels != num_channels:
+    channels, widths = config.get("latent_channels"), config.get("block_out_channels")
+    if num_channels is not None and channels not in (None, num_channels):
         return [("vae", f"{source} has {channels} latent channels, the network takes {num_channels}")]
-    downscale = 2 ** (len(config.get("block_out_channels", ())) - 1)
+    downscale = SPATIAL_DOWNSCALE if widths is None else 2 ** (len(widths) - 1)
     if downscale != SPATIAL_DOWNSCALE:
         return [("vae", f"{source} shrinks pictures {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
     return [("vae", f"{source} {line}") for line in misfits]
@@ -263,12 +253,25 @@ _DEFAULTS = {
 """What diffusers' class takes for a setting that config.json leaves out."""
 
 
+_OTHER_FAMILIES = {
+    0.3611: "Flux",
+    0.18215: "Stable Diffusion 1 or 2",
+    0.13025: "Stable Diffusion XL",
+}
+"""scaling_factor -> whose it is."""
+
+
 def _folder_problems(part: Part, config: Mapping[str, Any]) -> list[str]:
-    """Tensors of a folder that do not fit its config.json."""
-    if not {"block_out_channels", "latent_channels"} <= config.keys():
-        return [f"{part.folder / 'config.json'} gives no block_out_channels or no latent_channels"]
-    num_levels = len(config["block_out_channels"])
-    expected = {diffusers_name(name, num_levels): shape for name, shape in native_shapes({**_DEFAULTS, **config}).items()}
+    """Settings and tensors of a folder that are not SD3's or do not fit each other."""
+    needed = ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor")
+    missing = [key for key in needed if config.get(key) is None]
+    if missing:
+        return [f"is no autoencoder of SD3: its config.json gives no {' and no '.join(missing)}"]
+    other = _OTHER_FAMILIES.get(config["scaling_factor"])
+    if other is not None:
+        return [f"is the autoencoder of {other}: its scaling_factor is {config['scaling_factor']}, SD3's {SCALING_FACTOR}"]
+    shapes = native_shapes({**_DEFAULTS, **config})
+    expected = {name: shapes[native] for name, native in native_names(config).items()}
     found = {_newer_name(name): _as_convolution(shape) for name, shape in part.tensors.shapes.items()}
     return shape_problems(found, expected) + part.tensors.unreadable()
 
@@ -303,14 +306,14 @@ def file_problems(part: Part) -> list[str]:
 
 def file_tensors(part: Part) -> list[FileTensor]:
     """The autoencoder as a complete single file has it, in float32."""
-    num_levels = 0 if part.config is None else len(part.config["block_out_channels"])
+    native = native_names(part.config if part.config is not None else native_config(part.tensors.shapes))
     tensors = []
-    for name, shape in part.tensors.shapes.items():
-        native = name if part.config is None else native_name(_newer_name(name), num_levels)
-        full = _as_convolution(shape)
-        tensors.append(FileTensor(PREFIXES["vae"][0] + native, full, partial(_read_as, part, name, full), torch.float32))
+    for name, own_name in _own_names(part).items():
+        shape = _as_convolution(part.tensors.shapes[own_name])
+        read = partial(_read_as, part, own_name, shape)
+        tensors.append(FileTensor(PREFIXES["vae"][0] + native[name], shape, read, torch.float32))
     return tensors
 
 
-def _read_as(part: Part, name: str, shape: Shape) -> Tensor:
-    return part.tensors.read_one(name, torch.float32).reshape(shape)
+def _read_as(part: Part, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+    return part.tensors.read_one(name, dtype).reshape(shape)

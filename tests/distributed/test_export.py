@@ -128,7 +128,7 @@ def test_header_says_what_the_weights_are_and_where_from(lab: Lab) -> None:
     assert metadata["mmdit_pipe.discrete_flow_shift"] == "3.0"
     assert '"discrete_flow_shift":3.0' in metadata["mmdit_pipe.objective"]
     assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(base.read_bytes()).hexdigest()
-    assert json.loads(metadata["mmdit_pipe.base_sha256"]) == {base.name: metadata["ss_new_sd_model_hash"]}
+    assert json.loads(metadata["mmdit_pipe.base_sha256"]) == [[base.name, metadata["ss_new_sd_model_hash"]]]
     config = json.loads(metadata["mmdit_pipe.training_config"])
     assert config["optimizer"]["learning_rate"] == 1e-3
     assert config["model"]["mmdit"] == "mmdit.safetensors"

@@ -13,6 +13,7 @@ from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.distributed import World
 from utils.export import wanted_formats
+from utils.provenance import training_config
 from utils.preflight import Experiment, prepare
 
 
@@ -42,6 +43,7 @@ def test_formats_follow_what_is_trained_unless_given(
     [
         ({"adapter": {"type": "lokr"}, "save.formats": ["native", "diffusers"]}, "diffusers' pipelines read no LoKr"),
         ({"adapter": {"type": "lora"}, "save.formats": ["complete"]}, "complete files hold a whole network"),
+        ({"save.formats": ["native", "native"]}, "each format once"),
     ],
 )
 def test_what_a_format_cannot_carry_is_refused(
@@ -80,3 +82,9 @@ def test_heads_of_another_width_are_refused_for_a_complete_file(tmp_path: Path, 
     write_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="32 wide, no multiple of the head width, 64; a single file cannot say"):
         opened(tmp_path, tmp_path / "model", tiny_dataset, **{"save.formats": ["complete"]})
+
+
+def test_a_tokenizer_s_folder_is_not_told_in_headers(tmp_path: Path, tiny_model: Path, tiny_dataset: Path) -> None:
+    folder = str(tiny_model / "tokenizer")
+    experiment = opened(tmp_path, tiny_model, tiny_dataset, **{"model.clip_l_tokenizer": folder}).config.experiment
+    assert str(tiny_model) not in json.dumps(training_config(experiment))

@@ -199,6 +199,13 @@ class SaveConfig(Table):
     )
     dtype: ExportDtype = Field("bfloat16", description="Precision of exported weights.")
 
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, value: list[ExportFormat] | None) -> list[ExportFormat] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("each format once")
+        return value
+
 
 class MonitoringConfig(Table):
     """What is written down while training."""

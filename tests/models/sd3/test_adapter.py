@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import models
+from models.base import ModelFilesError
 from models.sd3.adapter import SD3Adapter
+from models.sd3.settings import MergedAdapter
 from models.sd3.text_encoders import join_text
 from models.tensor_files import TensorFiles
 from tests.model_copies import linked_copy, rewrite, settings_for
@@ -107,14 +109,44 @@ def test_opening_a_model_reads_no_weights(tiny_model: Path, monkeypatch: pytest.
     assert len(SD3Adapter(settings_for(tiny_model)).layers) == DEPTH + 2
 
 
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    settings = {**json.loads(path.read_text()), **changes}
+    rewrite(path, json.dumps({key: value for key, value in settings.items() if value is not None}))
+
+
 def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Path) -> None:
-    """Such as Flux's, which has the shapes of SD3's."""
     model = linked_copy(tiny_model, tmp_path / "model")
     assert not SD3Adapter(settings_for(model)).notes
-    config = model / "vae" / "config.json"
-    rewrite(config, json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.3611, "shift_factor": 0.1159}))
-    notes = SD3Adapter(settings_for(model)).notes
-    assert [note.partition(" has ")[2] for note in notes] == [
-        "scaling_factor 0.3611; that of SD3 is 1.5305",
-        "shift_factor 0.1159; that of SD3 is 0.0609",
-    ]
+    change_config(model / "vae", scaling_factor=1.05)
+    (note,) = SD3Adapter(settings_for(model)).notes
+    assert note == f"{model / 'vae'} has scaling_factor 1.05; that of SD3 is 1.5305"
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "message"),
+    [
+        ("vae", {"scaling_factor": 0.3611, "shift_factor": 0.1159}, "is the autoencoder of Flux"),
+        ("vae", {"scaling_factor": 0.13025}, "is the autoencoder of Stable Diffusion XL"),
+        ("vae", {"scaling_factor": None, "shift_factor": None}, "gives no scaling_factor and no shift_factor"),
+        ("vae", {"block_out_channels": 5}, "block_out_channels = 5: must be a list of whole numbers"),
+        ("vae", {"block_out_channels": []}, "must be a list of whole numbers"),
+        ("vae", {"layers_per_block": "2"}, "layers_per_block = '2': must be a whole number above 0"),
+        ("text_encoder", {"num_hidden_layers": "2"}, "num_hidden_layers = '2': must be a whole number above 0"),
+        ("text_encoder", {"text_config": 3}, "text_config = 3: must be a table"),
+        ("text_encoder_3", {"num_heads": 0}, "num_heads = 0: must be a whole number above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    tiny_model: Path, tmp_path: Path, folder: str, changes: dict[str, object], message: str
+) -> None:
+    model = linked_copy(tiny_model, tmp_path / "model")
+    change_config(model / folder, **changes)
+    with pytest.raises(ModelFilesError, match=re.escape(message)):
+        SD3Adapter(settings_for(model))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_is_a_number(strength: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        MergedAdapter(path=Path("lora.safetensors"), strength=strength)

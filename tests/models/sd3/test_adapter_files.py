@@ -862,3 +862,20 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         **low_rank("lora_unet_final_layer_linear", 64, 99),
     }
     assert len(problems_with(tmp_path, tensors)) == 3
+
+
+def test_an_integer_alpha_is_a_number_too(tmp_path: Path) -> None:
+    """As scripts that extract adapters write it."""
+    written = draw_adapters("lora")
+    tensors = native_adapter(written)
+    whole = {key: torch.tensor(3) if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
+    for name, adapter in read_all(opened(tmp_path, whole)).items():
+        assert adapter.scale == 3 / written[name].tensors["down"].shape[0]
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path, alpha: float) -> None:
+    tensors = native_adapter(draw_adapters("lora"))
+    spoiled = {key: torch.tensor(alpha) if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
+    with pytest.raises(ModelFilesError, match="has no scale that is a number"):
+        opened(tmp_path, spoiled)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.tensor_files import open_folder
 from models.base import ModelFilesError
 from models.sd3.adapter import SD3Adapter
 from tests import public_files
@@ -548,3 +549,12 @@ def test_files_that_are_whole_are_not_refused(tiny_model: Path, tmp_path: Path) 
     path = tmp_path / "whole.safetensors"
     save_file(original_part(tiny_model, "mmdit"), path)
     assert SD3Adapter(settings_for(tiny_model, mmdit=path)).config == SD3Adapter(settings_for(tiny_model)).config
+
+
+def test_of_shards_that_overlap_the_index_says_whose_tensor_counts(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2), "y": torch.ones(2)}, tmp_path / "model-1.safetensors")
+    save_file({"x": torch.full((2,), 5.0)}, tmp_path / "model-2.safetensors")
+    index = {"weight_map": {"x": "model-1.safetensors", "y": "model-1.safetensors", "z": "model-2.safetensors"}}
+    save_file({"x": torch.full((2,), 5.0), "z": torch.ones(1)}, tmp_path / "model-2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(open_folder(tmp_path).read_one("x", torch.float32), torch.zeros(2))

@@ -171,7 +171,7 @@ def test_native_names_and_shapes_are_those_diffusers_converts(name: str) -> None
     assert set(native) == {ldm[diffusers] for diffusers in expected}
     for diffusers, shape in expected.items():
         num_levels = len(config["block_out_channels"])
-        assert vae.native_name(diffusers, num_levels) == ldm[diffusers]
+        assert vae.native_names(config)[diffusers] == ldm[diffusers]
         assert vae.diffusers_name(ldm[diffusers], num_levels) == diffusers
         assert native[ldm[diffusers]] == (shape if len(shape) != 2 else (*shape, 1, 1))
 
