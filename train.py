@@ -30,6 +30,7 @@ from utils.log import RunLog, StepMetrics, say
 from utils.optimizer import ema_decay, learning_rate, make_optimizer
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
+from utils.pipeline.optimizer_state import MASTER
 from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare
 from utils.rectified_flow import flow_matching_loss
 from utils.sampling import Previews
@@ -168,7 +169,7 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
         gradient_clipping=config.optimizer.gradient_clipping,
         dtype=config.model.torch_dtype,
     )
-    return Pipeline(
+    pipeline = Pipeline(
         experiment.adapter.layers,
         experiment.bounds,
         settings,
@@ -176,6 +177,14 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
         prepare=prepare_layer,
         make_optimizer=partial(make_optimizer, config.optimizer),
     )
+    if start is not None:
+        # The optimizer's float32 weights began as the layers' rounded ones.
+        exact: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for layer in pipeline.local_layers():
+            for name, value in lora.start_values(layer.module, layer.layer.prefix, start).items():
+                exact[layer.trainable()[name]] = {MASTER: value}
+        pipeline.write_states(exact)
+    return pipeline
 
 
 def make_feed(experiment: Experiment, pipeline: Pipeline, data: EncodedData, order: BatchOrder) -> Feed:

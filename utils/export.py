@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,4 +253,13 @@ def _write_own(
         for _ in tensors:
             pass
         return
-    write_tensors(path, layout, ((t.key, t.value.to(torch.float32 if t.exact else dtype)) for t in tensors))
+    write_tensors(path, layout, _rounded(tensors, dtype))
+
+
+def _rounded(tensors: Iterator[Exported], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor as the file has it; says which have numbers that the file's precision cannot hold."""
+    for tensor in tensors:
+        value = tensor.value.to(torch.float32 if tensor.exact else dtype)
+        if not value.isfinite().all():
+            print(f"warning: in the exported file {tensor.key} has numbers that are not finite", file=sys.stderr, flush=True)
+        yield tensor.key, value

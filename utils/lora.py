@@ -29,10 +29,10 @@ _ENDINGS = {
     "down": f".lora_A.{ADAPTER_NAME}.weight",
     "up": f".lora_B.{ADAPTER_NAME}.weight",
     "magnitude": f".lora_magnitude_vector.{ADAPTER_NAME}.weight",
-    **{part: f".lokr_{part}.{ADAPTER_NAME}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+    **{part: f".lokr_{part}.{ADAPTER_NAME}" for part in ("w1", "w2", "w2_a", "w2_b")},
 }
 """Tensor name of ModuleAdapter -> what peft puts behind a module's name. In the order in which a start is written."""
-_DRAWN = ("down", "w1_b", "w2", "w2_a", "w2_b")
+_DRAWN = ("down", "w2", "w2_a", "w2_b")
 """Tensors that start at random. The others start at zero, magnitudes at the length of the weight's rows."""
 
 
@@ -165,28 +165,40 @@ def _peft_module(layer: nn.Module, name: str) -> Any:
 # --- out of a file, and out of the layer -------------------------------------------------------------------------------
 
 
+def start_values(layer: nn.Module, prefix: str, file: AdapterFile) -> dict[str, Tensor]:
+    """What the layer's adapters are to be so that they compute what they do in a file: parameter name -> float32 tensor.
+
+    The scale stays ours; the first factor makes up for the difference. Rank that the file lacks keeps its start.
+    """
+    values: dict[str, Tensor] = {}
+    for name, parts in _adapters(layer).items():
+        if prefix + name not in file.shapes:
+            continue
+        adapter = file.read(prefix + name)
+        scaled = "up" if "up" in adapter.tensors else "w1"
+        for part in parts.keys() & adapter.tensors.keys():
+            tensor = adapter.tensors[part]
+            if part == scaled:
+                tensor = tensor * (adapter.scale / _peft_module(layer, name).scaling[ADAPTER_NAME])
+            if part == "magnitude":
+                tensor = tensor.reshape(parts[part].shape)
+            value = parts[part].detach().float().clone()
+            value[tuple(slice(size) for size in tensor.shape)] = tensor.to(value.device)
+            values[name + _ENDINGS[part]] = value
+    return values
+
+
 @torch.no_grad()
 def load_start(layer: nn.Module, prefix: str, file: AdapterFile) -> None:
-    """Have those of the layer's adapters that the file has too compute what they do in it.
+    """Write `start_values` into the layer, rounded to its precision.
 
     The file may have less rank, and no magnitudes for a DoRA; `targets.start_problems` tells what it may not.
     """
+    for name, value in start_values(layer, prefix, file).items():
+        layer.get_parameter(name).copy_(value)
     for name, parts in _adapters(layer).items():
-        if prefix + name in file.shapes:
-            _write(_peft_module(layer, name), parts, file.read(prefix + name))
-
-
-def _write(module: Any, parts: Mapping[str, Tensor], adapter: ModuleAdapter) -> None:
-    """The scale stays ours; the first factor makes up for the difference. Rank that the file lacks keeps its start."""
-    tensors = dict(adapter.tensors)
-    scaled = next(part for part in ("up", "w1", "w1_a") if part in tensors)
-    tensors[scaled] = tensors[scaled] * (adapter.scale / module.scaling[ADAPTER_NAME])
-    for part, parameter in parts.items():
-        if part in tensors:
-            value = tensors[part].reshape(parameter.shape) if part == "magnitude" else tensors[part]
-            parameter[tuple(slice(size) for size in value.shape)].copy_(value)
-        else:
-            parameter.copy_(_row_lengths(module).reshape(parameter.shape))
+        if "magnitude" in parts and "magnitude" not in file.shapes.get(prefix + name, {"magnitude": ()}):
+            parts["magnitude"].copy_(_row_lengths(_peft_module(layer, name)).reshape(parts["magnitude"].shape))
 
 
 def _row_lengths(module: Any) -> Tensor:

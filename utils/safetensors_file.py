@@ -69,7 +69,7 @@ def plan_file(entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayo
 
 
 def create_file(path: Path, layout: FileLayout) -> None:
-    """Write the header and take up the room. Raises OSError when the disk has not got it."""
+    """Write the header and make the file as long as it will be. Raises OSError when the disk has less than that left."""
     free = shutil.disk_usage(path.parent).free
     if free < layout.num_bytes:
         raise OSError(f"{path} needs {layout.num_bytes:,} bytes, and the disk has {free:,} left")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed.lab import Lab
 
@@ -46,6 +47,16 @@ def test_a_run_starts_from_the_file_of_another(lab: Lab, kind: str) -> None:
     assert again.weights.keys() == first.weights.keys()
     for key, tensor in first.weights.items():
         torch.testing.assert_close(again.weights[key], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_start_is_not_rounded_to_the_training_s_precision(lab: Lab) -> None:
+    """In bfloat16 the optimizer's float32 weights are the file's, to the bit."""
+    first = lab.shared_run(2, changes("rslora"))
+    file = first.folder / "weights" / "step_000006" / "lora.safetensors"
+    settings = {**changes("rslora", init_from=str(file)), "model.dtype": "bfloat16", "max_steps": 1}
+    again = lab.run(2, lab.experiment(settings), "--set", "optimizer.learning_rate=1e-20")
+    for key, tensor in load_file(file).items():
+        torch.testing.assert_close(again.weights[key], tensor, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.model_copies import linked_copy, rewrite
 from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.distributed import World
-from utils.export import wanted_formats
+from utils.export import Exported, _rounded, wanted_formats
 from utils.provenance import training_config
 from utils.preflight import Experiment, prepare
 
@@ -82,6 +83,14 @@ def test_heads_of_another_width_are_refused_for_a_complete_file(tmp_path: Path, 
     write_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="32 wide, no multiple of the head width, 64; a single file cannot say"):
         opened(tmp_path, tmp_path / "model", tiny_dataset, **{"save.formats": ["complete"]})
+
+
+def test_a_number_too_large_for_the_file_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    written = dict(_rounded(iter([Exported("x", torch.tensor([1.0, 1e6])), Exported("y", torch.ones(2))]), torch.float16))
+    assert written["x"].dtype == torch.float16
+    error = capsys.readouterr().err
+    assert "x has numbers that are not finite" in error
+    assert "file y" not in error
 
 
 def test_a_tokenizer_s_folder_is_not_told_in_headers(tmp_path: Path, tiny_model: Path, tiny_dataset: Path) -> None:

@@ -33,19 +33,20 @@ def document() -> str:
     return "\n".join(parts)
 
 
-def _table(table: type[BaseModel], path: str, family: str) -> Iterator[str]:
+def _table(table: type[BaseModel], path: str, family: str, is_list: bool = False) -> Iterator[str]:
     """The keys of a table, then the tables inside it."""
-    inner = [(name, found) for name, field in table.model_fields.items() for found in inner_tables(field.annotation)]
+    inner = [(name, field, found) for name, field in table.model_fields.items() for found in inner_tables(field.annotation)]
     only_tables = [name for name, field in table.model_fields.items() if _is_table(field.annotation)]
-    heading = f"### `[{path}]`{family if path == 'model' else ''}" if path else "### Top level"
+    name = f"[[{path}]]" if is_list else f"[{path}]"
+    heading = f"### `{name}`{family if path == 'model' else ''}" if path else "### Top level"
     yield f"{heading}\n\n{_first_line(table, path)}\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, field in table.model_fields.items():
         if name not in only_tables:
             yield f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |"
     yield ""
-    for name, found in inner:
-        yield from _table(found, f"{path}.{name}" if path else name, family)
+    for name, field, found in inner:
+        yield from _table(found, f"{path}.{name}" if path else name, family, _is_in_list(field.annotation))
 
 
 def _first_line(table: type[BaseModel], path: str) -> str:
@@ -57,6 +58,11 @@ def _first_line(table: type[BaseModel], path: str) -> str:
 def _is_table(annotation: Any) -> bool:
     """Whether a table, or a list of them, is all that may be written."""
     return any(isinstance(part, type) and issubclass(part, BaseModel) for part in (annotation, *get_args(annotation)))
+
+
+def _is_in_list(annotation: Any) -> bool:
+    """Whether there may be several tables, `[[name]]` each."""
+    return get_origin(annotation) in (list, tuple) or any(_is_in_list(part) for part in get_args(annotation))
 
 
 def _type(field: FieldInfo) -> str:
@@ -77,7 +83,7 @@ def _type_name(annotation: Any) -> str:
     if origin is Annotated:
         return _type_name(get_args(annotation)[0])
     if origin is Literal:
-        return " or ".join(f'`"{value}"`' for value in get_args(annotation))
+        return " or ".join(f"`{str(value).lower()}`" if value is False else f'`"{value}"`' for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
     if origin is list:

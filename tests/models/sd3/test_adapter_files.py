@@ -344,6 +344,8 @@ SUFFIXES = {
     "peft": ("lora_A.weight", "lora_B.weight"),
     "peft with the adapter's name": ("lora_A.default.weight", "lora_B.default.weight"),
     "old diffusers": ("lora.down.weight", "lora.up.weight"),
+    "older diffusers": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    "bare": ("lora_A", "lora_B"),
 }
 
 
