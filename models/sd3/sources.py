@@ -54,7 +54,7 @@ def find_parts(settings: SD3Settings) -> tuple[TensorFiles | None, dict[str, Par
     network = None
     try:
         network = _open_network(settings.mmdit)
-    except TensorFilesError as error:
+    except (TensorFilesError, OSError) as error:  # OSError: no name that the system takes
         problems.append(("mmdit", str(error)))
     parts: dict[str, Part] = {}
     given = {"vae": settings.vae, "clip_l": settings.clip_l, "clip_g": settings.clip_g, "t5xxl": settings.t5xxl}
@@ -64,7 +64,7 @@ def find_parts(settings: SD3Settings) -> tuple[TensorFiles | None, dict[str, Par
                 parts[key] = _part_at(key, path)
             elif path is None and network is not None:  # where there is no network, that is what to mend first
                 parts[key] = _part_inside(key, settings.mmdit, network)
-        except TensorFilesError as error:
+        except (TensorFilesError, OSError) as error:
             problems.append((key, str(error)))
     return network, parts, problems
 

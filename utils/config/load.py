@@ -129,7 +129,8 @@ def check_table(
 
 
 def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+    plain = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return plain.replace("Input is not a valid path for <class 'pathlib.Path'>", "must be a path")
 
 
 def _key_path(location: Sequence[str | int]) -> str:

@@ -558,3 +558,10 @@ def test_of_shards_that_overlap_the_index_says_whose_tensor_counts(tmp_path: Pat
     save_file({"x": torch.full((2,), 5.0), "z": torch.ones(1)}, tmp_path / "model-2.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(open_folder(tmp_path).read_one("x", torch.float32), torch.zeros(2))
+
+
+@pytest.mark.parametrize("key", ["mmdit", "vae", "t5xxl"])
+def test_a_name_that_the_system_does_not_take_is_refused(tiny_model: Path, key: str) -> None:
+    ((found, text),) = problems_of(tiny_model, **{key: Path("a" * 300)})
+    assert found == key
+    assert "File name too long" in text

@@ -529,3 +529,8 @@ def test_a_key_of_the_model_in_the_dataset_file_is_told_its_place(tmp_path: Path
     (problem,) = problems_of(write(tmp_path, dataset_file={"clip_l": "somewhere"}))
     assert (problem.file.name, problem.key) == ("dataset.toml", "clip_l")
     assert "in the experiment file, in [model]" in problem.message
+
+
+def test_what_is_no_path_is_refused_in_plain_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.mmdit: = 5: must be a path"):
+        load(tmp_path, "model.mmdit=5")
