@@ -83,7 +83,7 @@ What to run next:
   .venv/bin/deepspeed --num_gpus {num_processes()} train.py --config {LORA_CONFIG} --set max_steps=300
       the same training, longer; add --resume after an interruption
   examples/sd35_medium_lora.toml
-      a commented start for the real model: fill in four paths
+      a commented start for the real model: say where it is
 """
 
 
