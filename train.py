@@ -60,7 +60,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     arguments = parse_arguments()
     try:
-        experiment = prepare(arguments.config, arguments.overrides, arguments.resume, distributed.world())
+        world, only_check = distributed.world(), arguments.check
+        experiment = prepare(arguments.config, arguments.overrides, arguments.resume, world, any_size=only_check)
         if arguments.check:
             output = f"nothing: only checked; a run would write to {experiment.config.experiment.output_dir}"
             say(describe(experiment, order_of(experiment), output), is_main=distributed.world().is_main)

@@ -137,6 +137,8 @@ class ModelAdapter(ABC):
     num_blocks: int
     native_prefix: str
     """What stands before native names in a single file that holds more than the network."""
+    sources: Mapping[str, Path]
+    """What is read from which file or folder, by the names of the [model] table."""
     notes: tuple[str, ...]
     """What a user should be told of the files before the run."""
 

@@ -269,6 +269,18 @@ def test_stages_must_divide_the_processes(bench: Bench) -> None:
     assert bench.only_problem(experiment, world_size=3) == f"{experiment}: {message}"
 
 
+def test_check_of_a_run_of_several_processes_needs_but_one(bench: Bench) -> None:
+    looked = bench.main("--config", str(bench.experiment(**{"pipeline.pipeline_stages": 2})), "--check")
+    assert (looked.exit_code, looked.error) == (0, "")
+
+
+def test_missing_weights_and_missing_pictures_are_told_at_once(bench: Bench) -> None:
+    experiment = bench.experiment(pictures=bench.folder / "none", **{"model.mmdit": str(bench.folder / "no.safetensors")})
+    told = bench.main("--config", str(experiment)).problems
+    assert any("no.safetensors does not exist" in line for line in told)
+    assert any("none is not a folder" in line for line in told)
+
+
 @pytest.mark.parametrize("stages", ["auto", 6])
 def test_more_stages_than_layers_are_refused(bench: Bench, stages: str | int) -> None:
     experiment = bench.experiment(**{"pipeline.pipeline_stages": stages})

@@ -25,6 +25,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     num_steps = experiment.num_steps(order)
     rows = [
         ("model", experiment.adapter.describe()),
+        *((name, str(path)) for name, path in experiment.adapter.sources.items()),
         ("training", _what_is_trained(experiment)),
         *_ema_rows(experiment),
         *_stage_rows(experiment),

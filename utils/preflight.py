@@ -76,13 +76,19 @@ def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> di
     }
 
 
-def prepare(config_path: Path, overrides: Sequence[str], resume: str | None, world: World) -> Experiment:
-    """Check everything. Raises ConfigError with every problem found. `resume`: None, "" (newest run) or a run folder."""
+def prepare(
+    config_path: Path, overrides: Sequence[str], resume: str | None, world: World, *, any_size: bool = False
+) -> Experiment:
+    """Check everything. Raises ConfigError with every problem found.
+
+    `resume`: None, "" (newest run) or a run folder. `any_size`: only looking, from one process, at a run of more.
+    """
     config = load_config(config_path, overrides)
     problems: list[Problem] = []
     problems += [Problem(config_path, key, text) for key, text in optimizer_problems(config.experiment.optimizer)]
     _check_folders(config, problems)
-    num_stages = _check_stages(config, world, problems)
+    num_stages = _check_stages(config, world, problems, any_size)
+    _check_directories(config, problems)
     adapter = _open_model(config, problems)
     dataset, bounds, plan, start = Dataset([], [], []), [0, 1], None, None
     if adapter is not None:
@@ -127,11 +133,17 @@ def _check_folders(config: Config, problems: list[Problem]) -> None:
             problems.append(Problem(config.path, key, f"= {str(folder)!r}: {existing} cannot be written to"))
 
 
-def _check_stages(config: Config, world: World, problems: list[Problem]) -> int:
+def _check_directories(config: Config, problems: list[Problem]) -> None:
+    for index, entry in enumerate(config.dataset.directory):
+        if not entry.path.is_dir():
+            problems.append(Problem(config.dataset_path, f"directory[{index}].path", f"{entry.path} is not a folder"))
+
+
+def _check_stages(config: Config, world: World, problems: list[Problem], any_size: bool) -> int:
     stages = config.experiment.pipeline.pipeline_stages
     if stages == "auto":
         return world.size
-    if world.size % stages:
+    if world.size % stages and not (any_size and world.size == 1):
         message = f"= {stages}: must divide the number of processes, {world.size}; start a multiple of {stages} processes"
         problems.append(Problem(config.path, "pipeline.pipeline_stages", message))
     return stages
@@ -152,9 +164,7 @@ def _open_dataset(config: Config, adapter: ModelAdapter, problems: list[Problem]
     if found:
         problems += found
         return Dataset([], [], [])
-    missing = [(index, entry.path) for index, entry in enumerate(config.dataset.directory) if not entry.path.is_dir()]
-    for index, path in missing:
-        problems.append(Problem(config.dataset_path, f"directory[{index}].path", f"{path} is not a folder"))
+    missing = [entry.path for entry in config.dataset.directory if not entry.path.is_dir()]
     dataset = scan(config.dataset, adapter.latent.pixel_multiple)
     if dataset.bad_files and config.dataset.on_bad_file == "error":
         problems += [Problem(bad.path, "", bad.reason) for bad in dataset.bad_files[:MAX_BAD_FILES_SHOWN]]

@@ -79,6 +79,12 @@ class SD3Adapter(ModelAdapter):
         self.text_encoders = text_encoders.make_text_encoders(encoders, tokenizers, settings)
         self.adaptable_modules = weights.adaptable_modules(config)
         self.layers = tuple(self._layer(network, index) for index in range(num_layers(config)))
+        self.sources = {
+            "mmdit": network.source,
+            "vae": self.vae_part.tensors.source,
+            **{name: part.tensors.source for name, part in self.encoder_parts.items()},
+            **{f"{name}_tokenizer": folder for name, folder in tokenizers.items()},
+        }
         self.notes = tuple(_notes(settings, self.vae_part, merges))
 
     def _layer(self, network: weights.NetworkFiles, index: int) -> PipelineLayer:

@@ -63,10 +63,19 @@ def _is_tokenizer(name: str, folder: Path) -> bool:
 
 
 def _is_of_kind(name: str, path: Path) -> bool:
-    """Whether the file is there; tokenizer.json has the same name for both kinds: CLIP's words are a table, T5's a list."""
-    if path.name != "tokenizer.json" or not path.is_file():
-        return path.is_file()
+    """Whether the file is there and what its name says, as far as a glance can tell: no pointer, page or empty table.
+
+    tokenizer.json has one name for both kinds: CLIP's words are a table, T5's a list.
+    """
+    if not path.is_file():
+        return False
+    if path.name in ("merges.txt", "spiece.model"):
+        with path.open("rb") as file:
+            start = file.read(64)
+        return len(start) == 64 and not start.startswith((b"version https://git-lfs", b"<"))
     try:
+        if path.name == "vocab.json":
+            return len(json.loads(path.read_text(encoding="utf-8"))) > 1
         vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -273,3 +273,22 @@ def test_what_is_neither_a_folder_nor_a_name_of_the_hub_is_refused(model: Path, 
     text = problem_of(model, "clip_l", clip_l_tokenizer=value)
     assert repr(value) in text
     assert f"neither a folder nor a hub's owner/name; give a folder with {WANTED['clip_l']}" in text
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0", "<html>" * 20]
+)
+@pytest.mark.parametrize(("key", "file"), [("clip_l", "vocab.json"), ("clip_l", "merges.txt"), ("t5xxl", "spiece.model")])
+def test_a_file_that_is_not_what_its_name_says_makes_no_tokenizer(
+    tiny_model: Path, tmp_path: Path, key: str, file: str, content: str
+) -> None:
+    source = tiny_model / ("tokenizer" if key == "clip_l" else "tokenizer_3")
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name in ("vocab.json", "merges.txt", "spiece.model"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    SD3Adapter(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
+    (folder / file).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelFilesError, match=f"{key}_tokenizer"):
+        SD3Adapter(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
