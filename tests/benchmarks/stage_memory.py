@@ -1,6 +1,6 @@
 """Peak memory of each rank while an 8B-shaped network is loaded from its file and while it is saved, and the time of both.
 
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.stage_memory --stages 4 --depth 12 --folder /tmp/stage_memory
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.stage_memory --stages 4 --depth 12
 
 The file has SD3.5-large's true width (2432) in bfloat16 and fewer blocks than its 38: the whole is 16 GB, and memory, per
 rank, is a matter of its own blocks. The file is sparse: its weights are zeros that take no disk, but take as much memory as
