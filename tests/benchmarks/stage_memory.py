@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, required=True)
     parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--folder", type=Path, default=Path("stage_memory"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/stage_memory"))
     parser.add_argument("--trained", action="store_true")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
