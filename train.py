@@ -21,21 +21,24 @@ from torch import Tensor, nn
 from models.base import PipelineLayer
 from utils import checkpoint, distributed, export, lora
 from utils.atomic import write_text
-from utils.banner import describe
-from utils.config.load import ConfigError, Problem, dump_toml
+from utils.banner import describe, objective_rows, summary
+from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Example
 from utils.data.precompute import EncodedData, cache_dataset
+from utils.evaluate import Evaluation
 from utils.log import RunLog, StepMetrics, say
+from utils.objective import LossTarget, Objective
 from utils.optimizer import ema_decay, learning_rate, make_optimizer
+from utils.panel import make_panel
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
-from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare
-from utils.rectified_flow import flow_matching_loss
+from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare, run_files
 from utils.sampling import Previews
 
 EXIT_BAD_INPUT = 1
+BEST = "best"
 FOLLOWER_PATIENCE_SECONDS = 10.0
 
 
@@ -91,8 +94,7 @@ def run(experiment: Experiment) -> None:
     experiment = agree(experiment)
     folder = open_run_folder(experiment)
     say(f"\n{describe(experiment, order_of(experiment), str(folder))}\n", is_main=is_main)
-    data, usable = encode_dataset(experiment, device)
-    experiment = replace(experiment, dataset=replace(experiment.dataset, examples=usable))
+    data, experiment = encode_dataset(experiment, device)
     pipeline = build_pipeline(experiment)
     if experiment.resume_from is not None:
         checkpoint.load(pipeline, experiment.resume_from)
@@ -102,9 +104,11 @@ def run(experiment: Experiment) -> None:
 
 def agree(experiment: Experiment) -> Experiment:
     """Rank 0's view of what lies in folders: another rank may have looked a moment earlier, or through a slower mount."""
-    seen = (experiment.dataset, experiment.resume_run, experiment.resume_from)
-    dataset, resume_run, resume_from = distributed.broadcast(seen)
-    return replace(experiment, dataset=dataset, resume_run=resume_run, resume_from=resume_from)
+    seen = (experiment.dataset, experiment.eval_sets, experiment.prompts, experiment.resume_run, experiment.resume_from)
+    dataset, eval_sets, prompts, resume_run, resume_from = distributed.broadcast(seen)
+    return replace(
+        experiment, dataset=dataset, eval_sets=eval_sets, prompts=prompts, resume_run=resume_run, resume_from=resume_from
+    )
 
 
 def order_of(experiment: Experiment) -> BatchOrder:
@@ -121,38 +125,48 @@ def open_run_folder(experiment: Experiment) -> Path:
             while folder.exists():
                 folder = folder.with_name(folder.name + "_")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "dataset.toml", dump_toml(experiment.config.dataset))
-        write_text(folder / "config.toml", dump_toml(config))
+        for name, table in reversed(run_files(experiment.config).items()):  # config.toml last: it makes this a run folder
+            write_text(folder / name, dump_toml(table))
     shared = distributed.broadcast(folder)
     assert shared is not None
     return shared
 
 
-def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[EncodedData, list[Example]]:
-    """Fill the cache; returns it and the examples that could be encoded.
+def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[EncodedData, Experiment]:
+    """Fill the cache; returns it and the experiment with the examples that could be encoded.
 
     Raises ConfigError on every rank for files that could not, unless they are to be skipped.
     """
-    config, examples = experiment.config, experiment.dataset.examples
-    sampling = config.experiment.sampling
-    captions = {EMPTY_CAPTION, sampling.negative_prompt, *sampling.prompts, *(example.caption for example in examples)}
-    cache_folder = config.experiment.cache_folder
-    data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), cache_folder, device)
+    config = experiment.config
+    groups = {TRAINING: experiment.dataset.examples, **experiment.eval_sets}
+    examples = [example for members in groups.values() for example in members]
+    captions = {EMPTY_CAPTION, *(example.caption for example in examples)}
+    captions |= {text for prompt in experiment.prompts for text in (prompt.text, prompt.negative)}
+    data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), config.experiment.cache_folder, device)
+    bad_paths = {bad.path for bad in bad_files}
+    usable = {
+        name: [example for example in members if example.image not in bad_paths] for name, members in groups.items()
+    }
     problems = [Problem(bad.path, "", bad.reason) for bad in bad_files]
-    if problems and config.dataset.on_bad_file == "error":
-        raise ConfigError([*problems, Problem(config.dataset_path, "on_bad_file", BAD_FILE_ADVICE)])
+    fatal = []
+    for name, members in groups.items():
+        path, table = config.dataset_of(name)
+        if len(usable[name]) < len(members) and table.on_bad_file == "error":
+            fatal.append(Problem(path, "on_bad_file", BAD_FILE_ADVICE))
+        elif not usable[name]:
+            fatal.append(Problem(path, "directory", "no picture could be encoded"))
+    if fatal:
+        raise ConfigError(problems + fatal)
     for problem in problems:
         say(f"left out: {problem}", is_main=distributed.world().is_main)
-    bad_paths = {bad.path for bad in bad_files}
-    usable = [example for example in examples if example.image not in bad_paths]
-    if not usable:
-        raise ConfigError([Problem(config.dataset_path, "directory", "no picture could be encoded")])
-    return data, usable
+    dataset = replace(experiment.dataset, examples=usable.pop(TRAINING))
+    return data, replace(experiment, dataset=dataset, eval_sets=usable)
 
 
 def build_pipeline(experiment: Experiment) -> Pipeline:
     """The network over the processes, each with its own layers only, and what is trained of it."""
     config, plan, start = experiment.config.experiment, experiment.adapter_plan, experiment.adapter_start
+    objective = Objective(config.objective)
 
     def prepare_layer(layer: PipelineLayer, module: nn.Module) -> None:
         if plan is not None:
@@ -160,9 +174,9 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
         if start is not None:
             lora.load_start(module, layer.prefix, start)
 
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        velocity = experiment.adapter.velocity(output, target.shape[-2], target.shape[-1])
-        return flow_matching_loss(velocity, target)
+    def loss(output: Tensor, target: tuple[Tensor, ...]) -> Tensor:
+        wanted = LossTarget(*target)
+        return objective.loss(experiment.adapter.velocity(output, *wanted.output.shape[-2:]), wanted)
 
     settings = EngineSettings(
         micro_batch_size=config.pipeline.micro_batch_size_per_gpu,
@@ -202,7 +216,7 @@ def make_feed(experiment: Experiment, pipeline: Pipeline, data: EncodedData, ord
         experiment.adapter,
         data,
         order,
-        config.objective,
+        Objective(config.objective),
         seed=config.seed,
         layout=layout,
         dtype=config.model.torch_dtype,
@@ -214,32 +228,78 @@ def due(step: int, every: int | None, num_steps: int) -> bool:
     return step == num_steps or (every is not None and step % every == 0)
 
 
-def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData) -> None:
-    """Every step that is left, with its previews, exports and checkpoints."""
+def make_previews(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData) -> Previews:
     config = experiment.config.experiment
-    order = order_of(experiment)
-    num_steps = experiment.num_steps(order)
-    start_step = experiment.resume_from.step if experiment.resume_from is not None else 0
-    feed = make_feed(experiment, pipeline, data, order)
-    previews = Previews(
+    objective = Objective(config.objective)
+    return Previews(
         experiment.adapter,
         data,
         pipeline,
         config.sampling,
-        shift=config.objective.discrete_flow_shift,
+        experiment.prompts,
+        shift_at=objective.shift_at,
+        prediction_type=objective.prediction_type,
         dtype=config.model.torch_dtype,
+        num_replicas=experiment.num_replicas,
         folder=folder / "samples",
     )
+
+
+def make_evaluation(
+    experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData, start_step: int
+) -> Evaluation | None:
+    config = experiment.config.experiment
+    if config.eval is None:
+        return None
+    objective = Objective(config.objective)
+    panel = make_panel(experiment.eval_sets, config.eval.num_t_bands, config.seed, objective.shift_at)
+    return Evaluation(
+        experiment.adapter,
+        data,
+        pipeline,
+        config.eval,
+        panel,
+        prediction_type=objective.prediction_type,
+        dtype=config.model.torch_dtype,
+        folder=folder,
+        seed=config.seed,
+        num_replicas=experiment.num_replicas,
+        start_step=start_step,
+    )
+
+
+def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData) -> None:
+    """Every step that is left, with its evaluations, previews, exports and checkpoints."""
+    config, is_main = experiment.config.experiment, distributed.world().is_main
+    order = order_of(experiment)
+    num_steps = experiment.num_steps(order)
+    start_step = experiment.resume_from.step if experiment.resume_from is not None else 0
+    feed = make_feed(experiment, pipeline, data, order)
+    previews = make_previews(experiment, folder, pipeline, data)
+    evaluation = make_evaluation(experiment, folder, pipeline, data, start_step)
+
+    def look(step: int) -> None:
+        """Evaluation and previews of the weights after `step` steps."""
+        if evaluation is not None and evaluation.due(step, num_steps):
+            result = evaluation.run(step)
+            log.write_evaluation(step, result.scalars())
+            if config.eval is not None and config.eval.keep_best and result.is_best and step > 0:
+                export.write_best(pipeline, experiment.adapter, config, folder / BEST, step)
+        if previews.due(step, num_steps):
+            previews.draw(step)
+        if is_main:
+            write_report(folder, summary(experiment, order), objective_report(experiment))
+
     with RunLog(
         folder,
         start_step=start_step,
         num_steps=num_steps,
         global_batch=experiment.global_batch,
         tensorboard=config.monitoring.tensorboard,
-        is_main=distributed.world().is_main,
+        is_main=is_main,
     ) as log:
-        if start_step == 0 and previews.due(0, num_steps):
-            previews.draw(0)
+        if start_step == 0:
+            look(0)
         for step in range(start_step, num_steps):
             log.start_clock()
             rate = learning_rate(config.optimizer, step, num_steps)
@@ -249,8 +309,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
             stop_if_not_finite(result, step, order)
             log.write(StepMetrics(done, step // order.steps_per_epoch, result.loss, rate, result.grad_norm))
             # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.
-            if previews.due(done, num_steps):
-                previews.draw(done)
+            look(done)
             if due(done, config.save.export_every_n_steps, num_steps):
                 export.write_weights(pipeline, experiment.adapter, config, folder / "weights", done)
             if due(done, config.save.checkpoint_every_n_steps, num_steps):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 
 from models.base import PipelineLayer
+from utils.config.presets import PRESETS
+from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder
 from utils.log import table
+from utils.objective import unread_keys
 from utils.preflight import Experiment
 from utils.targets import some
 
@@ -15,6 +18,17 @@ MAX_BUCKETS_SHOWN = 12
 
 def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     """The start banner. `output`: where results go, in words."""
+    notes = [f"note: {line}" for line in (*experiment.adapter.notes, *experiment.dataset.warnings)]
+    notes += [f"note: {line}" for line in objective_notes(experiment.config.experiment.objective)]
+    notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
+    notes += [f"left out: {bad}" for bad in experiment.dataset.bad_files]
+    notes += [f"note: {line}" for line in _start_notes(experiment)]
+    rows = [*summary(experiment, order), ("output", output)]
+    return "\n".join([table(rows), *(f"  {note}" for note in notes)])
+
+
+def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
+    """What will be trained, on what and how, as rows of a table."""
     config, dataset = experiment.config.experiment, experiment.dataset
     buckets = dataset.bucket_counts()
     shown = [f"{bucket}: {count}" for bucket, count in buckets.items()][:MAX_BUCKETS_SHOWN]
@@ -23,7 +37,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     pipeline = config.pipeline
     fillers = f"; {order.num_fillers} pictures of an epoch are shown again to fill batches" if order.num_fillers else ""
     num_steps = experiment.num_steps(order)
-    rows = [
+    return [
         ("model", experiment.adapter.describe()),
         *((name, str(path)) for name, path in experiment.adapter.sources.items()),
         ("training", _what_is_trained(experiment)),
@@ -38,13 +52,39 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
         ("steps", f"{num_steps}, {order.steps_per_epoch} an epoch{fillers}"),
         ("pipeline idle", _bubble(experiment)),
         ("cache", str(config.cache_folder)),
-        ("output", output),
     ]
-    notes = [f"note: {line}" for line in (*experiment.adapter.notes, *dataset.warnings)]
-    notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
-    notes += [f"left out: {bad}" for bad in dataset.bad_files]
-    notes += [f"note: {line}" for line in _start_notes(experiment)]
-    return "\n".join([table(rows), *(f"  {note}" for note in notes)])
+
+
+def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:
+    """The objective in force, in words."""
+    scheme = config.weighting_scheme
+    weight = scheme if scheme == "none" else f"{scheme} by {config.weighting_by}"
+    shift = f"{config.discrete_flow_shift:g}"
+    if config.shift_resolution is not None:
+        shift += f" at {config.shift_resolution}x{config.shift_resolution}, times the root of the pixels elsewhere"
+    rows = [
+        ("time density", config.timestep_sampling),
+        ("loss weight", weight),
+        ("shift", shift),
+        ("prediction", config.model_prediction_type),
+        ("loss", config.loss_type),
+    ]
+    if (config.min_t, config.max_t) != (0, 1):
+        rows.append(("t", f"from {config.min_t:g} to {config.max_t:g}"))
+    return rows
+
+
+def objective_notes(config: ObjectiveConfig) -> list[str]:
+    """What a preset set, what is written and changes nothing, and what other programs cannot read."""
+    notes = []
+    if config.preset is not None:
+        resolved = config.model_dump()
+        values = ", ".join(f"{key} = {resolved[key]!r}" for key in PRESETS[config.preset])
+        notes.append(f"objective.preset = {config.preset!r}: {values}")
+    notes += [f"objective.{key} has no effect on this objective" for key in unread_keys(config)]
+    if config.model_prediction_type == "additive":
+        notes.append("what is trained with model_prediction_type 'additive' is no velocity: other programs cannot use it")
+    return notes
 
 
 def _what_is_trained(experiment: Experiment) -> str:
@@ -75,6 +115,13 @@ def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
     if ema is None:
         return []
     return [("averaged weights", f"EMA of decay {ema.decay:g}{', less in the first steps' if ema.warmup else ''}")]
+
+
+def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    return [
+        (f"evaluation on {name}", f"{len({example.image for example in examples})} pictures")
+        for name, examples in experiment.eval_sets.items()
+    ]
 
 
 def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:

@@ -166,9 +166,10 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
     """Write the public files of what is trained into `parent/step_…`. All ranks together, on a file system they share."""
     final = step_folder(parent, step)
     temporary = parent / f".{final.name}.tmp"
+    name = f"{parent.name}/{final.name}"
     is_main = distributed.world().is_main
     own = run_metadata(config, adapter, step) if is_main else {}
-    distributed.wait_for_all(f"hashes of export {step}")  # a large base file may take longer than a collective waits
+    distributed.wait_for_all(f"hashes of export {name}")  # a large base file may take longer than a collective waits
     metadata = distributed.broadcast(own)
     formats = wanted_formats(config)
     if config.adapter is None:
@@ -181,20 +182,29 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
             shutil.rmtree(left_over)
         for ema in averages:
             (temporary / EMA_FOLDER if ema else temporary).mkdir(parents=True)
-    distributed.wait_for_all(f"export {step} begins")
+    distributed.wait_for_all(f"export {name} begins")
     for ema in averages:
         for file in files:
             folder = temporary / EMA_FOLDER if ema else temporary
             marked = replace(file, metadata={**file.metadata, "mmdit_pipe.weights": "average" if ema else "last"})
             _write(pipeline, marked, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, adapter.diffusers_config())
-    distributed.wait_for_all(f"export {step} written")
+    distributed.wait_for_all(f"export {name} written")
     if is_main:
         if final.exists():
             remove_folder(final)
         sync_folder(temporary)
         temporary.replace(final)
         sync_folder(parent)
-    distributed.wait_for_all(f"export {step} named")
+    distributed.wait_for_all(f"export {name} named")
+
+
+def write_best(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentConfig, parent: Path, step: int) -> None:
+    """`write_weights`, and then no other step's are left in `parent`. All ranks together."""
+    write_weights(pipeline, adapter, config, parent, step)
+    if distributed.world().is_main:
+        for folder in parent.glob("step_*"):
+            if folder != step_folder(parent, step):
+                remove_folder(folder)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,12 @@ class RunLog:
             refresh=False,
         )
         self._bar.update()
+
+    def write_evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Curves of an evaluation, for TensorBoard: name -> value. Its numbers have a file of their own."""
+        if self._is_main and self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
 
     def start_clock(self) -> None:
         """A step begins: what came since the last one, previews or saving, does not count in images/s."""

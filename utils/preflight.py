@@ -9,19 +9,24 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from models import adapter_class
 from models.base import AdapterFile, ModelAdapter, ModelFilesError
 from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_problems
-from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config
+from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
+from utils.config.prompt_list import Prompt, prompt_problems, read_prompts
+from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
-from utils.data.dataset import Dataset, resolution_problems, scan
+from utils.data.dataset import Dataset, Example, hold_out, resolution_problems, scan
 from utils.distributed import World
 from utils.export import export_problems
 from utils.lora import AdapterPlan
+from utils.objective import objective_problems
 from utils.optimizer import optimizer_problems
 from utils.pipeline.partition import balanced_bounds
 from utils.targets import choose_modules, start_problems
@@ -39,6 +44,9 @@ class Experiment:
     config: Config
     adapter: ModelAdapter
     dataset: Dataset
+    eval_sets: dict[str, list[Example]]
+    """Name -> pictures that are measured and not trained on."""
+    prompts: list[Prompt]
     num_stages: int
     num_replicas: int
     global_batch: int
@@ -86,21 +94,26 @@ def prepare(
     config = load_config(config_path, overrides)
     problems: list[Problem] = []
     problems += [Problem(config_path, key, text) for key, text in optimizer_problems(config.experiment.optimizer)]
+    problems += [Problem(config_path, key, text) for key, text in objective_problems(config.experiment.objective)]
     _check_folders(config, problems)
     num_stages = _check_stages(config, world, problems, any_size)
     _check_directories(config, problems)
+    _check_averages(config, problems)
+    prompts = _read_prompts(config, problems)
     adapter = _open_model(config, problems)
-    dataset, bounds, plan, start = Dataset([], [], []), [0, 1], None, None
+    dataset, eval_sets, bounds, plan, start = Dataset([], [], []), {}, [0, 1], None, None
     if adapter is not None:
-        dataset = _open_dataset(config, adapter, problems)
+        dataset, eval_sets = _open_datasets(config, adapter, problems)
         bounds = _check_bounds(config, adapter, num_stages, problems)
         plan, start = _check_adapter(config, adapter, problems)
         problems += [Problem(config.path, key, text) for key, text in export_problems(config.experiment, adapter)]
-        _check_preview_size(config, adapter, problems)
+        found = prompt_problems(prompts, config.experiment.sampling, adapter.latent, adapter.num_blocks)
+        problems += [Problem(config.path, key, text) for key, text in found]
+        _check_encoder_names(config, adapter, problems)
     num_replicas = max(1, world.size // num_stages)
     run = _find_run(config, resume, problems)
     if problems or adapter is None:
-        raise ConfigError(problems)
+        raise ConfigError(located(problems, overrides))
     pipeline = config.experiment.pipeline
     global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
     identity = run_identity(config, adapter, global_batch)
@@ -108,6 +121,8 @@ def prepare(
         config=config,
         adapter=adapter,
         dataset=dataset,
+        eval_sets=eval_sets,
+        prompts=prompts,
         num_stages=num_stages,
         num_replicas=num_replicas,
         global_batch=global_batch,
@@ -134,9 +149,36 @@ def _check_folders(config: Config, problems: list[Problem]) -> None:
 
 
 def _check_directories(config: Config, problems: list[Problem]) -> None:
-    for index, entry in enumerate(config.dataset.directory):
-        if not entry.path.is_dir():
-            problems.append(Problem(config.dataset_path, f"directory[{index}].path", f"{entry.path} is not a folder"))
+    for path, table in config.dataset_files().items():
+        for index, entry in enumerate(table.directory):
+            for key, folder in (("path", entry.path), ("mask_path", entry.mask_path)):
+                if folder is not None and not folder.is_dir():
+                    problems.append(Problem(path, f"directory[{index}].{key}", f"{folder} is not a folder"))
+            if entry.mask_path is not None and entry.mask_path.resolve() == entry.path.resolve():
+                problems.append(Problem(path, f"directory[{index}].mask_path", "must be another folder than path"))
+
+
+def _check_averages(config: Config, problems: list[Problem]) -> None:
+    """Who wants to use an average of the weights where none is kept."""
+    experiment = config.experiment
+    for key, table in (("sampling", experiment.sampling), ("eval", experiment.eval)):
+        if table is not None and table.weights == "ema" and experiment.ema is None:
+            problems.append(Problem(config.path, f"{key}.weights", "= 'ema': there is no average without an [ema] table"))
+
+
+def _read_prompts(config: Config, problems: list[Problem]) -> list[Prompt]:
+    prompts, found = read_prompts(config.experiment.sampling)
+    problems += [Problem(file or config.path, place, text) for file, place, text in found]
+    return prompts
+
+
+def _check_encoder_names(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> None:
+    rates = config.experiment.objective.encoder_dropout_rate
+    names = [encoder.name for encoder in adapter.text_encoders]
+    for name in rates if isinstance(rates, dict) else []:
+        if name not in names:
+            message = f"there is no such text encoder; there are {', '.join(names)}"
+            problems.append(Problem(config.path, f"objective.encoder_dropout_rate.{name}", message))
 
 
 def _check_stages(config: Config, world: World, problems: list[Problem], any_size: bool) -> int:
@@ -159,22 +201,44 @@ def _open_model(config: Config, problems: list[Problem]) -> ModelAdapter | None:
     return adapter
 
 
-def _open_dataset(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> Dataset:
-    found = [Problem(config.dataset_path, key, text) for key, text in resolution_problems(config.dataset, adapter.latent)]
+def _open_datasets(
+    config: Config, adapter: ModelAdapter, problems: list[Problem]
+) -> tuple[Dataset, dict[str, list[Example]]]:
+    """What is trained on, and by set's name what is only measured."""
+    dataset = _open_dataset(*config.dataset_of(TRAINING), adapter, problems)
+    held_out = config.experiment.eval.holdout_images if config.experiment.eval is not None else 0
+    eval_sets: dict[str, list[Example]] = {}
+    if held_out and dataset.examples:
+        try:
+            examples, eval_sets[HOLDOUT] = hold_out(dataset.examples, held_out, config.experiment.seed)
+            dataset = replace(dataset, examples=examples)
+        except ValueError as error:
+            problems.append(Problem(config.path, "eval.holdout_images", f"= {held_out}: {error}"))
+    for name in config.eval_sets:
+        found = _open_dataset(*config.dataset_of(name), adapter, problems, prefix=f"eval/{name}/")
+        eval_sets[name] = found.examples
+        dataset.warnings.extend(found.warnings)
+    return dataset, eval_sets
+
+
+def _open_dataset(
+    path: Path, table: DatasetConfig, adapter: ModelAdapter, problems: list[Problem], *, prefix: str = ""
+) -> Dataset:
+    missing = [entry.path for entry in table.directory if not entry.path.is_dir()]
+    found = [Problem(path, key, text) for key, text in resolution_problems(table, adapter.latent)]
     if found:
         problems += found
         return Dataset([], [], [])
-    missing = [entry.path for entry in config.dataset.directory if not entry.path.is_dir()]
-    dataset = scan(config.dataset, adapter.latent.pixel_multiple)
-    if dataset.bad_files and config.dataset.on_bad_file == "error":
+    dataset = scan(table, adapter.latent.pixel_multiple, prefix=prefix)
+    if dataset.bad_files and table.on_bad_file == "error":
         problems += [Problem(bad.path, "", bad.reason) for bad in dataset.bad_files[:MAX_BAD_FILES_SHOWN]]
         rest = len(dataset.bad_files) - MAX_BAD_FILES_SHOWN
         if rest > 0:
-            problems.append(Problem(config.dataset_path, "", f"{rest} more files cannot be used"))
-        problems.append(Problem(config.dataset_path, "on_bad_file", BAD_FILE_ADVICE))
+            problems.append(Problem(path, "", f"{rest} more files cannot be used"))
+        problems.append(Problem(path, "on_bad_file", BAD_FILE_ADVICE))
     if not dataset.examples and not missing:
-        folders = ", ".join(str(directory.path) for directory in config.dataset.directory)
-        problems.append(Problem(config.dataset_path, "directory", f"no usable picture with a caption in {folders}"))
+        folders = ", ".join(str(directory.path) for directory in table.directory)
+        problems.append(Problem(path, "directory", f"no usable picture with a caption in {folders}"))
     return dataset
 
 
@@ -205,19 +269,6 @@ def _check_adapter(
         texts = start_problems(file, plan, settings, adapter)
         problems += [Problem(config.path, "adapter.init_from", f"{file.path} {text}") for text in texts]
     return plan, file
-
-
-def _check_preview_size(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> None:
-    sampling, latent = config.experiment.sampling, adapter.latent
-    if not sampling.prompts:
-        return
-    for key, side in (("width", sampling.width), ("height", sampling.height)):
-        if side % latent.pixel_multiple:
-            message = f"= {side}: must be a multiple of {latent.pixel_multiple}"
-            problems.append(Problem(config.path, f"sampling.{key}", message))
-        elif side > latent.max_side_pixels:
-            message = f"= {side}: the network reaches {latent.max_side_pixels} pixels"
-            problems.append(Problem(config.path, f"sampling.{key}", message))
 
 
 def _find_run(config: Config, resume: str | None, problems: list[Problem]) -> Path | None:
@@ -255,10 +306,16 @@ def sample_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def run_files(config: Config) -> dict[str, BaseModel]:
+    """The configuration as a run folder keeps it: file name -> table."""
+    sets = {f"eval_{name}.toml": table for name, table in config.eval_sets.items()}
+    return {"config.toml": config.experiment, "dataset.toml": config.dataset, **sets}
+
+
 def changed_keys(run: Path, config: Config) -> list[str]:
     """One line for each key of either file that is not as in the run folder."""
     lines = []
-    for name, table in (("config.toml", config.experiment), ("dataset.toml", config.dataset)):
+    for name, table in run_files(config).items():
         try:
             before = flatten(tomllib.loads((run / name).read_text(encoding="utf-8")))
         except (OSError, tomllib.TOMLDecodeError):

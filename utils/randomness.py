@@ -33,6 +33,11 @@ def uniform(seed: int, purpose: str, *key: str | int) -> float:
     return (integer + 1) / 2**53
 
 
+def integers(seed: int, purpose: str, *key: str | int, high: int, shape: tuple[int, ...]) -> Tensor:
+    """Numbers 0 to high - 1, each as likely and drawn with replacement; int64."""
+    return torch.randint(high, shape, generator=_generator(seed, purpose, *key))
+
+
 def permutation(seed: int, purpose: str, *key: str | int, length: int) -> list[int]:
     """The numbers 0 to length - 1 in random order."""
     return torch.randperm(length, generator=_generator(seed, purpose, *key)).tolist()

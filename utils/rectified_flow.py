@@ -18,22 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TimestepSampling = Literal["sigma", "logit_normal"]
+PredictionType = Literal["raw", "sigma_scaled", "additive"]
+LossType = Literal["l2", "huber", "smooth_l1"]
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """sigma = s t / (1 + (s - 1) t): moves [0, 1] towards noise for s > 1; shift 1 leaves it as it is."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-def time_of_draw(u: Tensor, sampling: TimestepSampling, logit_mean: float, logit_std: float) -> Tensor:
-    """Flow time t in (0, 1) from a uniform draw u in (0, 1), by the inverse of the density's distribution function.
-
-    "sigma": uniform. "logit_normal": logit(t) normal with the mean and standard deviation given (SD3 paper, eq. 19).
-    """
-    if sampling == "sigma":
-        return u
-    return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -47,9 +38,36 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the batch, in float32; (B, C, H, W) twice -> scalar. Every sample counts alike."""
-    return (velocity.float() - target.float()).square().mean()
+def velocity_of(output: Tensor, noisy_latents: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The velocity that the network's output stands for; all (B, C, H, W). additive: output + noisy latents."""
+    return output + noisy_latents if prediction_type == "additive" else output
+
+
+def output_of(velocity: Tensor, noisy_latents: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The output that stands for a velocity: the inverse of `velocity_of`."""
+    return velocity - noisy_latents if prediction_type == "additive" else velocity
+
+
+def error_scale(sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """What the velocity's error is multiplied by before it is penalized; (B,) -> (B,).
+
+    sigma_scaled compares clean latents: x_t - sigma v against z differ by sigma times the velocity's error.
+    """
+    return sigma if prediction_type == "sigma_scaled" else torch.ones_like(sigma)
+
+
+def penalty(error: Tensor, loss_type: LossType, huber_c: float) -> Tensor:
+    """The loss of each error, alone.
+
+    l2         e^2
+    huber      2 c (sqrt(e^2 + c^2) - c)     e^2 where e << c, 2 c |e| where e >> c; differentiable everywhere
+    smooth_l1  2 (sqrt(e^2 + c^2) - c)       2 |e| where e >> c
+    Source of the smooth forms: arXiv 2403.16728, as the programs of docs/objective.md have them.
+    """
+    if loss_type == "l2":
+        return error.square()
+    distance = (error.square() + huber_c**2).sqrt() - huber_c
+    return 2 * (huber_c * distance if loss_type == "huber" else distance)
 
 
 def sampling_sigmas(num_steps: int, shift: float) -> Tensor:

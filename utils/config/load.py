@@ -9,7 +9,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +17,12 @@ import toml
 from pydantic import BaseModel, ValidationError
 
 import models
+from utils.config.lines import line_of
 from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
 
 TableT = TypeVar("TableT", bound=BaseModel)
+TRAINING = ""
+"""Names the training set among the evaluation sets."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,22 @@ class Problem:
     file: Path
     key: str
     message: str
+    line: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.key}: {self.message}" if self.key else f"{self.file}: {self.message}"
+        place = str(self.file) if self.line is None else f"{self.file}, line {self.line}"
+        return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
+
+
+def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:
+    """The problems with the lines of their keys, but of those that `--set` put there."""
+    set_keys = tuple(text.partition("=")[0].strip() for text in overrides)
+    return [
+        problem
+        if not problem.key or problem.file.suffix != ".toml" or f"{problem.key}.".startswith(tuple(f"{key}." for key in set_keys))
+        else replace(problem, line=line_of(problem.file, problem.key))
+        for problem in problems
+    ]
 
 
 class ConfigError(Exception):
@@ -44,15 +60,29 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """Both files of an experiment, checked."""
+    """The files of an experiment, checked."""
 
     path: Path
     experiment: ExperimentConfig
     dataset: DatasetConfig
+    eval_sets: dict[str, DatasetConfig]
+    """Name -> the dataset file of an evaluation set."""
 
     @property
     def dataset_path(self) -> Path:
         return self.experiment.dataset
+
+    def dataset_of(self, name: str) -> tuple[Path, DatasetConfig]:
+        """The file of an evaluation set; of TRAINING, and of pictures held out of it, the training set's."""
+        if name not in self.eval_sets:
+            return self.dataset_path, self.dataset
+        assert self.experiment.eval is not None
+        path = next(entry.dataset for entry in self.experiment.eval.sets if entry.name == name)
+        return path, self.eval_sets[name]
+
+    def dataset_files(self) -> dict[Path, DatasetConfig]:
+        """Every dataset file: path -> table."""
+        return dict(self.dataset_of(name) for name in (TRAINING, *self.eval_sets))
 
 
 # --- reading and overriding --------------------------------------------------------------------------------------------
@@ -120,6 +150,8 @@ def check_table(
                 message = _unknown_key_message(str(item["loc"][-1]), item["loc"][:-1], table, elsewhere)
             elif item["type"] == "missing":
                 message = "is missing"
+            elif item["type"] == "value_error" and isinstance(item["input"], dict):  # of keys that do not go together
+                message = _plain(item["msg"])
             else:
                 message = f"= {item['input']!r}: {_plain(item['msg'])}"
             problem = Problem(path, key, message)
@@ -191,7 +223,7 @@ def _place(table_path: str) -> str:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Both files, checked key by key. Raises ConfigError with every problem of both."""
+    """Every file, checked key by key. Raises ConfigError with every problem of all."""
     problems: list[Problem] = []
     raw = read_toml(path, problems)
     if raw is None:
@@ -202,9 +234,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     dataset = None
     if isinstance(dataset_path, str):
         dataset = _check_dataset(Path(dataset_path), problems)
+    eval_sets = {}
+    if experiment is not None and experiment.eval is not None:
+        eval_sets = {entry.name: _check_eval_set(entry.dataset, problems) for entry in experiment.eval.sets}
     if experiment is None or dataset is None or problems:
-        raise ConfigError(problems)
-    return Config(path, experiment, dataset)
+        raise ConfigError(located(problems, overrides))
+    return Config(path, experiment, dataset, {name: table for name, table in eval_sets.items() if table is not None})
 
 
 def _check_experiment(raw: Mapping[str, Any], path: Path, problems: list[Problem]) -> ExperimentConfig | None:
@@ -238,6 +273,17 @@ def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
     dataset = check_table(DatasetConfig, raw, path, problems, experiment_keys)
     if dataset is not None and dataset.min_ar > dataset.max_ar:
         problems.append(Problem(path, "min_ar", f"= {dataset.min_ar}: must not be above max_ar, {dataset.max_ar}"))
+    return dataset
+
+
+def _check_eval_set(path: Path, problems: list[Problem]) -> DatasetConfig | None:
+    """An evaluation set's dataset file; what only training reads must not be in it."""
+    dataset = _check_dataset(path, problems)
+    for index, directory in enumerate(dataset.directory if dataset is not None else []):
+        for key in ("horizontal_flip", "loss_weight"):
+            if key in directory.model_fields_set:
+                place = f"directory[{index}].{key}"
+                problems.append(Problem(path, place, "has no place in an evaluation set, where every picture counts alike"))
     return dataset
 
 

@@ -19,13 +19,20 @@ from pydantic import (
     create_model,
     field_serializer,
     field_validator,
+    model_validator,
 )
 
 import models
-from utils.rectified_flow import TimestepSampling
+from utils.config.presets import PRESETS, Preset
+from utils.prompts import parse_prompt
+from utils.rectified_flow import LossType, PredictionType
+from utils.timesteps import MAX_MODE_SCALE, MIN_MODE_SCALE, TimestepGrid, TimestepSampling, WeightingScheme
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["native", "complete", "diffusers"]
+TrainedWeights = Literal["last", "ema"]
+HOLDOUT = "holdout"
+"""Name of the evaluation set taken from the dataset."""
 
 
 # Strict: TOML has types of its own, so "3" is no number and true is neither 1 nor 1.0. A float may be written as 1.
@@ -49,19 +56,103 @@ def inner_tables(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 class ObjectiveConfig(Table):
-    """What the network is trained to do."""
+    """What the network is trained to do. docs/objective.md has every formula, with plots."""
 
-    timestep_sampling: TimestepSampling = Field(
-        "logit_normal", description="How the flow time t is drawn: `sigma` (uniform) or `logit_normal` (SD3 paper, eq. 19)."
+    preset: Preset | None = Field(
+        None,
+        description="Sets this table to what another program computes: `sd3_paper`, `sd_scripts`, `diffusers` or "
+        "`simpletuner`. Keys that are written too win.",
     )
-    logit_mean: Float = Field(0.0, description="Mean of logit(t); above 0 is noisier.")
-    logit_std: Float = Field(1.0, gt=0, description="Standard deviation of logit(t).")
+    model_prediction_type: PredictionType = Field(
+        "raw",
+        description="`raw`: the output is the velocity. `sigma_scaled`: it is, and errors are those of the clean latents, "
+        "sigma times as large. `additive`: output and noisy latents together are the velocity.",
+    )
+    timestep_sampling: TimestepSampling = Field(
+        "sigma",
+        description="How the flow time t is drawn: `sigma` (uniform), or by the SD3 paper's densities `logit_normal` "
+        "(eq. 19), `mode` (eq. 20) and `cosmap` (eq. 21).",
+    )
+    weighting_scheme: WeightingScheme = Field(
+        "logit_normal",
+        description="How much each t counts: `none`, `sigma_sqrt`, `logit_normal`, `mode` or `cosmap`. Default: "
+        "logit_normal, and none where `timestep_sampling` is not sigma.",
+    )
+    weighting_by: Literal["sampling", "loss"] = Field(
+        "sampling",
+        description="`sampling`: t is drawn so much more often where it counts more; `loss`: its loss is multiplied. The "
+        "same in expectation; sampling varies far less.",
+    )
+    logit_mean: Float = Field(0.0, description="Of logit_normal, as density or weight: mean of logit(t). Above 0: noisier.")
+    logit_std: Float = Field(1.0, gt=0, description="Of logit_normal: standard deviation of logit(t).")
+    mode_scale: Float = Field(
+        1.29,
+        ge=MIN_MODE_SCALE,
+        le=MAX_MODE_SCALE,
+        description="Of the density mode: above 0 prefers the middle, below 0 the ends; from -1 to 2 / (pi - 2).",
+    )
+    mode_mean: Float = Field(0.5, description="Of the weight mode: the t that counts most.")
+    mode_s_n: Float = Field(0.2, gt=0, description="Of the weight mode: its width s_n.")
+    min_t: Float = Field(0.0, ge=0, lt=1, description="No t below this is drawn; before the shift.")
+    max_t: Float = Field(1.0, gt=0, le=1, description="No t above this is drawn; before the shift.")
     discrete_flow_shift: Float = Field(
         3.0, gt=0, description="sigma = s t / (1 + (s - 1) t). SD3 and SD3.5 are sampled with 3.0 at 1024 pixels."
     )
+    shift_resolution: Int | None = Field(
+        None,
+        ge=16,
+        description="Side in pixels of the square at which the shift holds; elsewhere it is multiplied by sqrt(m / n) for m "
+        "pixels against n (SD3 paper, eq. 23). Unset: the same shift at every size.",
+    )
+    timestep_grid: TimestepGrid = Field(
+        "none",
+        description="Rounding to thousandths, for comparison with programs that do it: `sd_scripts` (sigma, down), "
+        "`diffusers` (t, up).",
+    )
+    loss_type: LossType = Field(
+        "l2", description="Penalty of an error: `l2` (its square), `huber` or `smooth_l1` (less for large ones)."
+    )
+    huber_c: Float = Field(0.1, gt=0, description="Of huber and smooth_l1: the error from which on it counts less.")
     caption_dropout_rate: Float = Field(
         0.0, ge=0, le=1, description="Share of visits at which the caption is replaced by an empty one, for guidance."
     )
+    encoder_dropout_rate: float | dict[str, float] = Field(
+        0.0,
+        description="Share of visits at which a text encoder's output is replaced by zeros, each encoder for itself: one "
+        "number for all, or a table such as { clip_l = 0.1, t5xxl = 0.2 }.",
+    )
+
+    @field_validator("encoder_dropout_rate", mode="before")
+    @classmethod
+    def _rates(cls, value: Any) -> Any:
+        rates = {f"{name} = ": rate for name, rate in value.items()} if isinstance(value, dict) else {"": value}
+        for name, rate in rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ValueError(f"{name}{rate!r} is no number from 0 to 1")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, written: Any) -> Any:
+        """The preset's values under what is written, and the default that depends on another key."""
+        if not isinstance(written, dict):
+            return written
+        preset = written.get("preset")
+        values = {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **written}
+        if values.get("timestep_sampling", "sigma") != "sigma":
+            values.setdefault("weighting_scheme", "none")
+        return values
+
+    @model_validator(mode="after")
+    def _sensible_together(self) -> ObjectiveConfig:
+        if self.min_t >= self.max_t:
+            raise ValueError(f"min_t, {self.min_t}, must be below max_t, {self.max_t}")
+        if self.timestep_sampling == self.weighting_scheme:
+            raise ValueError(
+                f"timestep_sampling and weighting_scheme are both {self.weighting_scheme!r}: the density would count "
+                'twice; set timestep_sampling = "sigma", or weighting_scheme = "none"'
+            )
+        return self
 
 
 class TargetConfig(Table):
@@ -168,18 +259,103 @@ class EmaConfig(Table):
     )
 
 
+class PromptConfig(Table):
+    """One preview. In place of a table, a string: the prompt, with sd-scripts' flags `--w --h --d --s --l --n` if any."""
+
+    prompt: str = Field(description="What to draw.")
+    negative_prompt: str | None = Field(None, description="What guidance leads away from. Flag `--n`.")
+    width: Int | None = Field(None, ge=16, description="Pixels. Flag `--w`.")
+    height: Int | None = Field(None, ge=16, description="Pixels. Flag `--h`.")
+    seed: Int | None = Field(
+        None, ge=0, description="Decides the noise. Flag `--d`. Default: that of `[sampling]` plus the place in the list."
+    )
+    steps: Int | None = Field(None, ge=1, description="Steps of the sampler. Flag `--s`.")
+    cfg: Float | None = Field(None, ge=1, description="Strength of classifier-free guidance. Flag `--l`.")
+
+
+def _as_prompt(entry: Any) -> Any:
+    if isinstance(entry, str):
+        return parse_prompt(entry)
+    if not isinstance(entry, dict | PromptConfig):
+        raise ValueError("must be a string, or a table such as { prompt = 'a fox', seed = 1 }")
+    return entry
+
+
+class SkipLayerConfig(Table):
+    """Skip-layer guidance: lead away from what the network draws without some of its blocks. For SD3.5-medium."""
+
+    layers: list[Annotated[Int, Field(ge=0)]] = Field(
+        default=[7, 8, 9], min_length=1, description="Blocks left out, counted from 0."
+    )
+    scale: Float = Field(2.5, gt=0, description="Strength.")
+    start: Float = Field(0.01, ge=0, le=1, description="Share of the steps after which it begins.")
+    end: Float = Field(0.2, ge=0, le=1, description="Share of the steps at which it ends.")
+
+
 class SamplingConfig(Table):
     """Preview pictures, drawn by the network in training at the start, now and then, and at the end."""
 
-    prompts: list[str] = Field(default_factory=list, description="One picture each. None: no previews.")
+    prompts: list[Annotated[PromptConfig, BeforeValidator(_as_prompt)]] = Field(
+        default_factory=list,
+        description="One picture each: a string, or a table with what it does not share with the others. None: no previews.",
+    )
+    prompts_file: Path | None = Field(
+        None, description="A text file with more prompts, one a line, in the form of sd-scripts; `#` begins a comment line."
+    )
     negative_prompt: str = Field("", description="What guidance leads away from.")
     every_n_steps: Int | None = Field(None, ge=1, description="Steps between previews. Unset: only the first and last step.")
-    steps: Int = Field(28, ge=1, description="Euler steps a picture.")
+    sampler: Literal["euler", "dpmpp_2m"] = Field(
+        "euler", description="`euler`, or `dpmpp_2m` (DPM-Solver++ of second order: fewer steps for the same picture)."
+    )
+    steps: Int = Field(28, ge=1, description="Steps of the sampler.")
     cfg: Float = Field(4.5, ge=1, description="Strength of classifier-free guidance; 1 is none.")
+    skip_layer_guidance: SkipLayerConfig | None = None
     width: Int = Field(1024, ge=16, description="Pixels.")
     height: Int = Field(1024, ge=16, description="Pixels.")
-    seed: Int = Field(0, ge=0, description="Each prompt draws its noise from this and its own place in the list.")
+    seed: Int = Field(0, ge=0, description="Each prompt without a seed of its own has this plus its place in the list.")
     batch_size: Int = Field(4, ge=1, description="Pictures drawn at once.")
+    decode_tile_pixels: Int = Field(
+        1024, ge=64, description="Larger pictures are decoded in tiles of this side that overlap by a quarter, to save memory."
+    )
+    weights: TrainedWeights = Field("last", description="`last`: as they are in training. `ema`: their average, of `[ema]`.")
+
+    @field_serializer("prompts")
+    def _as_written(self, prompts: list[PromptConfig]) -> list[dict[str, Any]]:
+        return [prompt.model_dump(exclude_none=True) for prompt in prompts]
+
+
+class EvalSetConfig(Table):
+    """Pictures that are not trained on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(description="For tables and curves.")
+    dataset: Path = Field(description="A dataset file.")
+
+
+class EvalConfig(Table):
+    """Measure the velocity's error on held-out pictures: at the start, now and then, and at the end."""
+
+    sets: list[EvalSetConfig] = Field(default_factory=list, description="Held-out pictures with captions, from elsewhere.")
+    holdout_images: Int = Field(
+        0, ge=0, description="Pictures kept out of training for this, chosen by `seed` from the dataset."
+    )
+    every_n_steps: Int | None = Field(
+        None, ge=1, description="Steps between evaluations. Unset: only before the first and after the last."
+    )
+    num_t_bands: Int = Field(
+        4, ge=1, description="Equal parts of t; each picture is measured once in each, at a time and with noise of its own."
+    )
+    batch_size: Int = Field(4, ge=1, description="Pictures that go through a stage at once.")
+    weights: TrainedWeights = Field("last", description="`last`: as they are in training. `ema`: their average, of `[ema]`.")
+    keep_best: Bool = Field(False, description="Export the weights of the lowest mean loss so far, to `best` in the run.")
+
+    @model_validator(mode="after")
+    def _has_pictures(self) -> EvalConfig:
+        if not self.sets and not self.holdout_images:
+            raise ValueError("names no pictures: give holdout_images = 16, say, or sets of other pictures")
+        names = [entry.name for entry in self.sets]
+        if len(set(names)) < len(names) or HOLDOUT in names:
+            raise ValueError(f"each set needs a name of its own, other than {HOLDOUT!r}")
+        return self
 
 
 class SaveConfig(Table):
@@ -229,6 +405,7 @@ class ExperimentConfig(Table):
     optimizer: OptimizerConfig
     ema: EmaConfig | None = None
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    eval: EvalConfig | None = None
     save: SaveConfig = Field(default_factory=SaveConfig)
     monitoring: MonitoringConfig = Field(default_factory=MonitoringConfig)
 
@@ -242,6 +419,13 @@ class DirectoryConfig(Table):
 
     path: Path = Field(description="Folder of pictures, each with a caption in a .txt file of the same name.")
     num_repeats: Int = Field(1, ge=1, description="Times each picture is shown in an epoch.")
+    mask_path: Path | None = Field(
+        None,
+        description="Folder of grey pictures of the same names: how much each place counts in the loss, white all, black "
+        "nothing. Unset: all of it.",
+    )
+    horizontal_flip: Bool = Field(False, description="Show each picture mirrored at half of its visits.")
+    loss_weight: Float = Field(1.0, gt=0, description="Factor of these pictures' loss.")
 
 
 class DatasetConfig(Table):

@@ -19,7 +19,8 @@ from models.base import EncodedItem, EncodeFunction, FrozenEncoder, ModelAdapter
 from utils import distributed
 from utils.data.cache import FileHashes, ShardWriter, Store, content_key
 from utils.data.dataset import Example
-from utils.data.images import PIXELS_VERSION, BadFile, read_pixels
+from utils.data.images import PIXELS_VERSION, BadFile, read_mask, read_pixels
+from utils.data.masks import MaskEncoder
 from utils.log import bar_seconds
 
 
@@ -29,7 +30,7 @@ class EncoderPlan:
 
     folder: Path
     keys: dict[str, str]
-    """What is encoded (an example's key, a caption) -> its key in the store."""
+    """What is encoded (an example's key, that of its mirrored variant, a caption) -> its key in the store."""
     missing: list[str]
     """Of these, one for each store key that is not there yet, in order."""
 
@@ -39,29 +40,40 @@ class CachePlan:
     """Rank 0's decision, the same on every rank."""
 
     images: EncoderPlan
+    masks: EncoderPlan
     texts: dict[str, EncoderPlan]
     bad_files: list[BadFile] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class EncoderInputs:
-    """How what is to be encoded (an example's key, a caption) is read, and which files cannot be used if it cannot."""
+    """How what is to be encoded is read, and which files cannot be used if it cannot."""
 
     read: Callable[[str], Tensor | str]
-    files: Callable[[str], list[Path]]
+    blame: Callable[[str, str], list[BadFile]]
+    """(What, reason) -> the pictures that cannot be used, each with the reason in its own words."""
 
 
 class EncodedData:
-    """The cache as training reads it: an example's latents, a caption's text tensors."""
+    """The cache as training reads it: an example's latents and mask, a caption's text tensors."""
 
     def __init__(self, plan: CachePlan) -> None:
         self._plan = plan
         self._latents = Store(plan.images.folder)
+        self._masks = Store(plan.masks.folder)
         self._texts = {name: Store(text.folder) for name, text in plan.texts.items()}
 
-    def latents(self, example: Example) -> Tensor:
-        """(C, H, W) float32."""
-        return self._latents.get(self._plan.images.keys[example.key])["latents"]
+    def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
+        """(C, H, W) float32; flipped: of the mirrored picture, which only an example that may be flipped has."""
+        what = _mirrored(example.key) if flipped else example.key
+        return self._latents.get(self._plan.images.keys[what])["latents"]
+
+    def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+        """How much each latent pixel counts: (1, H, W) float32 in [0, 1]; None for an example without mask."""
+        if example.mask is None:
+            return None
+        mask = self._masks.get(self._plan.masks.keys[example.key])["mask"]
+        return mask.flip(-1) if flipped else mask
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """ "encoder.tensor" -> tensor, without a batch axis."""
@@ -90,24 +102,61 @@ def cache_dataset(
 def make_plan(adapter: ModelAdapter, examples: Sequence[Example], captions: Sequence[str], cache_folder: Path) -> CachePlan:
     """What is cached where and what is missing. Rank 0 only: it reads every file it has not hashed before."""
     hashes = FileHashes(cache_folder / "files.json")
-    bad_files: list[BadFile] = []
-    image_identity = _identity(adapter.image_encoder, hashes)
     image_keys: dict[str, str] = {}
+    mask_keys: dict[str, str] = {}
+    bad_files: dict[tuple[Path, str], BadFile] = {}
     for example in tqdm(examples, desc="reading files", unit="image", leave=False, delay=2.0):
         try:
-            content = hashes.hash_of(example.image)
-        except OSError as error:
-            bad_files.append(BadFile(example.image, f"cannot be read: {error.strerror}"))
-            continue
-        image_keys[example.key] = content_key(content, example.box.key(), f"pixels {PIXELS_VERSION}")
+            masks = _mask_keys(example, hashes)
+            image_keys.update(_image_keys(example, hashes))
+            mask_keys.update(masks)
+        except BadFile as bad:
+            bad_files[bad.path, bad.reason] = bad  # once, however many sizes the picture has
+
+    def plan(encoder: FrozenEncoder, keys: dict[str, str]) -> EncoderPlan:
+        return _plan_encoder(cache_folder, encoder.name, _identity(encoder, hashes), keys)
+
+    images = plan(adapter.image_encoder, image_keys)
+    masks_plan = plan(MaskEncoder(adapter.latent.downscale), mask_keys)
     texts = {
-        encoder.name: _plan_encoder(
-            cache_folder, encoder.name, _identity(encoder, hashes), {text: content_key(text) for text in captions}
-        )
-        for encoder in adapter.text_encoders
+        encoder.name: plan(encoder, {text: content_key(text) for text in captions}) for encoder in adapter.text_encoders
     }
     hashes.save()
-    return CachePlan(_plan_encoder(cache_folder, adapter.image_encoder.name, image_identity, image_keys), texts, bad_files)
+    return CachePlan(images, masks_plan, texts, list(bad_files.values()))
+
+
+def _mirrored(key: str) -> str:
+    """Names the mirrored variant of an example or of a geometry."""
+    return f"{key} mirrored"
+
+
+def _image_keys(example: Example, hashes: FileHashes) -> dict[str, str]:
+    """The example and, if it may be flipped, its mirrored variant -> store key. Raises BadFile."""
+    try:
+        content = hashes.hash_of(example.image)
+    except OSError as error:
+        raise BadFile(example.image, f"cannot be read: {error.strerror}") from error
+    geometry, version = example.box.key(), f"pixels {PIXELS_VERSION}"
+    keys = {example.key: content_key(content, geometry, version)}
+    if example.may_flip:
+        keys[_mirrored(example.key)] = content_key(content, _mirrored(geometry), version)
+    return keys
+
+
+def _mask_keys(example: Example, hashes: FileHashes) -> dict[str, str]:
+    """The example -> store key of its mask, if it has one. Raises BadFile."""
+    if example.mask is None:
+        return {}
+    try:
+        content = hashes.hash_of(example.mask)
+    except OSError as error:
+        raise _bad_mask(example, f"cannot be read: {error.strerror}") from error
+    return {example.key: content_key(content, example.box.key())}
+
+
+def _bad_mask(example: Example, reason: str) -> BadFile:
+    """It is the picture that cannot be used."""
+    return BadFile(example.image, f"its mask {example.mask} {reason}")
 
 
 def _identity(encoder: FrozenEncoder, hashes: FileHashes) -> str:
@@ -133,19 +182,47 @@ def encode_missing(
     adapter: ModelAdapter, plan: CachePlan, examples: Sequence[Example], device: torch.device
 ) -> list[BadFile]:
     """Encode everything the plan misses. All ranks; returns on all of them the files that could not be encoded."""
-    by_key = {example.key: example for example in examples}
     bad_files: list[BadFile] = []
-    content = plan.images.keys
-    pictures = EncoderInputs(
-        read=lambda key: read_pixels(by_key[key].image, by_key[key].box),
-        files=lambda key: [e.image for e in examples if content.get(e.key) == content[key]],
+    _run_encoder(adapter.image_encoder, plan.images, _image_inputs(plan.images, examples), device, bad_files)
+    masks = MaskEncoder(adapter.latent.downscale)
+    _run_encoder(masks, plan.masks, _mask_inputs(plan.masks, examples, adapter.latent.downscale), device, bad_files)
+    captions = EncoderInputs(
+        read=lambda text: text,
+        blame=lambda text, reason: [BadFile(e.image, reason) for e in examples if e.caption == text],
     )
-    captions = EncoderInputs(read=lambda text: text, files=lambda text: [e.image for e in examples if e.caption == text])
-    _run_encoder(adapter.image_encoder, plan.images, pictures, device, bad_files)
     for encoder in adapter.text_encoders:
         _run_encoder(encoder, plan.texts[encoder.name], captions, device, bad_files)
     everyones = [bad for found in distributed.gather([(b.path, b.reason) for b in bad_files]) for bad in found]
     return [BadFile(path, reason) for path, reason in sorted(set(everyones))]
+
+
+def _image_inputs(plan: EncoderPlan, examples: Sequence[Example]) -> EncoderInputs:
+    variants = {example.key: (example, False) for example in examples}
+    variants |= {_mirrored(example.key): (example, True) for example in examples if example.may_flip}
+
+    def read(what: str) -> Tensor:
+        example, mirrored = variants[what]
+        return read_pixels(example.image, example.box, mirrored=mirrored)
+
+    def blame(what: str, reason: str) -> list[BadFile]:
+        users = [example for other, (example, _) in variants.items() if plan.keys.get(other) == plan.keys[what]]
+        return [BadFile(example.image, reason) for example in users]
+
+    return EncoderInputs(read, blame)
+
+
+def _mask_inputs(plan: EncoderPlan, examples: Sequence[Example], downscale: int) -> EncoderInputs:
+    masked = {example.key: (example, example.mask) for example in examples if example.mask is not None}
+
+    def read(what: str) -> Tensor:
+        example, mask = masked[what]
+        return read_mask(mask, example.box, downscale)
+
+    def blame(what: str, reason: str) -> list[BadFile]:
+        users = [example for example, _ in masked.values() if plan.keys.get(example.key) == plan.keys[what]]
+        return [_bad_mask(example, reason) for example in users]
+
+    return EncoderInputs(read, blame)
 
 
 def _run_encoder(
@@ -171,7 +248,7 @@ def _run_encoder(
             if reason is None:
                 writer.add(plan.keys[what], tensors)
             else:
-                bad_files += _blame(inputs.files(what), what, reason)
+                bad_files += _blame(inputs, what, reason)
             if here.is_main:
                 bar.update(queue.num_taken() - bar.n)
         writer.flush()
@@ -185,8 +262,9 @@ def _all_finite(tensors: EncodedItem) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def _blame(files: Sequence[Path], what: str, reason: str) -> list[BadFile]:
+def _blame(inputs: EncoderInputs, what: str, reason: str) -> list[BadFile]:
     """Every file that cannot be used because of this. A prompt has none to leave out: raises FloatingPointError."""
+    files = inputs.blame(what, reason)
     if not files:
         raise FloatingPointError(f"{what!r}: {reason}")
-    return [BadFile(path, reason) for path in files]
+    return files

@@ -29,7 +29,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from utils.pipeline.feed import MicroBatch
 from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, update_ema, write_states
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
 MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 

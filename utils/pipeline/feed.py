@@ -1,4 +1,4 @@
-"""What the two ends of the pipeline are fed: the first stage noisy latents and text, the last the velocity to aim for.
+"""What the two ends of the pipeline are fed: the first stage noisy latents and text, the last what to aim for.
 
 Both ends draw the same t and noise for a visit, because both ask randomness.py with the same key; so nothing but
 activations travels between stages. Position p of a global batch is micro-batch m, replica r, row i with
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from models.base import ModelAdapter
 from utils import randomness, rectified_flow
-from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder, Visit
 from utils.data.precompute import EncodedData
+from utils.objective import NO_TARGET, LossTarget, NoiseLevel, Objective
 
-MicroBatch = tuple[tuple[Tensor, ...], Tensor]
+MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 EMPTY_CAPTION = ""
 
 
@@ -44,24 +44,44 @@ class Layout:
         return range(start, start + self.micro_batch_size)
 
 
-def flow_time(visit: Visit, objective: ObjectiveConfig, seed: int) -> Tensor:
-    """sigma of a visit, a float32 scalar in (0, 1)."""
-    u = randomness.uniform(seed, "time", visit.example.key, visit.epoch, visit.occurrence)
-    t = rectified_flow.time_of_draw(
-        torch.tensor(u, dtype=torch.float64), objective.timestep_sampling, objective.logit_mean, objective.logit_std
-    )
-    return rectified_flow.shift_time(t, objective.discrete_flow_shift).float()
+def _uniform(visit: Visit, purpose: str, seed: int, *key: str) -> float:
+    """The visit's draw for a purpose, in (0, 1)."""
+    return randomness.uniform(seed, purpose, visit.example.key, visit.epoch, visit.occurrence, *key)
 
 
-def caption_of(visit: Visit, objective: ObjectiveConfig, seed: int) -> str:
-    """The visit's caption, or the empty one when it is dropped."""
-    u = randomness.uniform(seed, "caption dropout", visit.example.key, visit.epoch, visit.occurrence)
-    return EMPTY_CAPTION if u < objective.caption_dropout_rate else visit.example.caption
+def noise_level(visit: Visit, objective: Objective, seed: int) -> NoiseLevel:
+    """Where on the path the visit is trained."""
+    bucket = visit.example.bucket
+    return objective.noise_level(_uniform(visit, "time", seed), bucket.width * bucket.height)
 
 
 def noise_of(visit: Visit, shape: tuple[int, ...], seed: int) -> Tensor:
     """The visit's noise, float32."""
     return randomness.normal(seed, "noise", visit.example.key, visit.epoch, visit.occurrence, shape=shape)
+
+
+def is_flipped(visit: Visit, seed: int) -> bool:
+    """Whether the picture is shown mirrored."""
+    return visit.example.may_flip and _uniform(visit, "flip", seed) < 0.5
+
+
+def caption_of(visit: Visit, objective: Objective, seed: int) -> str:
+    """The visit's caption, or the empty one when it is dropped."""
+    dropped = _uniform(visit, "caption dropout", seed) < objective.config.caption_dropout_rate
+    return EMPTY_CAPTION if dropped else visit.example.caption
+
+
+def drop_encoders(text: dict[str, Tensor], visit: Visit, objective: Objective, seed: int) -> dict[str, Tensor]:
+    """The visit's text tensors, "encoder.tensor" each, with those of dropped encoders zero: sequence and pooled vector."""
+    encoders = {name.partition(".")[0] for name in text}
+    dropped = {
+        encoder
+        for encoder in encoders
+        if _uniform(visit, "encoder dropout", seed, encoder) < objective.encoder_dropout_rate(encoder)
+    }
+    return {
+        name: torch.zeros_like(tensor) if name.partition(".")[0] in dropped else tensor for name, tensor in text.items()
+    }
 
 
 class Feed:
@@ -72,7 +92,7 @@ class Feed:
         adapter: ModelAdapter,
         data: EncodedData,
         order: BatchOrder,
-        objective: ObjectiveConfig,
+        objective: Objective,
         *,
         seed: int,
         layout: Layout,
@@ -82,7 +102,7 @@ class Feed:
         self._seed, self._layout, self._dtype = seed, layout, dtype
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """(inputs of the first layer, velocity target (B, C, H, W) float32) of each micro-batch of a step.
+        """(inputs of the first layer, LossTarget) of each micro-batch of a step.
 
         A stage that is not the first gets no inputs, one that is not the last an empty target: neither looks at them.
         """
@@ -91,21 +111,37 @@ class Feed:
             yield self._micro_batch([visits[position] for position in self._layout.positions(index)])
 
     def _micro_batch(self, visits: Sequence[Visit]) -> MicroBatch:
-        layout = self._layout
+        layout, objective, seed = self._layout, self._objective, self._seed
         if not (layout.is_first_stage or layout.is_last_stage):
-            return (), torch.empty(0)
-        latents = torch.stack([self._data.latents(visit.example) for visit in visits])
-        noise = torch.stack([noise_of(visit, tuple(latents.shape[1:]), self._seed) for visit in visits])
+            return (), NO_TARGET
+        latents = torch.stack([self._data.latents(visit.example, flipped=is_flipped(visit, seed)) for visit in visits])
+        noise = torch.stack([noise_of(visit, tuple(latents.shape[1:]), seed) for visit in visits])
+        levels = [noise_level(visit, objective, seed) for visit in visits]
+        sigma = torch.tensor([level.sigma for level in levels])
+        noisy = rectified_flow.add_noise(latents, noise, sigma)
         inputs: tuple[Tensor, ...] = ()
-        target = torch.empty(0)
+        target = NO_TARGET
         if layout.is_first_stage:
-            sigma = torch.stack([flow_time(visit, self._objective, self._seed) for visit in visits])
-            noisy = rectified_flow.add_noise(latents, noise, sigma).to(self._dtype)
-            text = stack_text([self._data.text(caption_of(visit, self._objective, self._seed)) for visit in visits])
-            inputs = self._adapter.network_inputs(noisy, sigma, text)
+            text = stack_text([self._text(visit) for visit in visits])
+            inputs = self._adapter.network_inputs(noisy.to(self._dtype), sigma, text)
         if layout.is_last_stage:
-            target = rectified_flow.velocity_target(latents, noise)
+            weight = torch.tensor(
+                [level.weight * visit.example.loss_weight for level, visit in zip(levels, visits, strict=True)]
+            )
+            velocity = rectified_flow.velocity_target(latents, noise)
+            target = objective.target(velocity, noisy, sigma, weight, self._mask(visits, tuple(latents.shape[-2:])))
         return inputs, target
+
+    def _text(self, visit: Visit) -> dict[str, Tensor]:
+        text = self._data.text(caption_of(visit, self._objective, self._seed))
+        return drop_encoders(text, visit, self._objective, self._seed)
+
+    def _mask(self, visits: Sequence[Visit], size: tuple[int, int]) -> Tensor | None:
+        """(B, 1, H, W), ones for a picture without mask; None when none has one."""
+        masks = [self._data.mask(visit.example, flipped=is_flipped(visit, self._seed)) for visit in visits]
+        if all(mask is None for mask in masks):
+            return None
+        return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])
 
 
 def stack_text(texts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

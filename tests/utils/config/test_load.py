@@ -211,7 +211,7 @@ def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) ->
         ("ema.decay", 1.0, "must be less than 1"),
         ("ema.decay", 0, "must be greater than 0"),
         ("objective.caption_dropout_rate", 1.5, "must be less than or equal to 1"),
-        ("objective.timestep_sampling", "uniform", "'sigma' or 'logit_normal'"),
+        ("objective.timestep_sampling", "uniform", "'sigma', 'logit_normal', 'mode' or 'cosmap'"),
         ("model.dtype", "float16", "'float32' or 'bfloat16'"),
         ("model.clip_max_token_length", 78, "must be less than or equal to 77"),
         ("sampling.prompts", "a fox", "list"),

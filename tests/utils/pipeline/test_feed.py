@@ -17,7 +17,8 @@ from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder, Visit
 from utils.data.buckets import Bucket, crop_box
 from utils.data.dataset import Example
-from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout, MicroBatch, caption_of, flow_time, noise_of
+from utils.objective import NO_TARGET, LossTarget, Objective
+from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout, MicroBatch, caption_of, is_flipped, noise_level, noise_of
 
 SEED = 11
 SHAPE = (16, 4, 4)
@@ -31,23 +32,39 @@ EXAMPLES = [
 class Data:
     """Latents and text made of the example's number."""
 
-    def latents(self, example: Example) -> Tensor:
-        return torch.full(SHAPE, float(example.image.stem))
+    def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
+        return torch.full(SHAPE, float(example.image.stem) * (-1 if flipped else 1))
+
+    def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+        if example.mask is None:
+            return None
+        mask = torch.linspace(0, 1, SHAPE[-1]).expand(1, *SHAPE[1:])
+        return mask.flip(-1) if flipped else mask
 
     def text(self, caption: str) -> dict[str, Tensor]:
-        return {"clip_l.sequence": torch.tensor([float(caption.removeprefix("caption ") or -1)])}
+        number = torch.tensor([float(caption.removeprefix("caption ") or -1)])
+        return {"clip_l.sequence": number, "clip_l.pooled": number, "t5xxl.sequence": number}
 
 
 class Adapter:
     """Gives back what it is given."""
 
     def network_inputs(self, noisy: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return noisy, sigma, text["clip_l.sequence"]
+        return noisy, sigma, *text.values()
 
 
 def make_feed(layout: Layout = ALONE, *, seed: int = SEED, dtype: torch.dtype = torch.float32, **objective: Any) -> Feed:
-    order = BatchOrder(EXAMPLES, 8, seed)
-    return Feed(Adapter(), Data(), order, ObjectiveConfig(**objective), seed=seed, layout=layout, dtype=dtype)
+    examples = objective.pop("examples", EXAMPLES)
+    order = BatchOrder(examples, 8, seed)
+    return Feed(Adapter(), Data(), order, make_objective(**objective), seed=seed, layout=layout, dtype=dtype)
+
+
+def make_objective(**settings: Any) -> Objective:
+    return Objective(ObjectiveConfig(**settings))
+
+
+def sigma_of(visit: Visit, objective: Objective) -> float:
+    return noise_level(visit, objective, SEED).sigma
 
 
 def batches(layout: Layout = ALONE, step: int = 1, **changes: Any) -> list[MicroBatch]:
@@ -59,18 +76,25 @@ def visits(step: int = 1) -> list[Visit]:
 
 
 def joined(parts: list[MicroBatch]) -> list[Tensor]:
-    """Inputs and target of several micro-batches as one."""
+    """Inputs and the output to aim for of several micro-batches as one."""
     inputs = [torch.cat(tensors) for tensors in zip(*(inputs for inputs, _ in parts), strict=True)]
-    return [*inputs, torch.cat([target for _, target in parts])]
+    return [*inputs, joined_target(parts).output]
+
+
+def joined_target(parts: list[MicroBatch]) -> LossTarget:
+    """The targets of several micro-batches as one, each with a whole mask."""
+    targets = [LossTarget(*target) for _, target in parts]
+    whole = [target._replace(mask=target.mask.expand(-1, -1, *SHAPE[1:])) for target in targets]
+    return LossTarget(*(torch.cat(tensors) for tensors in zip(*whole, strict=True)))
 
 
 def test_inputs_and_target_are_the_path_s() -> None:
-    noisy, sigma, text, target = joined(batches(discrete_flow_shift=2.0))
-    objective = ObjectiveConfig(discrete_flow_shift=2.0)
+    noisy, sigma, text, _, _, target = joined(batches(discrete_flow_shift=2.0))
+    objective = make_objective(discrete_flow_shift=2.0)
     for row, visit in enumerate(visits()):
         latents = torch.full(SHAPE, float(visit.example.image.stem))
         noise = noise_of(visit, SHAPE, SEED)
-        assert sigma[row] == flow_time(visit, objective, SEED)
+        assert sigma[row] == torch.tensor(sigma_of(visit, objective))
         expected = rectified_flow.add_noise(latents[None], noise[None], sigma[row : row + 1])[0]
         assert torch.equal(noisy[row], expected)
         assert torch.equal(target[row], noise - latents)
@@ -81,12 +105,13 @@ def test_first_and_last_stage_draw_the_same_noise_and_time() -> None:
     first = batches(replace(ALONE, is_last_stage=False))
     last = batches(replace(ALONE, is_first_stage=False))
     both = batches()
-    for (inputs, nothing), (empty, target), (all_inputs, all_target) in zip(first, last, both, strict=True):
-        assert nothing.numel() == 0
+    for (inputs, nothing), (empty, aims), (all_inputs, all_aims) in zip(first, last, both, strict=True):
+        assert nothing is NO_TARGET
         assert empty == ()
+        target, all_target = aims[0], all_aims[0]
         assert all(torch.equal(one, other) for one, other in zip(inputs, all_inputs, strict=True))
         assert torch.equal(target, all_target)
-        noisy, sigma, _ = inputs
+        noisy, sigma, *_ = inputs
         shares = sigma[:, None, None, None]
         torch.testing.assert_close(noisy + (1 - shares) * target, noisy + (1 - shares) * (all_target))
         latents = noisy - shares * target  # x_t - sigma v
@@ -96,7 +121,7 @@ def test_first_and_last_stage_draw_the_same_noise_and_time() -> None:
 def test_a_stage_in_the_middle_is_fed_nothing() -> None:
     for inputs, target in batches(replace(ALONE, is_first_stage=False, is_last_stage=False)):
         assert inputs == ()
-        assert target.numel() == 0
+        assert all(part.numel() == 0 for part in target)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
@@ -132,28 +157,27 @@ def test_a_step_can_be_fed_again_in_any_order() -> None:
 
 
 def test_a_new_epoch_and_a_repeat_draw_new_noise_and_time() -> None:
-    visit, objective = Visit(EXAMPLES[0], 0, 0), ObjectiveConfig()
+    visit, objective = Visit(EXAMPLES[0], 0, 0), make_objective()
     others = [replace(visit, epoch=1), replace(visit, occurrence=1), Visit(EXAMPLES[1], 0, 0)]
     for other in others:
         assert not torch.equal(noise_of(visit, SHAPE, SEED), noise_of(other, SHAPE, SEED))
-        assert flow_time(visit, objective, SEED) != flow_time(other, objective, SEED)
+        assert sigma_of(visit, objective) != sigma_of(other, objective)
     assert not torch.equal(noise_of(visit, SHAPE, SEED), noise_of(visit, SHAPE, SEED + 1))
 
 
 def test_noise_tells_nothing_about_time() -> None:
     """Two draws of one visit come from two seeds."""
-    objective = ObjectiveConfig(timestep_sampling="sigma", discrete_flow_shift=1.0)
+    objective = make_objective(weighting_scheme="none", discrete_flow_shift=1.0)
     drawn = [Visit(EXAMPLES[0], epoch, 0) for epoch in range(2000)]
-    times = torch.stack([flow_time(visit, objective, SEED) for visit in drawn])
+    times = torch.tensor([sigma_of(visit, objective) for visit in drawn])
     firsts = torch.stack([noise_of(visit, (1,), SEED)[0] for visit in drawn])
     assert abs(float(torch.corrcoef(torch.stack([times, firsts]))[0, 1])) < 0.07
 
 
 @pytest.mark.parametrize("sampling", ["sigma", "logit_normal"])
 def test_time_follows_the_objective(sampling: str) -> None:
-    objective = ObjectiveConfig(timestep_sampling=sampling, discrete_flow_shift=3.0, logit_mean=0.0, logit_std=1.0)
-    drawn = torch.stack([flow_time(Visit(EXAMPLES[0], epoch, 0), objective, SEED) for epoch in range(3000)])
-    assert drawn.dtype == torch.float32
+    objective = make_objective(timestep_sampling=sampling, weighting_scheme="none", discrete_flow_shift=3.0)
+    drawn = torch.tensor([sigma_of(Visit(EXAMPLES[0], epoch, 0), objective) for epoch in range(3000)])
     assert ((drawn > 0) & (drawn < 1)).all()
     assert float(drawn.median()) == pytest.approx(0.75, abs=0.03)  # the shift of the middle
     assert float((drawn < 0.5).float().mean()) == pytest.approx({"sigma": 0.25, "logit_normal": 0.136}[sampling], abs=0.03)
@@ -165,13 +189,13 @@ def test_noise_is_mixed_in_float32_and_only_then_rounded() -> None:
         assert inputs[0].dtype == torch.bfloat16
         assert torch.equal(inputs[0], wanted[0].to(torch.bfloat16))
         assert torch.equal(inputs[1], wanted[1])
-        assert target.dtype == torch.float32
-        assert torch.equal(target, exact_target)
+        assert target[0].dtype == torch.float32
+        assert torch.equal(target[0], exact_target[0])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_captions_are_dropped_at_their_rate_and_per_visit(rate: float) -> None:
-    objective = ObjectiveConfig(caption_dropout_rate=rate)
+    objective = make_objective(caption_dropout_rate=rate)
     captions = Counter(caption_of(Visit(EXAMPLES[3], epoch, 0), objective, SEED) for epoch in range(3000))
     assert captions[EMPTY_CAPTION] / 3000 == pytest.approx(rate, abs=0.02)
     assert captions["caption 3"] == 3000 - captions[EMPTY_CAPTION]
@@ -182,3 +206,56 @@ def test_a_dropped_caption_is_fed_as_the_empty_one() -> None:
     assert (dropped[2] == -1).all()
     assert torch.equal(dropped[0], kept[0]), "noise and time stay what they are"
     assert torch.equal(dropped[1], kept[1])
+
+
+def test_encoders_are_dropped_each_for_itself_sequence_and_pooled_together() -> None:
+    rates = {"clip_l": 0.5, "t5xxl": 0.25}
+    examples = EXAMPLES[1:]  # the first one's text is zero by itself
+    fed = [joined(batches(step=step, encoder_dropout_rate=rates, examples=examples)) for step in range(200)]
+    clip, pooled, t5 = (torch.cat([parts[index] for parts in fed]).flatten() == 0 for index in (2, 3, 4))
+    assert torch.equal(clip, pooled)
+    assert float(clip.float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(t5.float().mean()) == pytest.approx(0.25, abs=0.05)
+    assert float((clip & t5).float().mean()) == pytest.approx(0.125, abs=0.04), "independently of each other"
+
+
+def test_one_rate_is_for_every_encoder_and_none_of_it_changes_noise_or_time() -> None:
+    dropped, kept = joined(batches(encoder_dropout_rate=1.0)), joined(batches())
+    assert not any(part.any() for part in dropped[2:5])
+    assert all(part.any() for part in kept[2:5])
+    assert all(torch.equal(dropped[index], kept[index]) for index in (0, 1, 5))
+
+
+def test_a_directory_s_weight_and_the_time_s_multiply() -> None:
+    examples = [replace(example, loss_weight=1.0 + int(example.image.stem)) for example in EXAMPLES]
+    settings: dict[str, Any] = {"weighting_scheme": "cosmap", "weighting_by": "loss"}
+    weight = joined_target(batches(examples=examples, **settings)).weight
+    plain = joined_target(batches(**settings)).weight
+    factors = torch.tensor([1.0 + int(visit.example.image.stem) for visit in visits()])
+    torch.testing.assert_close(weight, plain * factors)
+    assert len(set(plain.tolist())) == len(plain)
+
+
+def test_masks_ride_with_their_pictures_and_the_rest_counts_whole() -> None:
+    examples = [replace(ex, mask=ex.image) if int(ex.image.stem) % 2 else ex for ex in EXAMPLES]
+    masks = joined_target(batches(examples=examples)).mask
+    for mask, visit in zip(masks, visits(), strict=True):
+        wanted = Data().mask(replace(visit.example, mask=visit.example.image if int(visit.example.image.stem) % 2 else None))
+        assert torch.equal(mask, torch.ones(1, *SHAPE[1:]) if wanted is None else wanted)
+    assert all(LossTarget(*target).mask.shape == (2, 1, 1, 1) for _, target in batches()), "a factor of one without masks"
+
+
+def test_a_flip_takes_picture_and_mask_alike_at_half_of_the_visits() -> None:
+    examples = [replace(example, may_flip=True, mask=example.image) for example in EXAMPLES[1:]]
+    order = BatchOrder(examples, 8, SEED)
+    flips = []
+    for step in range(100):
+        parts = batches(step=step, examples=examples, discrete_flow_shift=1e-6)  # next to no noise
+        noisy, target = joined(parts)[0], joined_target(parts)
+        for row, visit in enumerate(order.global_batch(step)):
+            flipped = is_flipped(visit, SEED)
+            flips.append(flipped)
+            assert (float(noisy[row].mean()) < 0) == flipped
+            assert (float(target.mask[row, 0, 0, 0]) == 1.0) == flipped
+    assert sum(flips) / len(flips) == pytest.approx(0.5, abs=0.06)
+    assert not any(is_flipped(Visit(EXAMPLES[0], epoch, 0), SEED) for epoch in range(20)), "only where it was asked for"

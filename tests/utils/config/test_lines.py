@@ -1,0 +1,81 @@
+"""The lines that messages name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.utils.config.test_load import problems_of, write
+from utils.config.lines import key_lines, line_of
+
+TEXT = '''# a comment = 3
+seed = 1
+
+[sampling]   # previews
+prompts = [
+  "a = b",
+]
+text = """
+[objective]
+seed = 5
+"""
+steps = 3
+
+[[directory]]
+path = "a"
+[[directory]]
+path = "b"
+'''
+
+
+def test_keys_have_their_lines_and_strings_have_none() -> None:
+    assert key_lines(TEXT) == {
+        "seed": 2,
+        "sampling": 4,
+        "sampling.prompts": 5,
+        "sampling.text": 8,
+        "sampling.steps": 12,
+        "directory[0]": 14,
+        "directory[0].path": 15,
+        "directory[1]": 16,
+        "directory[1].path": 17,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("seed", 2),
+        ("sampling.prompts[3].width", 5),
+        ("sampling.cfg", 4),
+        ("directory[1].path", 17),
+        ("directory[1].num_repeats", 16),
+        ("optimizer.type", None),
+        ("", None),
+    ],
+)
+def test_what_is_missing_is_shown_at_what_is_around_it(tmp_path: Path, key: str, line: int | None) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(TEXT)
+    assert line_of(file, key) == line
+
+
+def test_a_file_that_cannot_be_read_has_no_lines(tmp_path: Path) -> None:
+    assert line_of(tmp_path / "none.toml", "seed") is None
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    assert line_of(tmp_path / "binary.toml", "seed") is None
+
+
+def test_messages_name_the_line_and_not_that_of_a_key_given_by_set(tmp_path: Path) -> None:
+    path = write(tmp_path, objective={"mode_s_n": 0.0, "logit_std": 1.0})
+    lines = path.read_text().splitlines()
+    (problem,) = problems_of(path)
+    assert problem.line is not None
+    assert lines[problem.line - 1] == "mode_s_n = 0.0"
+    assert str(problem) == f"{path}, line {problem.line}: objective.mode_s_n: = 0.0: must be greater than 0"
+    (problem, other) = problems_of(path, "objective.logit_std=-1.0")
+    assert {problem.key: problem.line is None, other.key: other.line is None} == {
+        "objective.mode_s_n": False,
+        "objective.logit_std": True,
+    }

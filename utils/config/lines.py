@@ -1,0 +1,44 @@
+"""Where in a TOML file a key stands: parsers that are at hand do not say."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+_TABLE = re.compile(r"\s*\[\s*([\w.-]+)\s*\]\s*(#.*)?")
+_ARRAY_TABLE = re.compile(r"\s*\[\[\s*([\w.-]+)\s*\]\]\s*(#.*)?")
+_KEY = re.compile(r"\s*([\w.-]+)\s*=")
+_LAST_PART = re.compile(r"(\[\d+\]|\.?[^.\[\]]+)$")
+
+
+def key_lines(text: str) -> dict[str, int]:
+    """Key path, such as `directory[1].path`, or table -> number of its line. Bare keys only, as people write them."""
+    lines: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+    table, in_string = "", False
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not in_string:
+            if match := _ARRAY_TABLE.fullmatch(line):
+                table = f"{match[1]}[{counts[match[1]]}]"
+                counts[match[1]] += 1
+                lines.setdefault(table, number)
+            elif match := _TABLE.fullmatch(line):
+                table = match[1]
+                lines.setdefault(table, number)
+            elif match := _KEY.match(line):
+                lines.setdefault(f"{table}.{match[1]}" if table else match[1], number)
+        if (line.count('"""') + line.count("'''")) % 2:
+            in_string = not in_string
+    return lines
+
+
+def line_of(file: Path, key: str) -> int | None:
+    """The line of a key; of one that is not there itself, of the nearest thing around it. None if nothing is found."""
+    try:
+        lines = key_lines(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    while key and key not in lines:
+        key = _LAST_PART.sub("", key) if _LAST_PART.search(key) else ""
+    return lines.get(key)

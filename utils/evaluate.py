@@ -1,0 +1,195 @@
+"""Evaluation: how far the network's velocity is off on pictures it is not trained on, through the pipeline it is trained in.
+
+Measured is the mean squared error of the velocity at the entries of a fixed panel (panel.py): in float32, averaged in
+float64, each entry for itself, with the caption as it is, no flip and no weight; where a picture has a mask, errors are
+multiplied by it. That holds for every objective, so that their runs can be compared; it is not the loss that is trained.
+
+Batches are put together without regard to the layout, so any number of stages gives the same bits, and replicas do where
+their weights are the same. DeepSpeed's pass through the pipeline waits for all processes, so all replicas make the same
+passes, and one without work of its own repeats a batch. Nothing is drawn from any generator of the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.base import ModelAdapter
+from utils import distributed, rectified_flow
+from utils.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
+from utils.config.schema import EvalConfig
+from utils.data.precompute import EncodedData
+from utils.log import bar_seconds, say
+from utils.panel import PanelEntry, fingerprint, make_rounds, noise_of
+from utils.pipeline.engine import Pipeline
+from utils.pipeline.feed import stack_text
+from utils.rectified_flow import PredictionType
+
+EVALUATIONS = "evaluations.jsonl"
+MAX_BATCHES_AT_ONCE = 32
+"""Of a replica in one pass: what is fed and what comes out is held until the pass ends."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the two ends of the pipeline know of a batch of entries."""
+
+    noisy: Tensor
+    """(B, C, H, W) float32."""
+    sigma: Tensor
+    """(B,) float32."""
+    velocity: Tensor
+    """(B, C, H, W) float32: what the network should answer."""
+    masks: Sequence[Tensor | None]
+    """(1, H, W) each."""
+
+
+class Evaluation:
+    """Evaluates the panel, and compares with what was measured before in the run folder. All ranks together."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        data: EncodedData,
+        pipeline: Pipeline,
+        config: EvalConfig,
+        panel: Sequence[PanelEntry],
+        *,
+        prediction_type: PredictionType,
+        dtype: torch.dtype,
+        folder: Path,
+        seed: int,
+        num_replicas: int,
+        start_step: int,
+    ) -> None:
+        """`seed` is the panel's; `start_step`: where the run begins or goes on, as if what came after had never been."""
+        self._adapter, self._data, self._pipeline, self._config, self._panel = adapter, data, pipeline, config, panel
+        self._prediction_type, self._dtype, self._seed, self._num_replicas = prediction_type, dtype, seed, num_replicas
+        self._path = folder / EVALUATIONS
+        self._fingerprint = fingerprint(panel)
+        self._groups = make_groups(panel)
+        at_once = min(4 * pipeline.num_stages, MAX_BATCHES_AT_ONCE)
+        self._rounds = make_rounds(panel, config.batch_size, at_once * num_replicas)
+        self._earlier = self._read_earlier(start_step) if distributed.world().is_main else []
+        self._has_begun = distributed.broadcast(bool(self._earlier))
+
+    def _read_earlier(self, start_step: int) -> list[Measured]:
+        """The evaluations of this panel that the run folder has; rank 0 only, which alone compares."""
+        kept = keep_until(self._path, start_step)
+        comparable = [result for result in kept if result.panel == self._fingerprint]
+        if len(comparable) < len(kept):
+            say(
+                f"{len(kept) - len(comparable)} evaluations in {self._path} are of other pictures, captions or times; "
+                "what comes now is not compared with them"
+            )
+        return [Measured(result.step, torch.tensor(result.losses, dtype=torch.float64)) for result in comparable]
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Whether an evaluation is wanted after `step` steps: at the start, at the end, and every `every_n_steps`.
+
+        Also when nothing of this panel was measured yet, so that a run that goes on with other pictures has a beginning.
+        """
+        every = self._config.every_n_steps
+        return not self._has_begun or step in (0, num_steps) or (every is not None and step % every == 0)
+
+    def run(self, step: int) -> EvaluationResult:
+        """Measure, compare, tell and write down; the same result on every rank.
+
+        Raises FloatingPointError on every rank when an error is no number.
+        """
+        averaged = self._config.weights == "ema" and step > 0
+        with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
+            now = Measured(step, self._measure())
+        self._has_begun = True
+        result = None
+        if distributed.world().is_main:
+            result = compare(
+                now,
+                self._earlier,
+                self._groups,
+                weights=self._config.weights,
+                panel=self._fingerprint,
+                seed=self._seed,
+            )
+            self._earlier.append(now)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(to_line(result))
+            say(describe(result))
+        shared = distributed.broadcast(result)
+        assert shared is not None
+        return shared
+
+    # --- measuring ---------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> Tensor:
+        """The loss of every entry, (N,) float64, on every rank."""
+        own: dict[int, float] = {}
+        is_main = distributed.world().is_main
+        with tqdm(
+            total=len(self._panel), desc="evaluating", leave=False, disable=not is_main, mininterval=bar_seconds()
+        ) as bar:
+            for batches in self._rounds:
+                own.update(self._measure_round(batches))
+                bar.update(sum(len(batch) for batch in batches))
+        losses: dict[int, float] = {}
+        for part in distributed.gather(own):
+            losses.update(part)
+        measured = torch.tensor([losses[index] for index in range(len(self._panel))], dtype=torch.float64)
+        self._stop_if_not_finite(measured)
+        return measured
+
+    def _measure_round(self, batches: Sequence[list[int]]) -> dict[int, float]:
+        """One pass of all replicas over batches of one shape; place in the panel -> loss, on this replica's last stage."""
+        mine = batches[self._pipeline.replica :: self._num_replicas]
+        num_passes = -(-len(batches) // self._num_replicas)
+        # Without work of its own a replica repeats a batch, and nobody looks at the result.
+        passed = [*mine, *[batches[0]] * (num_passes - len(mine))]
+        is_first, is_last = self._pipeline.stage == 0, self._pipeline.stage == self._pipeline.num_stages - 1
+        samples = [self._sample(batch) for batch in passed] if is_first or is_last else []
+        inputs: list[tuple[Tensor, ...]] = [() for _ in passed]
+        if is_first:
+            inputs = [self._inputs(batch, sample) for batch, sample in zip(passed, samples, strict=True)]
+        outputs = self._pipeline.predict(inputs)
+        losses: dict[int, float] = {}
+        for batch, sample, output in zip(mine, samples, outputs or [], strict=False):
+            losses.update(zip(batch, self._losses(output, sample), strict=True))
+        return losses
+
+    def _sample(self, batch: Sequence[int]) -> Sample:
+        entries = [self._panel[index] for index in batch]
+        latents = torch.stack([self._data.latents(entry.example) for entry in entries])
+        noise = torch.stack([noise_of(entry, tuple(latents.shape[1:]), self._seed) for entry in entries])
+        sigma = torch.tensor([entry.sigma for entry in entries])
+        return Sample(
+            noisy=rectified_flow.add_noise(latents, noise, sigma),
+            sigma=sigma,
+            velocity=rectified_flow.velocity_target(latents, noise),
+            masks=[self._data.mask(entry.example) for entry in entries],
+        )
+
+    def _inputs(self, batch: Sequence[int], sample: Sample) -> tuple[Tensor, ...]:
+        text = stack_text([self._data.text(self._panel[index].example.caption) for index in batch])
+        return self._adapter.network_inputs(sample.noisy.to(self._dtype), sample.sigma, text)
+
+    def _losses(self, output: Tensor, sample: Sample) -> list[float]:
+        """Mean squared error of each row's velocity."""
+        height, width = sample.noisy.shape[-2:]
+        answer = self._adapter.velocity(output.float(), height, width)
+        velocity = rectified_flow.velocity_of(answer, sample.noisy.to(answer.device), self._prediction_type)
+        squares = (velocity - sample.velocity.to(velocity.device)).square()
+        masked = [
+            row if mask is None else row * mask.to(row.device) for row, mask in zip(squares, sample.masks, strict=True)
+        ]
+        return [float(row.mean(dtype=torch.float64)) for row in masked]
+
+    def _stop_if_not_finite(self, losses: Tensor) -> None:
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            names = ", ".join(dict.fromkeys(self._panel[index].example.key for index in bad))
+            raise FloatingPointError(f"evaluation: the network's error is no number at {names}; nothing was written")
