@@ -24,7 +24,6 @@ from utils.atomic import write_text
 from utils.banner import describe, objective_rows, summary
 from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
-from utils.data.dataset import Example
 from utils.data.precompute import EncodedData, cache_dataset
 from utils.evaluate import Evaluation
 from utils.log import RunLog, StepMetrics, say
@@ -35,6 +34,7 @@ from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
 from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare, run_files
+from utils.report import write_report
 from utils.sampling import Previews
 
 EXIT_BAD_INPUT = 1
@@ -144,9 +144,7 @@ def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[Encode
     captions |= {text for prompt in experiment.prompts for text in (prompt.text, prompt.negative)}
     data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), config.experiment.cache_folder, device)
     bad_paths = {bad.path for bad in bad_files}
-    usable = {
-        name: [example for example in members if example.image not in bad_paths] for name, members in groups.items()
-    }
+    usable = {name: [example for example in members if example.image not in bad_paths] for name, members in groups.items()}
     problems = [Problem(bad.path, "", bad.reason) for bad in bad_files]
     fatal = []
     for name, members in groups.items():
@@ -288,7 +286,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
         if previews.due(step, num_steps):
             previews.draw(step)
         if is_main:
-            write_report(folder, summary(experiment, order), objective_report(experiment))
+            write_report(folder, summary(experiment, order), objective_rows(config.objective), Objective(config.objective))
 
     with RunLog(
         folder,

@@ -69,6 +69,12 @@ class FrozenEncoder(ABC):
         """
 
 
+class BlockLayer(nn.Module):
+    """A layer that can be left out: while `skipped`, it returns what it is given. For guidance, never in training."""
+
+    skipped: bool = False
+
+
 @dataclass(frozen=True)
 class PipelineLayer:
     """One indivisible step of the network, as the pipeline sees it."""
@@ -83,6 +89,8 @@ class PipelineLayer:
     """Shape of each parameter, by its name within the layer."""
     build: Callable[[], nn.Module]
     """Builds the layer on the CPU with this layer's weights, reading no other layer's."""
+    block: int | None = None
+    """Its number among the repeated blocks, if it is one; `build` then gives a BlockLayer."""
 
     @property
     def num_parameters(self) -> int:
@@ -167,8 +175,12 @@ class ModelAdapter(ABC):
         """The last layer's output as a velocity (B, C, height, width), sizes in latent pixels."""
 
     @abstractmethod
-    def load_decoder(self, device: torch.device) -> DecodeFunction:
-        """Read the image decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, h, w)."""
+    def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
+        """Read the image decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, h, w).
+
+        Pictures with a side longer than `tile_pixels`, a multiple of 4 * downscale, are decoded in tiles of it that
+        overlap by a quarter: slightly other pixels, for the memory of one tile.
+        """
 
     @abstractmethod
     def native_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:

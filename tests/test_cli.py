@@ -6,6 +6,7 @@ Most cases call `train.main()` here, with its exit caught and with a process gro
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -32,8 +33,9 @@ class Refusal:
 
     @property
     def problems(self) -> list[str]:
-        """One line each, without the line that counts them."""
-        return [line for line in self.error.splitlines() if line and not line.startswith("This run cannot start")]
+        """One each, without the line that counts them, and without the lines of keys (tests/utils/config/test_lines.py)."""
+        lines = [line for line in self.error.splitlines() if line and not line.startswith("This run cannot start")]
+        return [re.sub(r"(\.toml), line \d+: ", r"\1: ", line) for line in lines]
 
 
 class Bench:
@@ -198,6 +200,33 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"dataset_file": {"min_ar": 3.0}}, "min_ar: = 3.0: must not be above max_ar, 2.0"),
     ({"dataset_file": {"directory": []}}, "directory: = []: "),
+    ({"objective": {"weighting_scheme": "sech"}}, "objective.weighting_scheme: = 'sech': must be 'none', 'sigma_sqrt', "),
+    ({"objective": {"mode_s_n": 0.0}}, "objective.mode_s_n: = 0.0: must be greater than 0"),
+    ({"objective": {"min_t": 0.5, "max_t": 0.25}}, "objective: min_t, 0.5, must be below max_t, 0.25"),
+    (
+        {"objective": {"weighting_scheme": "mode", "mode_mean": 0.0, "mode_s_n": 1e-4, "min_t": 0.5}},
+        "objective.weighting_scheme: = 'mode': the weight is zero everywhere between min_t and max_t",
+    ),
+    (
+        {"objective": {"encoder_dropout_rate": {"clip_h": 0.1}}},
+        "objective.encoder_dropout_rate.clip_h: there is no such text encoder; there are clip_l, clip_g, t5xxl",
+    ),
+    ({"sampling": {"weights": "ema"}}, "sampling.weights: = 'ema': there is no average without an [ema] table"),
+    (
+        {"eval": {"holdout_images": 3, "weights": "ema"}},
+        "eval.weights: = 'ema': there is no average without an [ema] table",
+    ),
+    ({"eval": {"holdout_images": 12}}, "eval.holdout_images: = 12: "),
+    ({"eval": {"every_n_steps": 5}}, "eval: names no pictures: give holdout_images = 16, say, or sets of other pictures"),
+    (
+        {"sampling": {"prompts": ["a fox --w 40"], "height": 32}},
+        "sampling.prompts[0].width: = 40: must be a multiple of 16",
+    ),
+    ({"sampling": {"prompts_file": "/no/such/file"}}, "sampling.prompts_file: = '/no/such/file': does not exist"),
+    (
+        {"sampling": {"prompts": ["a"], "width": 32, "height": 32, "skip_layer_guidance": {"layers": [1, 2]}}},
+        "sampling.skip_layer_guidance.layers[1]: = 2: must be at most 1; the last cannot be left out",
+    ),
 ]
 
 
@@ -210,6 +239,38 @@ def test_wrong_key_or_value_is_named_with_what_to_do(bench: Bench, changes: dict
     experiment = bench.experiment(**changes)
     file = experiment.with_name("dataset.toml") if "dataset_file" in changes else experiment
     assert bench.only_problem(experiment).startswith(f"{file}: {message}")
+
+
+def test_a_bad_line_of_the_prompt_file_is_named(bench: Bench, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# previews\na fox --w 32 --h 32\na fox --width 32\n\nan owl --s many\nan owl --h 8\n")
+    told = bench.refused(bench.experiment(sampling={"prompts_file": str(prompts), "width": 32, "height": 32}))
+    assert [line.split(" ")[:4] for line in told] == [
+        [f"{prompts}:", "line", number, word] for number, word in (("3:", "unknown"), ("5:", "--s"), ("6:", "--h"))
+    ]
+    assert "there are --w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)" in told[0]
+    assert "must be greater than or equal to 16" in told[2]
+
+
+def test_an_empty_evaluation_set_is_named_with_its_file(bench: Bench, tmp_path: Path) -> None:
+    empty, file = tmp_path / "empty", tmp_path / "other.toml"
+    empty.mkdir()
+    file.write_text(f'resolutions = [32]\n[[directory]]\npath = "{empty}"\n')
+    experiment = bench.experiment(eval={"sets": [{"name": "other", "dataset": str(file)}]})
+    assert bench.only_problem(experiment) == f"{file}: directory: no usable picture with a caption in {empty}"
+
+
+def test_a_line_of_the_file_is_named(bench: Bench) -> None:
+    experiment = bench.experiment(objective={"mode_s_n": 0.0})
+    line = experiment.read_text().splitlines().index("mode_s_n = 0.0") + 1
+    assert f"{experiment}, line {line}: objective.mode_s_n: " in bench.main("--config", str(experiment)).error
+
+
+def test_a_mask_folder_must_be_there_and_another(bench: Bench, pictures: Path) -> None:
+    for folder, message in ((pictures / "no", "is not a folder"), (pictures, "must be another folder than path")):
+        directory = [{"path": str(pictures), "mask_path": str(folder)}]
+        problem = bench.only_problem(bench.experiment(dataset_file={"directory": directory}))
+        assert "directory[0].mask_path: " in problem and message in problem
 
 
 def test_every_mistake_of_both_files_is_shown_at_once(bench: Bench) -> None:
@@ -499,7 +560,7 @@ def test_run_folder_holds_the_settings_that_made_it(lab: Lab, tmp_path: Path) ->
 def test_run_folder_holds_nothing_unfinished_and_nothing_executable(lab: Lab) -> None:
     run = lab.shared_run(1, {"adapter": {"type": "lora", "rank": 2}, "sampling.prompts": []})
     files = [path for path in run.experiment.parent.rglob("*") if path.is_file() and "log_" not in path.name]
-    assert {path.suffix for path in files} == {".toml", ".jsonl", ".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".toml", ".jsonl", ".json", ".safetensors", ".html"}
     assert not [path for path in files if path.name.startswith(".")]
     assert newest_run(run.experiment.parent / "output") == run.folder
     assert not os.access(files[0], os.X_OK)

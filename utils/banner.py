@@ -44,6 +44,8 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
         *_ema_rows(experiment),
         *_stage_rows(experiment),
         ("images", f"{dataset.num_images} ({len(dataset.examples)} examples; by bucket {', '.join(shown)})"),
+        *_eval_rows(experiment),
+        ("objective", "; ".join(f"{name} {value}" for name, value in objective_rows(config.objective))),
         (
             "global batch",
             f"{experiment.global_batch} = {pipeline.micro_batch_size_per_gpu} a micro-batch "

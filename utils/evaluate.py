@@ -131,8 +131,9 @@ class Evaluation:
         """The loss of every entry, (N,) float64, on every rank."""
         own: dict[int, float] = {}
         is_main = distributed.world().is_main
+        seconds = bar_seconds()
         with tqdm(
-            total=len(self._panel), desc="evaluating", leave=False, disable=not is_main, mininterval=bar_seconds()
+            total=len(self._panel), desc="evaluating", leave=False, delay=2, disable=not is_main, mininterval=seconds
         ) as bar:
             for batches in self._rounds:
                 own.update(self._measure_round(batches))

@@ -72,12 +72,12 @@ def noise_of(entry: PanelEntry, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def fingerprint(panel: Sequence[PanelEntry]) -> str:
-    """Twelve hexadecimal digits of what is measured: names, captions, crops, times. Where pictures lie does not count."""
+    """Twelve hexadecimal digits of what is measured: names, captions, crops, masked or not, times; not where files lie."""
     digest = hashlib.blake2b(digest_size=6)
     for entry in panel:
         example = entry.example
-        what = (entry.set_name, example.key, example.caption, example.box.key(), entry.repeat, entry.t, entry.sigma)
-        digest.update(repr(what).encode())
+        picture = (entry.set_name, example.key, example.caption, example.box.key(), example.mask is not None)
+        digest.update(repr((picture, entry.repeat, entry.t, entry.sigma)).encode())
     return digest.hexdigest()
 
 

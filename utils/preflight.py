@@ -22,7 +22,7 @@ from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml,
 from utils.config.prompt_list import Prompt, prompt_problems, read_prompts
 from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
-from utils.data.dataset import Dataset, Example, hold_out, resolution_problems, scan
+from utils.data.dataset import Dataset, Example, directory_problems, hold_out, resolution_problems, scan
 from utils.distributed import World
 from utils.export import export_problems
 from utils.lora import AdapterPlan
@@ -101,7 +101,8 @@ def prepare(
     _check_averages(config, problems)
     prompts = _read_prompts(config, problems)
     adapter = _open_model(config, problems)
-    dataset, eval_sets, bounds, plan, start = Dataset([], [], []), {}, [0, 1], None, None
+    dataset, bounds, plan, start = Dataset([], [], []), [0, 1], None, None
+    eval_sets: dict[str, list[Example]] = {}
     if adapter is not None:
         dataset, eval_sets = _open_datasets(config, adapter, problems)
         bounds = _check_bounds(config, adapter, num_stages, problems)
@@ -150,12 +151,7 @@ def _check_folders(config: Config, problems: list[Problem]) -> None:
 
 def _check_directories(config: Config, problems: list[Problem]) -> None:
     for path, table in config.dataset_files().items():
-        for index, entry in enumerate(table.directory):
-            for key, folder in (("path", entry.path), ("mask_path", entry.mask_path)):
-                if folder is not None and not folder.is_dir():
-                    problems.append(Problem(path, f"directory[{index}].{key}", f"{folder} is not a folder"))
-            if entry.mask_path is not None and entry.mask_path.resolve() == entry.path.resolve():
-                problems.append(Problem(path, f"directory[{index}].mask_path", "must be another folder than path"))
+        problems += [Problem(path, key, text) for key, text in directory_problems(table)]
 
 
 def _check_averages(config: Config, problems: list[Problem]) -> None:
@@ -217,6 +213,10 @@ def _open_datasets(
     for name in config.eval_sets:
         found = _open_dataset(*config.dataset_of(name), adapter, problems, prefix=f"eval/{name}/")
         eval_sets[name] = found.examples
+        trained = {example.image.resolve() for example in dataset.examples}
+        both = {example.image.resolve() for example in found.examples} & trained
+        if both:
+            dataset.warnings.append(f"{len(both)} pictures of the evaluation set {name!r} are trained on too")
         dataset.warnings.extend(found.warnings)
     return dataset, eval_sets
 
@@ -224,7 +224,7 @@ def _open_datasets(
 def _open_dataset(
     path: Path, table: DatasetConfig, adapter: ModelAdapter, problems: list[Problem], *, prefix: str = ""
 ) -> Dataset:
-    missing = [entry.path for entry in table.directory if not entry.path.is_dir()]
+    missing = directory_problems(table)
     found = [Problem(path, key, text) for key, text in resolution_problems(table, adapter.latent)]
     if found:
         problems += found

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "w": ("width", int),
-    "h": ("height", int),
-    "d": ("seed", int),
-    "s": ("steps", int),
-    "l": ("cfg", float),
-    "n": ("negative_prompt", str),
+
+@dataclass(frozen=True)
+class Flag:
+    """What stands behind two dashes."""
+
+    key: str
+    """Of a prompt's table."""
+    pattern: re.Pattern[str]
+    read: Callable[[str], Any]
+    allowed: str
+    """In words: what the pattern matches."""
+
+
+_WHOLE = (re.compile(r"[+-]?[0-9]+"), int, "a whole number")
+_NUMBER = (re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)"), float, "a number")
+_TEXT = (re.compile(r".+", re.DOTALL), str, "a text")
+FLAGS = {
+    "w": Flag("width", *_WHOLE),
+    "h": Flag("height", *_WHOLE),
+    "d": Flag("seed", *_WHOLE),
+    "s": Flag("steps", *_WHOLE),
+    "l": Flag("cfg", *_NUMBER),
+    "n": Flag("negative_prompt", *_TEXT),
 }
-"""Flag -> key of a prompt's table, and its type."""
+_BEFORE_FLAG = re.compile(r"(?:^|\s)--")
 
 
 def parse_prompt(line: str) -> dict[str, Any]:
-    """A prompt with its flags as a prompt's table. Raises ValueError saying which flag is wrong and which there are."""
-    prompt, *parts = line.split(" --")
+    """A prompt with its flags, in any order and in either case, as a prompt's table; the prompt may be empty.
+
+    Ranges are not checked here. Raises ValueError saying which flag is wrong and what is allowed.
+    """
+    prompt, *parts = _BEFORE_FLAG.split(line)
     table: dict[str, Any] = {"prompt": prompt.strip()}
     for part in parts:
-        flag, _, value = part.strip().partition(" ")
-        if flag not in FLAGS:
-            raise ValueError(f"unknown flag --{flag}; there are {', '.join(f'--{name}' for name in FLAGS)}")
-        key, kind = FLAGS[flag]
-        if key in table:
-            raise ValueError(f"--{flag} is given twice")
-        try:
-            table[key] = kind(value.strip())
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"--{flag} {value.strip()}: must be {what}, the {key}") from None
+        name, _, value = part.strip().partition(" ")
+        flag, value = FLAGS.get(name.lower()), value.strip()
+        if flag is None:
+            raise ValueError(f"unknown flag --{name}; there are {_known_flags()}")
+        if flag.key in table:
+            raise ValueError(f"--{name} is given twice")
+        if not flag.pattern.fullmatch(value):
+            raise ValueError(f"{f'--{name} {value}'.strip()}: must be {flag.allowed}, the {flag.key}")
+        table[flag.key] = flag.read(value)
     return table
+
+
+def _known_flags() -> str:
+    return ", ".join(f"--{name} ({flag.key})" for name, flag in FLAGS.items())

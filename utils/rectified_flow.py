@@ -68,18 +68,3 @@ def penalty(error: Tensor, loss_type: LossType, huber_c: float) -> Tensor:
         return error.square()
     distance = (error.square() + huber_c**2).sqrt() - huber_c
     return 2 * (huber_c * distance if loss_type == "huber" else distance)
-
-
-def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
-    """num_steps + 1 values of sigma from 1 to 0, evenly spaced in t before the shift; float64."""
-    return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
-
-
-def euler_step(latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """Follow the velocity from sigma to next_sigma in a straight line."""
-    return latents + (next_sigma - sigma) * velocity
-
-
-def guide(conditional: Tensor, unconditional: Tensor, cfg: float) -> Tensor:
-    """Classifier-free guidance: cfg 1 is the conditional velocity alone (arXiv 2207.12598)."""
-    return unconditional + cfg * (conditional - unconditional)

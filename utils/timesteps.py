@@ -69,7 +69,7 @@ class Weighting:
 
 
 def _logit_normal(t: Tensor, mean: float, std: float) -> Tensor:
-    """The density of t whose logit is normal. 1/(t (1 - t)) grows, the exponential falls faster: the limit at 0 and 1 is 0."""
+    """The density of t whose logit is normal; 0 at 0 and 1, where the exponential falls faster than 1/(t (1 - t)) grows."""
     inside = t.clamp(torch.finfo(t.dtype).tiny, 1 - torch.finfo(t.dtype).eps / 2)
     logit = torch.log(inside) - torch.log1p(-inside)
     exponent = -((logit - mean) ** 2) / (2 * std**2) - torch.log(inside) - torch.log1p(-inside)
@@ -115,15 +115,13 @@ class Density:
             return math.pi / 2 / (1 + torch.sin(math.pi * u))
         return torch.ones_like(u)
 
-    def uniform_of(self, t: float) -> float:
-        """Distribution function: the u whose time is t, by bisection."""
-        low, high = 0.0, 1.0
+    def uniform_of(self, t: Tensor) -> Tensor:
+        """Distribution function: the u whose time is t, by bisection; (N,) float64."""
+        low, high = torch.zeros_like(t), torch.ones_like(t)
         for _ in range(80):
             middle = (low + high) / 2
-            if float(self.time(torch.tensor(middle, dtype=torch.float64))) < t:
-                low = middle
-            else:
-                high = middle
+            is_low = self.time(middle) < t
+            low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
         return (low + high) / 2
 
 
@@ -140,8 +138,8 @@ class TimeSampler:
         """`weight` takes t and gives w, both (N,) float64. Raises ValueError where nothing could be drawn."""
         self._density, self._weight = density, weight
         self._bounds = (min_t, max_t)
-        self._low = density.uniform_of(min_t) if min_t > 0 else 0.0
-        self._high = density.uniform_of(max_t) if max_t < 1 else 1.0
+        low, high = density.uniform_of(torch.tensor([min_t, max_t], dtype=torch.float64)).tolist()
+        self._low, self._high = low if min_t > 0 else 0.0, high if max_t < 1 else 1.0
         if not self._high - self._low > _SMALLEST_SHARE:
             raise ValueError("the density is zero everywhere between min_t and max_t")
         self.mean_weight = 1.0
@@ -172,23 +170,20 @@ class TimeSampler:
         """t (N,) float64 of uniform numbers u (N,) in (0, 1)."""
         return self._density.time(self._uniform(self._share(u))).clamp(*self._bounds)
 
-    def share_below(self, t: float) -> float:
-        """Distribution function of q: the share of draws below t."""
-        low, high = self._bounds
-        if not low < t < high:
-            return float(t >= high)
+    def share_below(self, t: Tensor) -> Tensor:
+        """Distribution function of q: the share of draws below t; (N,) float64."""
         share = (self._density.uniform_of(t) - self._low) / (self._high - self._low)
-        if self._weight is None:
-            return share
-        return float(_interpolate(torch.tensor([share], dtype=torch.float64), self._shares, self._mass)) / self.mean_weight
+        if self._weight is not None:
+            share = _interpolate(share.clamp(0, 1), self._shares, self._mass) / self.mean_weight
+        low, high = self._bounds
+        return torch.where(t <= low, 0.0, torch.where(t >= high, 1.0, share))
 
     def bin_shares(self, num_bins: int) -> Tensor:
         """The share of draws in each of num_bins equal parts of [0, 1]: (num_bins,), for histograms; sums to 1."""
-        below = [self.share_below(edge / num_bins) for edge in range(num_bins + 1)]
-        return torch.tensor(below, dtype=torch.float64).diff()
+        return self.share_below(torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)).diff()
 
     def density_nodes(self, num_nodes: int) -> tuple[Tensor, Tensor]:
-        """(t, q(t)) at rising times, for plots: as many where p draws as where q does. q may be infinite at single points."""
+        """(t, q(t)) at rising t, for plots: as many where p draws as where q does. q may be infinite at single points."""
         margin = 1e-6
         even = torch.linspace(margin, 1 - margin, num_nodes, dtype=torch.float64)
         u = self._uniform(torch.cat([even, self._share(even)]).unique())

@@ -95,6 +95,7 @@ class SD3Adapter(ModelAdapter):
             cost=layer_cost(self.config, index),
             shapes=network.layer_shapes(index, self.settings.context_length),
             build=partial(network.load_layer, index, self.settings.context_length, self.settings.torch_dtype),
+            block=self.block_of(prefix),
         )
 
     def describe(self) -> str:
@@ -115,8 +116,8 @@ class SD3Adapter(ModelAdapter):
     def velocity(self, output: Tensor, height: int, width: int) -> Tensor:
         return unpatchify(output, height, width, self.config.patch_size)
 
-    def load_decoder(self, device: torch.device) -> DecodeFunction:
-        return vae.load_decoder(self.vae_part, device)
+    def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
+        return vae.load_decoder(self.vae_part, device, tile_pixels)
 
     # --- public files ------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.base import BlockLayer
 from models.sd3.mmdit import Embedders, FinalLayer, JointBlock, MMDiTConfig
 
 LAYER_LIST_VERSION = 1
@@ -37,14 +38,16 @@ class EmbedLayer(Embedders):
         return pack(*self.embed(*inputs))
 
 
-class JointBlockLayer(JointBlock):
-    """packed -> packed; the last block's result has no text tokens."""
+class JointBlockLayer(JointBlock, BlockLayer):
+    """packed -> packed; the last block's result has no text tokens, so it cannot be skipped."""
 
     def __init__(self, config: MMDiTConfig, index: int, context_length: int) -> None:
         super().__init__(config, index)
         self.context_length = context_length
 
     def forward(self, packed: Tensor) -> Tensor:
+        if self.skipped:
+            return packed
         tokens, context, conditioning = unpack(packed, self.context_length)
         return pack(*self.mix(tokens, context, conditioning), conditioning)
 

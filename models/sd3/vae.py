@@ -22,6 +22,7 @@ from models.tensor_files import shape_problems
 SPATIAL_DOWNSCALE = 8
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 NATIVE_NORM_GROUPS = 32
+TILE_OVERLAP = 0.25
 Shape = tuple[int, ...]
 
 
@@ -55,9 +56,17 @@ class SD3ImageEncoder(FrozenEncoder):
         return encode
 
 
-def load_decoder(part: Part, device: torch.device) -> DecodeFunction:
-    """Read the decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU."""
+def load_decoder(part: Part, device: torch.device, tile_pixels: int) -> DecodeFunction:
+    """Read the decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU.
+
+    Pictures with a side longer than `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of it, as diffusers
+    does it: each tile has a norm and an attention of its own, and they are blended over a quarter of their side.
+    """
     autoencoder = _load_autoencoder(part, device)
+    autoencoder.enable_tiling()
+    autoencoder.tile_overlap_factor = TILE_OVERLAP
+    autoencoder.tile_sample_min_size = tile_pixels
+    autoencoder.tile_latent_min_size = tile_pixels // SPATIAL_DOWNSCALE
     shift, scale = autoencoder.config.shift_factor or 0.0, autoencoder.config.scaling_factor
 
     @torch.no_grad()

@@ -44,7 +44,13 @@ def train(name: str, keys: list[str], num_steps: int, folder: Path) -> Path:
     """One run over two stages; returns its folder."""
     settings = ["objective.timestep_sampling=sigma", *(f"objective.{key}" for key in keys)]
     settings += [f"output_dir={folder}", f"max_steps={num_steps}", "save.checkpoint_every_n_steps=100000"]
-    settings += ["sampling.prompts=[]", "eval.holdout_images=32", "eval.batch_size=16", "monitoring.tensorboard=false"]
+    settings += [
+        "pipeline.gradient_accumulation_steps=2",
+        "sampling.prompts=[]",
+        "eval.holdout_images=32",
+        "eval.batch_size=16",
+        "monitoring.tensorboard=false",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py", "--config", CONFIG]
     for setting in settings:
         command += ["--set", setting]

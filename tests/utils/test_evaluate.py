@@ -132,6 +132,7 @@ def test_fingerprint_tells_what_is_measured(examples: list[Example]) -> None:
         fingerprint(panel_of([*examples[1:], first])),
         fingerprint(panel_of([replace(first, caption="another"), *examples[1:]])),
         fingerprint(panel_of([replace(first, box=examples[-1].box), *examples[1:]])),
+        fingerprint(panel_of([replace(first, mask=Path("mask.png")), *examples[1:]])),
         fingerprint(panel_of(examples, num_bands=3)),
         fingerprint(panel_of(examples, seed=SEED + 1)),
         fingerprint(make_panel({"holdout": examples}, NUM_BANDS, SEED, lambda _: 3.0)),

@@ -44,7 +44,9 @@ def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Probl
     set_keys = tuple(text.partition("=")[0].strip() for text in overrides)
     return [
         problem
-        if not problem.key or problem.file.suffix != ".toml" or f"{problem.key}.".startswith(tuple(f"{key}." for key in set_keys))
+        if not problem.key
+        or problem.file.suffix != ".toml"
+        or f"{problem.key}.".startswith(tuple(f"{key}." for key in set_keys))
         else replace(problem, line=line_of(problem.file, problem.key))
         for problem in problems
     ]

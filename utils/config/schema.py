@@ -315,7 +315,9 @@ class SamplingConfig(Table):
     seed: Int = Field(0, ge=0, description="Each prompt without a seed of its own has this plus its place in the list.")
     batch_size: Int = Field(4, ge=1, description="Pictures drawn at once.")
     decode_tile_pixels: Int = Field(
-        1024, ge=64, description="Larger pictures are decoded in tiles of this side that overlap by a quarter, to save memory."
+        1024,
+        ge=64,
+        description="Larger pictures are decoded in tiles of this side that overlap by a quarter, to save memory.",
     )
     weights: TrainedWeights = Field("last", description="`last`: as they are in training. `ema`: their average, of `[ema]`.")
 

@@ -69,6 +69,18 @@ def resolution_problems(config: DatasetConfig, latent: LatentSpec) -> list[tuple
     return problems
 
 
+def directory_problems(config: DatasetConfig) -> list[tuple[str, str]]:
+    """Folders that are not there or are given twice, as (key, message)."""
+    problems = []
+    for index, entry in enumerate(config.directory):
+        for key, folder in (("path", entry.path), ("mask_path", entry.mask_path)):
+            if folder is not None and not folder.is_dir():
+                problems.append((f"directory[{index}].{key}", f"{folder} is not a folder"))
+        if entry.mask_path is not None and entry.mask_path.resolve() == entry.path.resolve():
+            problems.append((f"directory[{index}].mask_path", "must be another folder than path"))
+    return problems
+
+
 def dataset_buckets(config: DatasetConfig, resolution: int, multiple: int) -> list[Bucket]:
     """The buckets of one resolution."""
     num_buckets = config.num_ar_buckets if config.enable_ar_bucket else 1

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.base import PipelineLayer
+from models.base import BlockLayer, PipelineLayer
 import utils.distributed  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
 import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -186,22 +186,57 @@ class Pipeline:
             update_ema(self._engine.optimizer, ema_decay)
         return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
 
-    def predict(self, inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor] | None:
-        """The last layer's output of each micro-batch of equal shape, without gradients; None off the last stage."""
+    def predict(
+        self, inputs: Sequence[tuple[Tensor, ...]], skipped_blocks: frozenset[int] = frozenset()
+    ) -> list[Tensor] | None:
+        """The last layer's output of each micro-batch of equal shape, without gradients; None off the last stage.
+
+        Only the first stage looks at `inputs`, the others at how many there are. `skipped_blocks` are left out this time.
+        """
         self._engine.reset_activation_shape()
         self._engine.total_loss = None  # eval_batch adds to what the last training step left
         no_target = torch.empty(0)
-        outputs = self._engine.eval_batch(
-            iter([(entry, no_target) for entry in inputs]),
-            compute_loss=False,
-            reduce_output=None,
-            bcast_loss=False,
-            num_micro_batches=len(inputs),
-        )
+        with self._skipping(skipped_blocks):
+            outputs = self._engine.eval_batch(
+                iter([(entry, no_target) for entry in inputs]),
+                compute_loss=False,
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=len(inputs),
+            )
         self._engine.total_loss = None
         self._engine.fwd_outputs = []
         self._engine.reset_activation_shape()
         return outputs if self._engine.is_last_stage() else None
+
+    @contextlib.contextmanager
+    def _skipping(self, blocks: frozenset[int]) -> Iterator[None]:
+        """Each rank looks after its own layers; nobody else needs to know."""
+        chosen = [layer.module for layer in self.local_layers() if layer.layer.block in blocks]
+        skipped = [module for module in chosen if isinstance(module, BlockLayer)]
+        assert len(skipped) == len(chosen)
+        try:
+            for module in skipped:
+                module.skipped = True
+            yield
+        finally:
+            for module in skipped:
+                module.skipped = False
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """While it lasts, the network computes with the weights' average; afterwards, bit for bit with what it had.
+
+        For looking, not for training: in between, no step and no `write_states`. There must be an average, see
+        `read_weights`. The weights in use are always the optimizer's float32 ones, rounded, so no copy is kept.
+        """
+        with torch.no_grad():
+            for layer in self.local_layers():
+                for parameter in layer.trainable().values():
+                    parameter.copy_(read_weights(parameter, ema=True))
+        yield
+        # Not in a `finally`: ranks wait for each other in it, and where one has failed the others never come.
+        self._engine.optimizer.update_lp_params()
 
     def from_last_stage(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
         """The last stage's float32 tensor, on every rank of this replica."""

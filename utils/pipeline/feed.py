@@ -17,7 +17,7 @@ from models.base import ModelAdapter
 from utils import randomness, rectified_flow
 from utils.data.batches import BatchOrder, Visit
 from utils.data.precompute import EncodedData
-from utils.objective import NO_TARGET, LossTarget, NoiseLevel, Objective
+from utils.objective import NO_TARGET, NoiseLevel, Objective
 
 MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 EMPTY_CAPTION = ""
@@ -79,9 +79,7 @@ def drop_encoders(text: dict[str, Tensor], visit: Visit, objective: Objective, s
         for encoder in encoders
         if _uniform(visit, "encoder dropout", seed, encoder) < objective.encoder_dropout_rate(encoder)
     }
-    return {
-        name: torch.zeros_like(tensor) if name.partition(".")[0] in dropped else tensor for name, tensor in text.items()
-    }
+    return {name: torch.zeros_like(tensor) if name.partition(".")[0] in dropped else tensor for name, tensor in text.items()}
 
 
 class Feed:
@@ -129,14 +127,14 @@ class Feed:
                 [level.weight * visit.example.loss_weight for level, visit in zip(levels, visits, strict=True)]
             )
             velocity = rectified_flow.velocity_target(latents, noise)
-            target = objective.target(velocity, noisy, sigma, weight, self._mask(visits, tuple(latents.shape[-2:])))
+            target = objective.target(velocity, noisy, sigma, weight, self._mask(visits, latents.shape[-2:]))
         return inputs, target
 
     def _text(self, visit: Visit) -> dict[str, Tensor]:
         text = self._data.text(caption_of(visit, self._objective, self._seed))
         return drop_encoders(text, visit, self._objective, self._seed)
 
-    def _mask(self, visits: Sequence[Visit], size: tuple[int, int]) -> Tensor | None:
+    def _mask(self, visits: Sequence[Visit], size: torch.Size) -> Tensor | None:
         """(B, 1, H, W), ones for a picture without mask; None when none has one."""
         masks = [self._data.mask(visit.example, flipped=is_flipped(visit, self._seed)) for visit in visits]
         if all(mask is None for mask in masks):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.base import BlockLayer
 from models.sd3.layers import layer_cost, layer_prefix, make_layer, num_layers, pack, unpack
 from models.sd3.mmdit import MMDiT, unpatchify
 from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
+from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import CONTEXT_DIM, POOLED_DIM, tiny_shapes
 
 CONTEXT_LENGTH = 6
+TOLERANCE = 1e-5
 
 
 def make_inputs(height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,6 +54,40 @@ def test_layers_in_a_row_equal_the_whole_network(tiny_model: Path, dtype: torch.
         for layer in row_of_layers(tiny_model, dtype):
             value = layer(value)
     assert torch.equal(unpatchify(value, height, width, 2), expected)
+
+
+@pytest.mark.parametrize("skipped", [(0,), (1,), (0, 1)])
+def test_skipped_blocks_are_left_out_as_in_diffusers(tiny_model: Path, skipped: tuple[int, ...]) -> None:
+    """The blocks of skip-layer guidance, with and without a second attention."""
+    latents, timestep, context, pooled = inputs = make_inputs(4, 12, torch.float32)
+    file = tiny_model / "mmdit.safetensors"
+    reference = diffusers_network(NetworkFiles(open_file(file)).config, load_file(file))
+    with torch.no_grad():
+        expected = reference(latents, context, pooled, timestep, skip_layers=list(skipped), return_dict=False)[0]
+        whole = reference(latents, context, pooled, timestep, return_dict=False)[0]
+        for value, left_out in ((expected, skipped), (whole, ())):
+            assert relative_error(run(row_of_layers(tiny_model, torch.float32), inputs, left_out), value) <= TOLERANCE
+    assert relative_error(expected, whole) > 0.01
+
+
+def run(layers: list[nn.Module], inputs: tuple[Tensor, ...], skipped_blocks: tuple[int, ...]) -> Tensor:
+    value: Any = inputs
+    for index, layer in enumerate(layers):
+        if index - 1 in skipped_blocks:
+            assert isinstance(layer, BlockLayer)
+            layer.skipped = True
+        value = layer(value)
+    return unpatchify(value, *inputs[0].shape[-2:], 2)
+
+
+def test_blocks_are_not_skipped_unless_told(tiny_model: Path) -> None:
+    layers = row_of_layers(tiny_model, torch.float32)
+    blocks = [layer for layer in layers if isinstance(layer, BlockLayer)]
+    assert layers[1:-1] == blocks
+    assert not any(block.skipped for block in blocks)
+    blocks[0].skipped = True
+    assert not blocks[1].skipped
+    assert "skipped" not in blocks[0].state_dict()
 
 
 def test_gradients_through_layers_equal_the_whole_network(tiny_model: Path) -> None:

@@ -301,7 +301,7 @@ def test_latents_and_decoded_pictures_are_the_original_s(tiny_model: Path, writt
     (item,) = adapter.image_encoder.load(CPU)([picture])
     assert torch.equal(item["latents"], (mean - 0.0609) * 1.5305)
     expected = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    assert torch.equal(adapter.load_decoder(CPU)(latents), expected)
+    assert torch.equal(adapter.load_decoder(CPU, 1024)(latents), expected)
     assert len(expected.unique()) > 10
 
 

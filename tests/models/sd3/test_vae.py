@@ -71,7 +71,7 @@ def test_a_picture_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> N
 
 def test_decoded_pixels_are_the_inverse_chain(tiny_model: Path, autoencoder: Any) -> None:
     latents = torch.randn(2, 16, 2, 4, generator=torch.Generator().manual_seed(1))
-    pixels = vae.load_decoder(folder_part(tiny_model / "vae"), CPU)(latents)
+    pixels = vae.load_decoder(folder_part(tiny_model / "vae"), CPU, 1024)(latents)
     with torch.no_grad():
         expected = torch.cat([autoencoder.decode(sample[None] / SCALE + SHIFT).sample for sample in latents])
     assert pixels.dtype == torch.uint8
@@ -86,9 +86,47 @@ def test_decoder_saturates_instead_of_wrapping_round(tiny_model: Path, tmp_path:
     weights["decoder.conv_out.bias"] = torch.tensor([9.0, -9.0, 9.0])
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    pixels = vae.load_decoder(folder_part(folder), CPU)(torch.zeros(1, 16, 2, 2))
+    pixels = vae.load_decoder(folder_part(folder), CPU, 1024)(torch.zeros(1, 16, 2, 2))
     assert pixels[0, 0].unique().tolist() == [255]
     assert pixels[0, 1].unique().tolist() == [0]
+
+
+def smooth_latents(height: int, width: int) -> Tensor:
+    """As of a picture: neighbours are alike."""
+    coarse = torch.randn(1, NUM_CHANNELS, 3, 4, generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (8, 20), (20, 8), (9, 9)])
+def test_a_picture_decoded_in_tiles_is_near_to_the_whole_one(tiny_model: Path, height: int, width: int) -> None:
+    """Each tile has norms and an attention of its own; seams are blended. Measured: 0.8 to 2.3 of 255 on average."""
+    latents = smooth_latents(height, width)
+    whole, tiled = (vae.load_decoder(folder_part(tiny_model / "vae"), CPU, side)(latents).float() for side in (1024, 64))
+    assert tiled.shape == whole.shape == (1, 3, 8 * height, 8 * width)
+    difference = float((tiled - whole).abs().mean())
+    assert 0 < difference < 4
+    shifted = float((whole[..., 8:] - whole[..., :-8]).abs().mean())
+    assert difference < shifted / 4, "far less than a tile in the wrong place would make"
+
+
+def test_tiles_do_not_show_at_their_edges(tiny_model: Path) -> None:
+    """Steps between neighbouring pixels are no larger where tiles begin and end than elsewhere."""
+    tiled = vae.load_decoder(folder_part(tiny_model / "vae"), CPU, 64)(smooth_latents(20, 20))[0].float()
+    steps = tiled.diff(dim=2).abs().mean(dim=(0, 1))
+    edges = [position - 1 for start in range(0, 160, 48) for position in (start, start + 16) if 0 < position < 160]
+    assert float(steps[edges].max()) < 2 * float(steps.max())
+    assert float(steps[edges].mean()) < 1.5 * float(steps.mean())
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (2, 8), (4, 6)])
+def test_a_picture_no_larger_than_a_tile_is_decoded_whole(
+    tiny_model: Path, autoencoder: Any, height: int, width: int
+) -> None:
+    latents = smooth_latents(height, width)
+    with torch.no_grad():
+        expected = autoencoder.decode(latents / SCALE + SHIFT).sample
+    pixels = vae.load_decoder(folder_part(tiny_model / "vae"), CPU, 64)(latents)
+    assert torch.equal(pixels, ((expected + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
 def test_a_fitting_folder_has_no_problems(tiny_model: Path) -> None:
@@ -200,7 +238,7 @@ def test_an_old_folder_s_attention_names_are_read(tiny_model: Path, tmp_path: Pa
     save_file(tensors, path, {"format": "pt"})
     assert vae.check_part(folder_part(folder), NUM_CHANNELS) == []
     latents = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(0))
-    ours, original = (vae.load_decoder(folder_part(one), CPU)(latents) for one in (folder, tiny_model / "vae"))
+    ours, original = (vae.load_decoder(folder_part(one), CPU, 1024)(latents) for one in (folder, tiny_model / "vae"))
     assert torch.equal(ours, original)
 
 

@@ -14,6 +14,17 @@ from utils.data.buckets import Bucket, CropBox, crop_box
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, WHITE)
 """Top left, top right, bottom left, bottom right."""
+TURNS: dict[int, Image.Transpose | None] = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> how the camera turned what it saw before it stored it (each the inverse of what a viewer does)."""
 
 
 def quarters(width: int = 48, height: int = 32) -> Image.Image:
@@ -29,9 +40,23 @@ def noise(width: int = 200, height: int = 150) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8))
 
 
+def left_half(width: int = 48, height: int = 32) -> Image.Image:
+    """A mask: white, right half black."""
+    pixels = np.zeros((height, width), dtype=np.uint8)
+    pixels[:, : width // 2] = 255
+    return Image.fromarray(pixels)
+
+
 def save(picture: Image.Image, path: Path, **options: Any) -> Path:
     picture.save(path, **options)
     return path
+
+
+def save_turned(picture: Image.Image, path: Path, orientation: int, **options: Any) -> Path:
+    """Stored as a camera stores it that was held so; viewers show the picture upright."""
+    turn, exif = TURNS[orientation], Image.Exif()
+    exif[274] = orientation
+    return save(picture if turn is None else picture.transpose(turn), path, exif=exif, **options)
 
 
 def whole(width: int, height: int) -> CropBox:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 
 from models.base import LatentSpec
 from tests.tiny_model import make_tiny_dataset, write_picture
-from tests.utils.data.pictures import quarters, save
+from tests.utils.data.pictures import left_half, quarters, save
 from utils.config.schema import DatasetConfig
 from utils.data import dataset as dataset_module
 from utils.data.buckets import Bucket
-from utils.data.dataset import Dataset, read_caption, resolution_problems, scan
-from utils.data.images import BadFile
+from utils.data.dataset import Dataset, Example, hold_out, read_caption, resolution_problems, scan
+from utils.data.images import BadFile, read_size
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 
@@ -67,6 +68,20 @@ def test_keys_name_directory_file_and_resolution_and_nothing_of_the_machine(tiny
 def test_keys_survive_moving_the_folder(tiny_dataset: Path, tmp_path: Path) -> None:
     moved = make_tiny_dataset(tmp_path / "moved")
     assert [e.key for e in scan_folders(moved).examples] == [e.key for e in scan_folders(tiny_dataset).examples]
+
+
+def test_a_prefix_keeps_the_keys_of_several_datasets_apart(tiny_dataset: Path) -> None:
+    config = config_of(tiny_dataset, resolutions=[32, 64])
+    plain, prefixed = (scan(config, LATENT.pixel_multiple, prefix=prefix).examples for prefix in ("", "eval/faces/"))
+    assert [example.key for example in prefixed] == [f"eval/faces/{example.key}" for example in plain]
+
+
+def test_weight_and_flip_belong_to_their_directory(tiny_dataset: Path, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    directories = [{"path": tiny_dataset}, {"path": tmp_path, "loss_weight": 0.5, "horizontal_flip": True}]
+    found = scan_folders(directory=directories).examples
+    assert {(example.loss_weight, example.may_flip, example.mask) for example in found[:12]} == {(1.0, False, None)}
+    assert [(example.loss_weight, example.may_flip) for example in found[12:]] == [(0.5, True)]
 
 
 def test_repeats_belong_to_their_directory(tiny_dataset: Path, tmp_path: Path) -> None:
@@ -198,6 +213,173 @@ def test_a_long_list_of_names_is_cut_and_says_so(tmp_path: Path) -> None:
         (tmp_path / f"{index}.md").write_text("")
     warning = scan_folders(tmp_path).warnings[0]
     assert warning.endswith("0.md, 1.md, 2.md, 3.md, 4.md and 4 more")
+
+
+# --- masks -------------------------------------------------------------------------------------------------------------
+
+
+def make_masked(folder: Path, num_images: int = 3) -> tuple[Path, Path]:
+    """Folders of pictures and of their masks, beside each other."""
+    pictures, masks = make_tiny_dataset(folder / "pictures", num_images), folder / "masks"
+    masks.mkdir()
+    for index, image in enumerate(sorted(pictures.glob("*.png"))):
+        width, height = read_size(image)
+        save(left_half(width, height), masks / f"{image.stem}{('.png', '.jpg')[index % 2]}")
+    return pictures, masks
+
+
+def scan_masked(pictures: Path, masks: Path, **changes: Any) -> Dataset:
+    return scan_folders(**{"directory": [{"path": pictures, "mask_path": masks}], **changes})
+
+
+def test_every_picture_has_the_mask_of_its_name_at_every_size(tmp_path: Path) -> None:
+    pictures, masks = make_masked(tmp_path)
+    found = scan_masked(pictures, masks, resolutions=[32, 64])
+    assert found.bad_files == []
+    assert len(found.examples) == 6
+    for example in found.examples:
+        assert example.mask is not None
+        assert example.mask.parent == masks
+        assert example.mask.stem == example.image.stem
+
+
+def test_a_mask_changes_neither_key_nor_crop(tmp_path: Path) -> None:
+    """What is drawn for a picture, and its place in the cache, do not depend on it."""
+    pictures, masks = make_masked(tmp_path)
+    plain, masked = scan_folders(pictures).examples, scan_masked(pictures, masks).examples
+    assert [(example.key, example.box) for example in plain] == [(example.key, example.box) for example in masked]
+
+
+def test_a_picture_without_a_mask_is_bad_and_the_others_are_used(tmp_path: Path) -> None:
+    pictures, masks = make_masked(tmp_path)
+    (masks / "picture_001.jpg").unlink()
+    found = scan_masked(pictures, masks)
+    (bad,) = found.bad_files
+    assert bad.path == pictures / "picture_001.png"
+    assert bad.reason.startswith("has no mask")
+    assert [example.image.stem for example in found.examples] == ["picture_000", "picture_002"]
+
+
+def test_a_mask_of_another_shape_is_bad(tmp_path: Path) -> None:
+    pictures, masks = make_masked(tmp_path)
+    wrong = save(left_half(64, 64), masks / "picture_001.jpg")
+    (bad,) = scan_masked(pictures, masks).bad_files
+    assert (bad.path, bad.reason) == (wrong, "is 64x64 pixels, its picture picture_001.png 64x32: not the same shape")
+
+
+def test_files_that_are_no_mask_are_named(tmp_path: Path) -> None:
+    pictures, masks = make_masked(tmp_path)
+    assert not any("mask" in text for text in scan_masked(pictures, masks).warnings)
+    save(left_half(), masks / "gone.png")
+    (masks / "notes.txt").write_text("")
+    (masks / ".hidden").write_text("")
+    (warning,) = [text for text in scan_masked(pictures, masks).warnings if "mask" in text]
+    assert warning == f"{masks}: 2 files are no mask of a picture: gone.png, notes.txt"
+
+
+def test_directories_may_share_a_folder_of_masks(tmp_path: Path) -> None:
+    pictures, masks = make_masked(tmp_path)
+    more = tmp_path / "more"
+    more.mkdir()
+    for suffix in (".png", ".txt"):
+        (pictures / f"picture_002{suffix}").rename(more / f"picture_002{suffix}")
+    found = scan_folders(directory=[{"path": path, "mask_path": masks} for path in (pictures, more)])
+    assert (len(found.examples), found.bad_files) == (3, [])
+    assert not any("mask" in text for text in found.warnings)
+
+
+def test_masks_in_a_folder_inside_are_not_warned_of(tmp_path: Path) -> None:
+    pictures, masks = make_masked(tmp_path)
+    masks.rename(pictures / "masks")
+    (pictures / "other").mkdir()
+    found = scan_masked(pictures, pictures / "masks")
+    assert len(found.examples) == 3
+    assert [text for text in found.warnings if "looked into" in text] == [
+        f"{pictures}: folders in it are not looked into: other"
+    ]
+
+
+def test_a_missing_folder_of_masks_and_the_pictures_own_are_passed_over(tmp_path: Path) -> None:
+    """They are refused before, as missing folders are; a picture is never taken for its own mask."""
+    pictures, _ = make_masked(tmp_path)
+    (tmp_path / "link").symlink_to(pictures)
+    for masks in (tmp_path / "none", pictures, tmp_path / "link"):
+        found = scan_masked(pictures, masks)
+        assert (found.examples, found.bad_files) == ([], [])
+
+
+# --- held out ----------------------------------------------------------------------------------------------------------
+
+
+def images(examples: Sequence[Example]) -> set[str]:
+    return {example.image.name for example in examples}
+
+
+def test_held_out_pictures_are_never_trained_on_at_any_size(tiny_dataset: Path) -> None:
+    examples = scan_folders(tiny_dataset, resolutions=[32, 64]).examples
+    training, held_out = hold_out(examples, 3, seed=0)
+    assert len(images(held_out)) == 3
+    assert images(training) | images(held_out) == images(examples)
+    assert not images(training) & images(held_out)
+    assert len(held_out) == 2 * 3
+    for part in (training, held_out):
+        assert [example for example in examples if example in part] == part, "in their order"
+
+
+def test_a_picture_of_two_directories_is_in_one_part(tiny_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tiny_dataset)
+    training, held_out = hold_out(scan_folders(tiny_dataset, tmp_path / "link").examples, 4, seed=0)
+    assert not images(training) & images(held_out)
+    assert len(held_out) == 2 * 4
+    alone, _ = hold_out(scan_folders(tiny_dataset).examples, 4, seed=0)
+    assert images(alone) == images(training), "a second name of a picture changes no choice"
+
+
+def test_the_choice_is_a_function_of_the_seed(tiny_dataset: Path) -> None:
+    examples = scan_folders(tiny_dataset).examples
+    choices = [frozenset(images(hold_out(examples, 4, seed)[1])) for seed in (0, 0, 1, 2, 3)]
+    assert choices[0] == choices[1]
+    assert len(set(choices)) > 2
+    assert images(hold_out(examples[::-1], 4, 0)[1]) == choices[0]
+
+
+def test_sizes_and_more_held_out_pictures_leave_the_first_choice(tiny_dataset: Path) -> None:
+    few, more = (images(hold_out(scan_folders(tiny_dataset).examples, count, 5)[1]) for count in (3, 6))
+    assert few < more
+    assert images(hold_out(scan_folders(tiny_dataset, resolutions=[64]).examples, 3, 5)[1]) == few
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_picture_that_comes_or_goes_changes_one_choice_at_most(tiny_dataset: Path, seed: int) -> None:
+    examples = scan_folders(tiny_dataset).examples
+    all_chosen = images(hold_out(examples, 4, seed)[1])
+    for gone in examples:
+        chosen = images(hold_out([example for example in examples if example is not gone], 4, seed)[1])
+        if gone.image.name in all_chosen:
+            assert len(all_chosen - chosen) == 1
+        else:
+            assert chosen == all_chosen
+
+
+def test_held_out_pictures_are_not_mirrored(tiny_dataset: Path) -> None:
+    found = scan_folders(directory=[{"path": tiny_dataset, "horizontal_flip": True, "loss_weight": 2.0}])
+    training, held_out = hold_out(found.examples, 4, seed=0)
+    assert {example.may_flip for example in training} == {True}
+    assert {(example.may_flip, example.loss_weight) for example in held_out} == {(False, 2.0)}
+
+
+def test_holding_out_nothing_leaves_everything(tiny_dataset: Path) -> None:
+    examples = scan_folders(tiny_dataset).examples
+    assert hold_out(examples, 0, seed=0) == (examples, [])
+
+
+@pytest.mark.parametrize("num_images", [12, 13])
+def test_something_must_be_left_to_train_on(tiny_dataset: Path, num_images: int) -> None:
+    examples = scan_folders(tiny_dataset, resolutions=[32, 64]).examples
+    with pytest.raises(ValueError, match="of 12 pictures none would be left to train on"):
+        hold_out(examples, num_images, seed=0)
+    training, _ = hold_out(examples, 11, seed=0)
+    assert len(images(training)) == 1
 
 
 # --- resolutions -------------------------------------------------------------------------------------------------------

@@ -10,21 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from tests.utils.data.pictures import QUARTERS, RED, WHITE, corners, noise, quarters, save, whole
+from tests.utils.data.pictures import QUARTERS, RED, TURNS, WHITE, corners, noise, quarters, save, save_turned, whole
 from utils.data.buckets import Bucket, crop_box
 from utils.data.images import BadFile, read_pixels, read_size
-
-TURNS: dict[int, Image.Transpose | None] = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-"""EXIF orientation -> how the camera turned what it saw before it stored it (each the inverse of what a viewer does)."""
 
 
 def near(colours: list[tuple[int, ...]], expected: tuple[tuple[int, ...], ...], tolerance: int = 6) -> bool:
@@ -37,12 +25,8 @@ def near(colours: list[tuple[int, ...]], expected: tuple[tuple[int, ...], ...], 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_exif_orientation_is_undone(tmp_path: Path, orientation: int, suffix: str) -> None:
-    turn = TURNS[orientation]
-    stored = quarters() if turn is None else quarters().transpose(turn)
-    exif = Image.Exif()
-    exif[274] = orientation
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
-    path = save(stored, tmp_path / f"turned.{suffix}", exif=exif, **options)
+    path = save_turned(quarters(), tmp_path / f"turned.{suffix}", orientation, **options)
     assert read_size(path) == (48, 32)
     assert near(corners(read_pixels(path, whole(48, 32))), QUARTERS)
 
@@ -181,6 +165,18 @@ def test_turned_pictures_are_cropped_as_they_are_looked_at(tmp_path: Path) -> No
     pixels = read_pixels(path, replace(whole(48, 32), bucket=Bucket(16, 16)))
     assert pixels.unique(dim=1).shape[1] == 1
     assert tuple(pixels[:, 0, 0].tolist()) == RED
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(48, 16), Bucket(16, 48)])
+def test_a_mirrored_picture_is_the_exact_mirror_image_of_its_crop(tmp_path: Path, orientation: int, bucket: Bucket) -> None:
+    """Also where the crop is half a pixel off the middle: a mask is mirrored after its crop."""
+    path = save_turned(noise(67, 41), tmp_path / "noise.png", orientation)
+    box = crop_box(67, 41, bucket)
+    plain, mirrored = read_pixels(path, box), read_pixels(path, box, mirrored=True)
+    assert torch.equal(mirrored, plain.flip(-1))
+    assert mirrored.is_contiguous()
+    assert not torch.equal(mirrored, plain)
 
 
 # --- broken files ------------------------------------------------------------------------------------------------------

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
-from models.base import EncodedItem, EncodeFunction, FrozenEncoder
+from models.base import EncodedItem, EncodeFunction, FrozenEncoder, LatentSpec
 from tests.tiny_model import make_tiny_dataset, write_picture
-from tests.utils.data.pictures import noise, save
+from tests.utils.data.pictures import left_half, noise, save
 from utils.config.schema import DatasetConfig
-from utils.data.cache import ShardWriter
+from utils.data.cache import FileHashes, ShardWriter, Store, content_key
 from utils.data.dataset import Dataset, Example, scan
-from utils.data.images import BadFile
-from utils.data.precompute import EncodedData, cache_dataset
+from utils.data.images import BadFile, read_mask, read_pixels, read_size
+from utils.data.precompute import EncodedData, cache_dataset, make_plan
 
 CPU = torch.device("cpu")
 
@@ -60,6 +62,8 @@ class CountingEncoder(FrozenEncoder):
 
 class Adapter:
     """As much of a model family as the caching pass asks for."""
+
+    latent = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         weights = folder / "weights.safetensors"
@@ -282,3 +286,206 @@ def test_an_encoder_that_fails_keeps_what_was_written_before(workshop: Workshop,
     adapter = Adapter(workshop.folder)
     workshop.run(adapter)
     assert adapter.counts == (2, 5, 5)
+
+
+def test_a_file_s_place_in_the_cache_stays_what_it_was(workshop: Workshop) -> None:
+    """Else every cache there is would be encoded anew: the keys of pictures that are not mirrored, and their folder."""
+    examples = workshop.examples(directory=[{"path": workshop.pictures, "horizontal_flip": True}])
+    plan = make_plan(Adapter(workshop.folder), examples, [], workshop.folder / "cache")  # type: ignore[arg-type]
+    hashes = FileHashes(workshop.folder / "cache" / "files.json")
+    for example in examples:
+        content = hashes.hash_of(example.image)
+        assert plan.images.keys[example.key] == content_key(content, example.box.key(), "pixels 1")
+    weights = hashes.hash_of(workshop.folder / "weights.safetensors")
+    identity = content_key("vae", "dtype=float32", "num_tokens=8", f"weights.safetensors:{weights}")
+    assert plan.images.folder == workshop.folder / "cache" / f"vae-{identity[:16]}"
+
+
+# --- mirrored pictures -------------------------------------------------------------------------------------------------
+
+
+class KeepsPixels(CountingEncoder):
+    """Latents that are the picture."""
+
+    def value(self, item: Any) -> EncodedItem:
+        return {"latents": item.float()}
+
+
+def with_flips(workshop: Workshop) -> dict[str, Any]:
+    return {"directory": [{"path": workshop.pictures, "horizontal_flip": True}]}
+
+
+def test_mirrored_latents_are_the_mirrored_picture_encoded(workshop: Workshop) -> None:
+    """Not mirrored latents: an autoencoder does not make the one of the other."""
+    adapter = Adapter(workshop.folder)
+    adapter.image_encoder = KeepsPixels("vae", adapter.image_encoder.files)
+    data, bad = workshop.run(adapter, **with_flips(workshop))
+    assert bad == []
+    assert adapter.counts == (8, 5, 5)
+    for example in workshop.examples():
+        plain, mirrored = data.latents(example), data.latents(example, flipped=True)
+        assert torch.equal(plain, read_pixels(example.image, example.box).float())
+        assert torch.equal(mirrored, plain.flip(-1))
+    assert any(not torch.equal(data.latents(e), data.latents(e, flipped=True)) for e in workshop.examples())
+
+
+def test_asking_for_flips_later_encodes_the_mirrored_pictures_only(workshop: Workshop) -> None:
+    workshop.encode()
+    adapter = Adapter(workshop.folder)
+    workshop.run(adapter, **with_flips(workshop))
+    assert adapter.counts == (4, 0, 0)
+    assert workshop.encode() == (0, 0, 0)
+
+
+def test_only_pictures_that_may_be_flipped_have_a_mirrored_variant(workshop: Workshop) -> None:
+    data, _ = workshop.run(Adapter(workshop.folder))
+    with pytest.raises(KeyError):
+        data.latents(workshop.examples()[0], flipped=True)
+
+
+def test_a_picture_in_training_and_evaluation_is_encoded_once(workshop: Workshop) -> None:
+    """Only training shows it mirrored."""
+    training = workshop.examples(**with_flips(workshop))
+    evaluation = [replace(example, key=f"eval/{example.key}", may_flip=False) for example in training]
+    adapter = Adapter(workshop.folder)
+    data, bad = cache_alone(adapter, training + evaluation, [""], workshop.folder / "cache", CPU)
+    assert (adapter.counts, bad) == ((8, 1, 1), [])
+    assert torch.equal(data.latents(training[0]), data.latents(evaluation[0]))
+
+
+def test_a_picture_that_breaks_in_both_variants_is_named_once(workshop: Workshop) -> None:
+    examples = workshop.examples(resolutions=[32, 64], **with_flips(workshop))
+    broken, gone = workshop.pictures / "picture_001.png", workshop.pictures / "picture_002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    gone.unlink()
+    _, bad = cache_alone(Adapter(workshop.folder), examples, [""], workshop.folder / "cache", CPU)
+    assert sorted(entry.path for entry in bad) == [broken, gone]
+
+
+# --- masks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked(workshop: Workshop) -> dict[str, Any]:
+    """The change of the workshop's dataset that gives each picture a mask."""
+    masks = workshop.folder / "masks"
+    masks.mkdir()
+    for image in workshop.pictures.glob("*.png"):
+        save(left_half(*read_size(image)), masks / image.name)
+    return {"directory": [{"path": workshop.pictures, "mask_path": masks}]}
+
+
+def num_cached_masks(workshop: Workshop) -> int:
+    return sum(len(Store(folder)) for folder in (workshop.folder / "cache").glob("mask-*"))
+
+
+def test_masks_are_read_back_at_the_size_of_latents(workshop: Workshop, masked: dict[str, Any]) -> None:
+    data, bad = workshop.run(Adapter(workshop.folder), **masked)
+    assert bad == []
+    for example in workshop.examples(**masked):
+        mask = data.mask(example)
+        assert mask is not None
+        assert mask.dtype == torch.float32
+        assert mask.shape == (1, example.bucket.height // 8, example.bucket.width // 8)
+        assert example.mask is not None
+        assert torch.equal(mask, read_mask(example.mask, example.box, 8))
+        flipped = data.mask(example, flipped=True)
+        assert flipped is not None
+        assert torch.equal(flipped, mask.flip(-1))
+        assert not torch.equal(flipped, mask)
+
+
+def test_adding_masks_encodes_no_picture_and_no_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
+    workshop.encode()
+    adapter = Adapter(workshop.folder)
+    workshop.run(adapter, **masked)
+    assert adapter.counts == (0, 0, 0)
+    assert num_cached_masks(workshop) == 4 - 1, "the first and the last picture have one shape, so equal masks"
+
+
+def test_editing_a_mask_reads_one_mask_and_encodes_nothing(
+    workshop: Workshop, masked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop.run(Adapter(workshop.folder), **masked)
+    edited = workshop.folder / "masks" / "picture_001.png"
+    save(Image.new("L", read_size(edited), 100), edited)
+    read: list[Path] = []
+
+    def counting(path: Path, *arguments: Any) -> Tensor:
+        read.append(path)
+        return read_mask(path, *arguments)
+
+    monkeypatch.setattr("utils.data.precompute.read_mask", counting)
+    adapter = Adapter(workshop.folder)
+    data, _ = workshop.run(adapter, **masked)
+    assert read == [edited]
+    assert adapter.counts == (0, 0, 0)
+    mask = data.mask(workshop.examples(**masked)[1])
+    assert mask is not None
+    assert torch.equal(mask.unique(), torch.tensor([100 / 255]))
+
+
+def test_editing_a_caption_of_a_masked_picture_encodes_one_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
+    flipped = {"directory": [{**masked["directory"][0], "horizontal_flip": True}]}
+    workshop.run(Adapter(workshop.folder), **flipped)
+    before = num_cached_masks(workshop)
+    (workshop.pictures / "picture_002.txt").write_text("another caption")
+    adapter = Adapter(workshop.folder)
+    workshop.run(adapter, **flipped)
+    assert adapter.counts == (0, 1, 1)
+    assert num_cached_masks(workshop) == before
+
+
+def test_without_masks_nothing_is_kept_of_any(workshop: Workshop) -> None:
+    data, _ = workshop.run(Adapter(workshop.folder))
+    assert data.mask(workshop.examples()[0]) is None
+    assert data.mask(workshop.examples()[0], flipped=True) is None
+    assert not list((workshop.folder / "cache").glob("mask-*"))
+
+
+def test_another_downscale_is_another_mask(workshop: Workshop, masked: dict[str, Any]) -> None:
+    workshop.run(Adapter(workshop.folder), **masked)
+    adapter = Adapter(workshop.folder)
+    adapter.latent = replace(adapter.latent, downscale=16)
+    data, _ = workshop.run(adapter, **masked)
+    example = workshop.examples(**masked)[0]
+    mask = data.mask(example)
+    assert mask is not None
+    assert mask.shape == (1, example.bucket.height // 16, example.bucket.width // 16)
+
+
+def test_the_pictures_of_bad_masks_are_named_and_stop_nobody(workshop: Workshop, masked: dict[str, Any]) -> None:
+    """Equal masks share an entry; each picture is told with its own."""
+    masks, pictures = workshop.folder / "masks", workshop.pictures
+    for index in (0, 3):  # of one shape
+        save(Image.new("L", read_size(masks / f"picture_00{index}.png"), 0), masks / f"picture_00{index}.png")
+    examples = workshop.examples(**masked)
+    gone = masks / "picture_001.png"
+    gone.unlink()
+    data, bad = cache_alone(Adapter(workshop.folder), examples, [""], workshop.folder / "cache", CPU)
+    reasons = {entry.path.name: entry.reason for entry in bad}
+    assert {entry.path.parent for entry in bad} == {pictures}
+    black = "is black everywhere: nothing of the picture would count"
+    assert reasons == {
+        "picture_000.png": f"its mask {masks / 'picture_000.png'} {black}",
+        "picture_001.png": f"its mask {gone} cannot be read: No such file or directory",
+        "picture_003.png": f"its mask {masks / 'picture_003.png'} {black}",
+    }
+    assert data.mask(examples[2]) is not None
+
+
+def test_masks_take_the_same_way_to_the_disk(
+    workshop: Workshop, masked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one writer, which a kill cannot make leave half a shard: test_cache.py."""
+    written: list[str] = []
+
+    class Noting(ShardWriter):
+        def add(self, key: str, tensors: Any) -> None:
+            written.append(self.folder.name.partition("-")[0])
+            super().add(key, tensors)
+
+    monkeypatch.setattr("utils.data.precompute.ShardWriter", Noting)
+    workshop.run(Adapter(workshop.folder), **masked)
+    assert set(written) == {"vae", "mask", "clip_l", "t5xxl"}
+    assert written.count("mask") == num_cached_masks(workshop)

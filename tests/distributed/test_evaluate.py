@@ -1,0 +1,286 @@
+"""Evaluation in whole runs: the same on any layout and after a stop, what it says it is, and without a trace in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+import torch
+from safetensors.torch import load_file
+
+from models.base import ModelAdapter
+from tests.distributed.lab import Lab, Run
+from tests.distributed.test_layouts import FULL, LORA, assert_same_run, assert_same_weights
+from tests.distributed.test_resume import STOP, copy_of, stopped
+from tests.tiny_model import write_picture
+from utils import rectified_flow
+from utils.comparison import EvaluationResult, read_evaluations
+from utils.data.precompute import EncodedData, make_plan
+from utils.distributed import World
+from utils.evaluate import EVALUATIONS
+from utils.objective import Objective
+from utils.panel import PanelEntry, make_panel, noise_of
+from utils.preflight import prepare
+
+pytestmark = pytest.mark.distributed
+
+NUM_PICTURES = 7
+NUM_BANDS = 2
+BATCH_SIZE = 4
+"""The set has 6, 4 and 4 entries of three shapes: one batch is partial."""
+AVERAGED: dict[str, Any] = {"ema": {"decay": 0.35}, "eval.weights": "ema"}
+ADDITIVE: dict[str, Any] = {"objective.model_prediction_type": "additive"}
+REPLICAS: dict[str, Any] = {"pipeline.pipeline_stages": 1, "pipeline.gradient_accumulation_steps": 2}
+STAGES_AND_REPLICAS: dict[str, Any] = {**REPLICAS, "pipeline.pipeline_stages": 2}
+
+
+@pytest.fixture(scope="module")
+def other_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset file of pictures that are not trained on."""
+    folder = tmp_path_factory.mktemp("other_set")
+    for index in range(20, 20 + NUM_PICTURES):
+        write_picture(folder, index)
+    table = {
+        "resolutions": [32],
+        "min_ar": 0.5,
+        "max_ar": 2.0,
+        "num_ar_buckets": 3,
+        "directory": [{"path": str(folder)}],
+    }
+    (folder.parent / f"{folder.name}.toml").write_text(toml.dumps(table))
+    return folder.parent / f"{folder.name}.toml"
+
+
+def with_eval(changes: Mapping[str, Any], other_set: Path) -> dict[str, Any]:
+    """The changes and an evaluation every second step."""
+    return {
+        "eval": {
+            "sets": [{"name": "other", "dataset": str(other_set)}],
+            "every_n_steps": 2,
+            "num_t_bands": NUM_BANDS,
+            "batch_size": BATCH_SIZE,
+        },
+        **changes,
+    }
+
+
+def evaluations(run: Run) -> list[EvaluationResult]:
+    return read_evaluations(run.folder / EVALUATIONS)
+
+
+def file_of(run: Run) -> str:
+    return (run.folder / EVALUATIONS).read_text()
+
+
+# --- what it measures --------------------------------------------------------------------------------------------------
+
+
+def panel_of(run: Run, *overrides: str) -> tuple[ModelAdapter, EncodedData, list[PanelEntry]]:
+    """The run's network, or another with overrides; its cache; its panel."""
+    experiment = prepare(run.experiment, overrides, None, World(0, 0, 1, 1), any_size=True)
+    config = experiment.config.experiment
+    examples = [example for members in experiment.eval_sets.values() for example in members]
+    captions = sorted({example.caption for example in examples})
+    plan = make_plan(experiment.adapter, examples, captions, config.cache_folder)
+    assert not plan.images.missing
+    panel = make_panel(experiment.eval_sets, NUM_BANDS, config.seed, Objective(config.objective).shift_at)
+    return experiment.adapter, EncodedData(plan), panel
+
+
+@torch.no_grad()
+def direct_losses(run: Run, network: Path, seed: int = 7, additive: bool = False) -> list[float]:
+    """Of every entry, one at a time, through the layers of a network file run in a row."""
+    adapter, data, panel = panel_of(run, f"model.mmdit={network}")
+    layers = [layer.build() for layer in adapter.layers]
+    found = []
+    for entry in panel:
+        latents = data.latents(entry.example)[None]
+        noise = noise_of(entry, tuple(latents.shape[1:]), seed)[None]
+        sigma = torch.tensor([entry.sigma])
+        noisy = rectified_flow.add_noise(latents, noise, sigma)
+        text = {name: tensor[None] for name, tensor in data.text(entry.example.caption).items()}
+        carried: Any = adapter.network_inputs(noisy, sigma, text)
+        for layer in layers:
+            carried = layer(carried)
+        velocity = adapter.velocity(carried, *latents.shape[-2:]) + (noisy if additive else 0)
+        found.append(float((velocity - (noise - latents)).double().square().mean()))
+    return found
+
+
+def exported(run: Run, *inner: str) -> Path:
+    return run.folder.joinpath("weights", f"step_{run.last_step:06d}", *inner, "mmdit.safetensors")
+
+
+def test_every_picture_is_measured_as_the_network_s_layers_in_a_row_do(lab: Lab, other_set: Path) -> None:
+    run = lab.shared_run(2, with_eval(FULL, other_set))
+    first, *_, last = evaluations(run)
+    assert [result.step for result in evaluations(run)] == [0, 2, 4, 6]
+    assert len(first.losses) == NUM_PICTURES * NUM_BANDS
+    assert first.losses == pytest.approx(direct_losses(run, lab.model / "mmdit.safetensors"), rel=1e-6)
+    assert last.losses == pytest.approx(direct_losses(run, exported(run)), rel=1e-6)
+    assert last.loss == pytest.approx(sum(last.losses) / len(last.losses), rel=1e-14)
+    assert all(abs(one / other - 1) > 1e-4 for one, other in zip(first.losses, last.losses, strict=True))
+
+
+def test_averaged_weights_are_measured_as_they_are_exported(lab: Lab, other_set: Path) -> None:
+    run = lab.shared_run(2, with_eval(AVERAGED, other_set))
+    last = evaluations(run)[-1]
+    assert last.losses == pytest.approx(direct_losses(run, exported(run, "ema")), rel=1e-6)
+    assert last.losses != pytest.approx(direct_losses(run, exported(run)), rel=1e-4)
+    plain = evaluations(lab.shared_run(2, with_eval(FULL, other_set)))
+    assert evaluations(run)[0].losses == plain[0].losses, "before the first step there is no average"
+
+
+def test_an_additive_output_is_measured_as_a_velocity(lab: Lab, other_set: Path) -> None:
+    run = lab.shared_run(2, with_eval(ADDITIVE, other_set))
+    expected = direct_losses(run, lab.model / "mmdit.safetensors", additive=True)
+    assert evaluations(run)[0].losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_panel_is_that_of_the_seed_and_the_pictures(lab: Lab, other_set: Path) -> None:
+    """The same panel whatever the objective trains; another with another seed."""
+    plain = evaluations(lab.shared_run(1, with_eval(FULL, other_set)))[0]
+    narrow = {"objective.min_t": 0.4, "objective.max_t": 0.6, "objective.caption_dropout_rate": 0.5, "max_steps": 1}
+    same = evaluations(lab.run(1, lab.experiment(with_eval(narrow, other_set))))[0]
+    assert (same.panel, same.losses) == (plain.panel, plain.losses)
+    other = evaluations(lab.run(1, lab.experiment(with_eval({"seed": 8, "max_steps": 1}, other_set))))[0]
+    assert other.panel != plain.panel
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [FULL, LORA, AVERAGED], ids=["full", "lora", "averaged"])
+def test_any_number_of_stages_gives_the_same_bits(lab: Lab, other_set: Path, changes: dict[str, Any]) -> None:
+    wanted = with_eval(changes, other_set)
+    assert file_of(lab.shared_run(1, wanted)) == file_of(lab.shared_run(2, wanted))
+
+
+def test_three_stages_give_the_same_bits(lab: Lab, other_set: Path) -> None:
+    """The one between the others is fed nothing."""
+    wanted = with_eval(FULL, other_set)
+    assert file_of(lab.shared_run(1, wanted)) == file_of(lab.shared_run(3, wanted))
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "changes"), [(2, REPLICAS), (4, STAGES_AND_REPLICAS)], ids=["2 replicas", "2 stages, 2 replicas"]
+)
+def test_replicas_give_the_same_bits_for_the_same_weights(
+    lab: Lab, other_set: Path, num_processes: int, changes: dict[str, Any]
+) -> None:
+    """Before training; then they are as far apart as the weights."""
+    one = evaluations(lab.shared_run(1, with_eval(FULL, other_set)))
+    replicas = evaluations(lab.shared_run(num_processes, with_eval(changes, other_set)))
+    assert one[0] == replicas[0]
+    assert [result.step for result in one] == [result.step for result in replicas]
+    for result, other in zip(one, replicas, strict=True):
+        assert result.losses == pytest.approx(other.losses, rel=1e-3)
+
+
+def test_bfloat16_stages_give_the_same_bits(lab: Lab, other_set: Path) -> None:
+    wanted = with_eval({"model.dtype": "bfloat16"}, other_set)
+    one, two = lab.shared_run(1, wanted), lab.shared_run(2, wanted)
+    assert file_of(one) == file_of(two)
+    high = evaluations(lab.shared_run(1, with_eval(FULL, other_set)))
+    assert evaluations(one)[0].losses == pytest.approx(high[0].losses, rel=0.02)
+
+
+# --- no trace ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "changes"), [(1, FULL), (2, FULL), (2, LORA), (2, REPLICAS)], ids=["1", "2", "lora", "replicas"]
+)
+def test_evaluation_leaves_no_trace_in_training(
+    lab: Lab, other_set: Path, num_processes: int, changes: dict[str, Any]
+) -> None:
+    plain, evaluated = lab.shared_run(num_processes, changes), lab.shared_run(num_processes, with_eval(changes, other_set))
+    assert len(evaluations(evaluated)) == 4
+    assert_same_run(plain, evaluated)
+
+
+def test_evaluation_of_averaged_weights_leaves_no_trace_in_training(lab: Lab, other_set: Path) -> None:
+    plain = lab.shared_run(2, {"ema": AVERAGED["ema"]})
+    evaluated = lab.shared_run(2, with_eval(AVERAGED, other_set))
+    assert_same_run(plain, evaluated)
+    assert_same_weights(load_file(exported(plain, "ema")), load_file(exported(evaluated, "ema")))
+
+
+# --- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [FULL, AVERAGED], ids=["last", "averaged"])
+def test_a_run_that_goes_on_compares_as_if_it_had_never_stopped(lab: Lab, other_set: Path, changes: dict[str, Any]) -> None:
+    wanted = with_eval(changes, other_set)
+    straight, run = lab.shared_run(2, wanted), stopped(lab, wanted)
+    assert [result.step for result in evaluations(run)] == [0, 2, STOP]
+    resumed = lab.run(2, run.experiment, "--resume")
+    assert file_of(resumed) == file_of(straight)
+    last = evaluations(resumed)[-1].groups[0]
+    assert last.to_start is not None
+    assert last.to_start.to_step == 0
+    assert_same_run(straight, resumed)
+
+
+def test_a_run_that_goes_on_with_other_pictures_begins_a_new_comparison(lab: Lab, other_set: Path, tmp_path: Path) -> None:
+    run = stopped(lab, with_eval(FULL, other_set))
+    experiment = copy_of(run, tmp_path / "copy")
+    resumed = lab.run(2, experiment, "--resume", "--set", "eval.num_t_bands=3")
+    assert "3 evaluations in " in resumed.output
+    results = evaluations(resumed)
+    assert [result.step for result in results] == [0, 2, STOP, STOP + 1, 6]
+    assert results[:3] == evaluations(run)
+    start = results[-1].groups[0].to_start
+    assert start is not None
+    assert start.to_step == STOP + 1
+
+
+# --- what is told ------------------------------------------------------------------------------------------------------
+
+
+def test_each_evaluation_is_told_once(lab: Lab, other_set: Path) -> None:
+    output = lab.shared_run(2, with_eval(FULL, other_set)).output
+    assert [output.count(f"evaluation at step {step} ") for step in (0, 2, 4, 6)] == [1, 1, 1, 1]
+    assert "change since step 0 (95%)" in output
+
+
+def test_held_out_pictures_are_a_set_beside_others(lab: Lab, other_set: Path) -> None:
+    wanted = with_eval({"eval.holdout_images": 3, "max_steps": 2}, other_set)
+    result = evaluations(lab.run(2, lab.experiment(wanted)))[-1]
+    counts = {group.name: group.num_pictures for group in result.groups}
+    bands = {"t 0.00-0.50": 3 + NUM_PICTURES, "t 0.50-1.00": 3 + NUM_PICTURES}
+    assert counts == {"all": 3 + NUM_PICTURES, "set holdout": 3, "set other": NUM_PICTURES, **bands}
+
+
+def test_curves_are_written_for_tensorboard(lab: Lab, other_set: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    wanted = with_eval({"monitoring.tensorboard": True}, other_set)
+    run = lab.run(1, lab.experiment(wanted))
+    events = EventAccumulator(str(run.folder))
+    events.Reload()
+    results = evaluations(run)
+    for name, value_of in {
+        "eval/loss": lambda result: result.groups[0].loss,
+        "eval/loss_t_0.50-1.00": lambda result: result.groups[2].loss,
+    }.items():
+        scalars = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+        assert scalars == [(result.step, pytest.approx(value_of(result), rel=1e-6)) for result in results]
+    assert [scalar.step for scalar in events.Scalars("eval/difference_to_start_high")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("learning_rate", "is_better"), [(1e-3, True), (3e-2, False)], ids=["falling", "rising"])
+def test_the_best_weights_are_kept(lab: Lab, other_set: Path, learning_rate: float, is_better: bool) -> None:
+    """Those of the step of the lowest mean loss after the start, and none when the start was the best."""
+    changes = {"eval.keep_best": True, "save.export_every_n_steps": 2, "optimizer.learning_rate": learning_rate}
+    run = lab.run(2, lab.experiment(with_eval(changes, other_set)))
+    lowest = min(evaluations(run), key=lambda result: result.loss)
+    assert (lowest.step > 0) == is_better
+    kept = [path.name for path in (run.folder / "best").glob("*")]
+    assert kept == ([f"step_{lowest.step:06d}"] if is_better else [])
+    for name in kept:
+        best, exported_then = (run.folder / folder / name / "mmdit.safetensors" for folder in ("best", "weights"))
+        assert_same_weights(load_file(best), load_file(exported_then))

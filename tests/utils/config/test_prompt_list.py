@@ -1,0 +1,177 @@
+"""The prompts of a run, from the experiment file and from a file of their own, and what a network cannot draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.base import LatentSpec
+from utils.config.prompt_list import Prompt, prompt_problems, read_prompts
+from utils.config.schema import SamplingConfig
+
+LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
+NUM_BLOCKS = 24
+DEFAULTS: dict[str, Any] = {"width": 64, "height": 32, "steps": 20, "cfg": 3.0, "seed": 100, "negative_prompt": "ugly"}
+
+
+def sampling(**changes: Any) -> SamplingConfig:
+    return SamplingConfig.model_validate({**DEFAULTS, **changes})
+
+
+def prompts_of(config: SamplingConfig) -> list[Prompt]:
+    prompts, problems = read_prompts(config)
+    assert problems == []
+    return prompts
+
+
+def values(prompt: Prompt) -> tuple[Any, ...]:
+    return (prompt.text, prompt.negative, prompt.width, prompt.height, prompt.seed, prompt.steps, prompt.cfg)
+
+
+def problems_of(**changes: Any) -> list[tuple[str, str]]:
+    config = sampling(**changes)
+    return prompt_problems(prompts_of(config), config, LATENT, NUM_BLOCKS)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_prompts_are_no_problem() -> None:
+    assert read_prompts(SamplingConfig()) == ([], [])
+
+
+def test_what_a_prompt_leaves_out_is_as_in_the_table() -> None:
+    (prompt,) = prompts_of(sampling(prompts=["a fox"]))
+    assert values(prompt) == ("a fox", "ugly", 64, 32, 100, 20, 3.0)
+
+
+def test_what_a_prompt_says_counts() -> None:
+    written = {"prompt": "a fox", "negative_prompt": "", "width": 48, "height": 16, "seed": 0, "steps": 1, "cfg": 1.0}
+    line = "a fox --n grey --w 48 --h 16 --d 0 --s 1 --l 1"
+    table, flags = prompts_of(sampling(prompts=[written, line]))
+    assert values(table) == ("a fox", "", 48, 16, 0, 1, 1.0)
+    assert values(flags) == ("a fox", "grey", 48, 16, 0, 1, 1.0)
+
+
+def test_seeds_count_up_over_table_and_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("three\nfour --d 7\nfive\n")
+    prompts = prompts_of(sampling(prompts=["one", "two --d 3"], prompts_file=tmp_path / "prompts.txt"))
+    assert [(prompt.text, prompt.seed) for prompt in prompts] == [
+        ("one", 100),
+        ("two", 3),
+        ("three", 102),
+        ("four", 7),
+        ("five", 104),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_file_has_a_prompt_on_each_line(tmp_path: Path, encoding: str, newline: str) -> None:
+    lines = ["a Füchsin --w 48", "", "# a comment", "   ", "  # another", "a hare\u2028on one line #1", "--h 16"]
+    (tmp_path / "prompts.txt").write_bytes(newline.join(lines).encode(encoding))
+    first, second, third = prompts_of(sampling(prompts_file=tmp_path / "prompts.txt"))
+    assert (first.text, first.width) == ("a Füchsin", 48)
+    assert second.text == "a hare\u2028on one line #1"
+    assert (third.text, third.height) == ("", 16)
+    assert [prompt.written for prompt in (first, second, third)] == [
+        f"{tmp_path / 'prompts.txt'}: line {number}" for number in (1, 6, 7)
+    ]
+
+
+def test_every_bad_line_is_told_with_its_number_and_what_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a fox --q 3\n\na hare --w 8 --s 0\na good one\n# --q\na dog --w wide\na cat --d -1 --l 0.5\n")
+    prompts, problems = read_prompts(sampling(prompts=["first"], prompts_file=path))
+    assert [prompt.text for prompt in prompts] == ["first", "a good one"]
+    flags = "--w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)"
+    assert problems == [
+        (path, "line 1", f"unknown flag --q; there are {flags}"),
+        (path, "line 3", "--w = 8: must be greater than or equal to 16"),
+        (path, "line 3", "--s = 0: must be greater than or equal to 1"),
+        (path, "line 6", "--w wide: must be a whole number, the width"),
+        (path, "line 7", "--d = -1: must be greater than or equal to 0"),
+        (path, "line 7", "--l = 0.5: must be greater than or equal to 1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", b"", "holds no prompt"),
+        ("comments.txt", b"# nothing\n\n", "holds no prompt"),
+        ("latin.txt", "a Füchsin".encode("latin-1"), "is no text in UTF-8"),
+        ("prompts.toml", b"[prompt]", "must be a text file with a prompt on each line; tables go into [[sampling.prompts]]"),
+        ("prompts.json", b"[]", "must be a text file with a prompt on each line; tables go into [[sampling.prompts]]"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    prompts, problems = read_prompts(sampling(prompts_file=path))
+    assert prompts == []
+    assert problems == [(None, "sampling.prompts_file", f"= {str(path)!r}: {message}")]
+
+
+def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
+    _, problems = read_prompts(sampling(prompts_file=tmp_path))
+    assert problems == [(None, "sampling.prompts_file", f"= {str(tmp_path)!r}: cannot be read: Is a directory")]
+
+
+# --- checking ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_drawn_is_no_problem() -> None:
+    assert problems_of(prompts=["a", "b --w 256 --h 16"], skip_layer_guidance={}, decode_tile_pixels=96) == []
+
+
+def test_without_prompts_nothing_is_checked() -> None:
+    assert problems_of(width=40, decode_tile_pixels=65, skip_layer_guidance={"layers": [99]}) == []
+
+
+def test_a_shared_size_is_told_once_and_only_where_it_is_used() -> None:
+    problems = [
+        ("sampling.width", "= 40: must be a multiple of 16"),
+        ("sampling.height", "= 272: the network reaches 256 pixels"),
+    ]
+    assert problems_of(prompts=["a", "b", "c --w 32"], width=40, height=272) == problems
+    assert problems_of(prompts=["a --w 32 --h 32"], width=40, height=272) == []
+
+
+def test_a_size_of_its_own_is_told_with_the_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# sizes\nc --h 24\nd\ne --w 512\n")
+    assert problems_of(prompts=["a", {"prompt": "b", "width": 40}], prompts_file=path) == [
+        ("sampling.prompts[1].width", "= 40: must be a multiple of 16"),
+        ("sampling.prompts_file", f"{path}: line 2: --h = 24: must be a multiple of 16"),
+        ("sampling.prompts_file", f"{path}: line 4: --w = 512: the network reaches 256 pixels"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("skip", "key", "message"),
+    [
+        ({"layers": [7, 24]}, "layers[1]", "= 24: must be at most 22; the network has blocks 0 to 23"),
+        ({"layers": [23]}, "layers[0]", "= 23: must be at most 22; the last cannot be left out"),
+        ({"start": 0.5}, "start", "= 0.5: must be below end, 0.2"),
+        ({"start": 0.2}, "start", "= 0.2: must be below end, 0.2"),
+        ({"end": 0.05}, "end", "= 0.05: of 20 steps none lies between 0.01 and 0.05; raise it, or take more steps"),
+    ],
+)
+def test_skip_layer_guidance_that_cannot_be(skip: dict[str, Any], key: str, message: str) -> None:
+    assert problems_of(prompts=["a"], skip_layer_guidance=skip) == [(f"sampling.skip_layer_guidance.{key}", message)]
+
+
+def test_skip_layer_guidance_must_reach_some_prompt_not_all() -> None:
+    assert problems_of(prompts=["a --s 3", "b --s 20"], skip_layer_guidance={}) == []
+    assert len(problems_of(prompts=["a --s 3", "b --s 4"], skip_layer_guidance={})) == 1
+
+
+@pytest.mark.parametrize(("pixels", "is_fine"), [(64, True), (1024, True), (80, False), (100, False)])
+def test_tiles_overlap_by_whole_latent_pixels(pixels: int, is_fine: bool) -> None:
+    problems = [] if is_fine else [("sampling.decode_tile_pixels", f"= {pixels}: must be a multiple of 32")]
+    assert problems_of(prompts=["a"], decode_tile_pixels=pixels) == problems

@@ -1,0 +1,242 @@
+"""Masks lie on their pictures, whatever is done to these; grey stays grey; and files that are no masks are named."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.utils.data.pictures import TURNS, left_half, quarters, save, save_turned, whole
+from utils.data.buckets import Bucket, crop_box
+from utils.data.images import BadFile, read_mask, read_pixels
+from utils.data.masks import MaskEncoder, mask_of, masks_by_stem, same_shape
+
+DOWNSCALE = 8
+BUCKETS = [Bucket(32, 32), Bucket(48, 16), Bucket(16, 48), Bucket(64, 32), Bucket(16, 16)]
+SIZES = [(96, 64), (64, 96), (50, 37), (37, 113), (40, 40), (11, 7), (1, 1), (301, 200)]
+
+
+def grey_noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(height, width), dtype=np.uint8)
+
+
+def mask_from(pixels: np.ndarray | Image.Image, folder: Path, bucket: Bucket, downscale: int = DOWNSCALE) -> Tensor:
+    """The mask, of its picture's size, after crop and scaling."""
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    return read_mask(save(picture, folder / "mask.png"), crop_box(*picture.size, bucket), downscale)
+
+
+# --- geometry ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("bucket", BUCKETS)
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (40, 40)])
+def test_a_left_half_stays_the_left_half(tmp_path: Path, orientation: int, bucket: Bucket, size: tuple[int, int]) -> None:
+    path = save_turned(left_half(*size), tmp_path / "mask.png", orientation)
+    mask = read_mask(path, crop_box(*size, bucket), DOWNSCALE)
+    assert mask.shape == (1, bucket.height // DOWNSCALE, bucket.width // DOWNSCALE)
+    assert mask.dtype == torch.float32
+    middle = mask.shape[-1] // 2
+    assert (mask[..., :middle] == 1).all()
+    assert (mask[..., middle:] == 0).all()
+
+
+@pytest.mark.parametrize("picture_orientation", [1, 3, 6])
+@pytest.mark.parametrize("mask_orientation", [1, 5, 8])
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_a_mask_covers_what_it_was_painted_on(
+    tmp_path: Path, picture_orientation: int, mask_orientation: int, bucket: Bucket
+) -> None:
+    """The picture itself is the mask, stored otherwise and at another size: both must come out alike."""
+    painted = np.zeros((134, 202), dtype=np.uint8)
+    painted[25:97, 40:120] = 255
+    painted[60:, 150:] = 128
+    picture = Image.fromarray(painted)
+    seen = save_turned(picture.convert("RGB"), tmp_path / "picture.png", picture_orientation)
+    smaller = picture.resize((101, 67), Image.Resampling.BOX)
+    mask = save_turned(smaller, tmp_path / "mask.png", mask_orientation)
+    box = crop_box(202, 134, bucket)
+    pixels = read_pixels(seen, box)[:1].float() / 255
+    wanted = torch.nn.functional.avg_pool2d(pixels, DOWNSCALE)
+    assert torch.allclose(read_mask(mask, box, DOWNSCALE), wanted, atol=0.05), "LANCZOS smears edges a little"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mask_size", [None, (13, 9), (120, 80)])
+@pytest.mark.parametrize("bucket", BUCKETS[:3])
+def test_each_value_is_the_exact_mean_of_its_area(
+    tmp_path: Path, size: tuple[int, int], mask_size: tuple[int, int] | None, bucket: Bucket
+) -> None:
+    """Against the definition: every pixel split until scaled pixels are whole numbers of the parts."""
+    grey = grey_noise(*(mask_size or size))
+    box = crop_box(*size, bucket)
+    mask = read_mask(save(Image.fromarray(grey), tmp_path / "mask.png"), box, DOWNSCALE)
+
+    def scaled(values: np.ndarray, length: int) -> np.ndarray:
+        return np.repeat(values, length, axis=0).reshape(length, len(values), -1).mean(axis=1)
+
+    resized = scaled(scaled(grey.astype(np.float64), box.resized_height).T, box.resized_width).T
+    rows, columns = bucket.height // DOWNSCALE, bucket.width // DOWNSCALE
+    cropped = resized[box.top : box.top + bucket.height, box.left : box.left + bucket.width]
+    means = cropped.reshape(rows, DOWNSCALE, columns, DOWNSCALE).mean(axis=(1, 3))
+    assert torch.allclose(mask[0].double(), torch.from_numpy(means / 255), rtol=0, atol=1e-7)
+
+
+def test_what_is_half_inside_counts_half(tmp_path: Path) -> None:
+    """7 pixels to 16: an edge between two of the file falls inside a latent pixel."""
+    pixels = np.zeros((7, 7), dtype=np.uint8)
+    pixels[:, :2] = 255
+    mask = mask_from(pixels, tmp_path, Bucket(16, 16))
+    assert mask[0, 0].tolist() == pytest.approx([float(Fraction(4, 7)), 0.0], abs=1e-7)
+
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grey", [1, 64, 128, 254, 255])
+@pytest.mark.parametrize("size", SIZES)
+def test_grey_stays_grey(tmp_path: Path, grey: int, size: tuple[int, int]) -> None:
+    mask = mask_from(np.full(size[::-1], grey, dtype=np.uint8), tmp_path, Bucket(48, 16))
+    assert torch.equal(mask, torch.full((1, 2, 6), grey / 255))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_values_never_leave_zero_to_one(tmp_path: Path, size: tuple[int, int], bucket: Bucket) -> None:
+    pixels = (grey_noise(*size) > 127).astype(np.uint8) * 255
+    pixels[size[1] // 2, size[0] // 2] = 255
+    mask = mask_from(pixels, tmp_path, bucket, 1)
+    assert mask.min() >= 0
+    assert mask.max() <= 1
+
+
+def test_sixteen_bits_are_read_by_value(tmp_path: Path) -> None:
+    mask = mask_from(np.full((32, 32), 257 * 128, dtype=np.uint16), tmp_path, Bucket(32, 32))
+    assert torch.equal(mask, torch.full((1, 4, 4), 128 / 255))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_black_and_white_are_the_same_in_every_mode(tmp_path: Path, mode: str) -> None:
+    path = save(left_half(32, 32).convert(mode), tmp_path / "mask.tif")
+    assert read_mask(path, whole(32, 32), DOWNSCALE)[0, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_a_palette_is_read_by_its_colours(tmp_path: Path) -> None:
+    picture = left_half(32, 32).convert("P")
+    palette = [0, 0, 0] * 256
+    palette[255 * 3 :] = [51, 51, 51]
+    picture.putpalette(palette)
+    assert mask_from(picture, tmp_path, Bucket(32, 32))[0, 0].tolist() == pytest.approx([0.2, 0.2, 0, 0])
+
+
+def test_what_is_transparent_counts_as_white(tmp_path: Path) -> None:
+    picture = Image.new("LA", (32, 32), (0, 255))
+    picture.paste((0, 0), (0, 0, 16, 32))
+    assert mask_from(picture, tmp_path, Bucket(32, 32))[0, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_a_black_mask_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadFile) as caught:
+        mask_from(np.zeros((37, 50), dtype=np.uint8), tmp_path, Bucket(32, 32))
+    assert caught.value.reason == "is black everywhere: nothing of the picture would count"
+
+
+def test_a_mask_of_which_the_crop_leaves_only_black_is_refused(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 120), dtype=np.uint8)
+    pixels[:, :40] = 255
+    with pytest.raises(BadFile, match="is black inside the crop to 32x32: nothing of the picture would count"):
+        mask_from(pixels, tmp_path, Bucket(32, 32))
+    assert mask_from(pixels, tmp_path, Bucket(96, 32)).any()
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_bytes(b"nothing")
+    with pytest.raises(BadFile, match="is not a picture Pillow can read"):
+        read_mask(tmp_path / "mask.png", whole(32, 32), DOWNSCALE)
+
+
+# --- whose mask --------------------------------------------------------------------------------------------------------
+
+
+def find(image: Path, folder: Path, size: tuple[int, int] = (48, 32)) -> Path:
+    return mask_of(image, size, masks_by_stem(sorted(folder.iterdir())))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "PNG", "webp", "bmp", "tif"])
+def test_a_mask_has_its_picture_s_name_and_any_suffix(tmp_path: Path, suffix: str) -> None:
+    mask = save(left_half(), tmp_path / f"fox.{suffix}")
+    save(left_half(), tmp_path / "owl.png")
+    (tmp_path / "fox.txt").write_text("no picture")
+    assert find(Path("elsewhere/fox.jpeg"), tmp_path) == mask
+
+
+def test_a_picture_without_mask_is_bad_and_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BadFile) as caught:
+        find(Path("fox.png"), tmp_path)
+    assert caught.value.path == Path("fox.png")
+    assert caught.value.reason == "has no mask: none in mask_path has its name (a white picture is a mask of everything)"
+
+
+def test_two_masks_of_one_picture_are_both_named(tmp_path: Path) -> None:
+    masks = [save(left_half(), tmp_path / name) for name in ("fox.jpg", "fox.png")]
+    with pytest.raises(BadFile) as caught:
+        find(Path("fox.png"), tmp_path)
+    assert caught.value.reason == f"has several masks: {masks[0]}, {masks[1]}; keep one"
+
+
+def test_a_mask_of_another_shape_is_named_with_both_sizes(tmp_path: Path) -> None:
+    mask = save(left_half(32, 48), tmp_path / "fox.png")
+    with pytest.raises(BadFile) as caught:
+        find(Path("fox.jpg"), tmp_path)
+    assert caught.value.path == mask
+    assert caught.value.reason == "is 32x48 pixels, its picture fox.jpg 48x32: not the same shape"
+
+
+def test_shapes_are_compared_as_the_files_are_looked_at(tmp_path: Path) -> None:
+    mask = save_turned(left_half(48, 32), tmp_path / "fox.png", 6)
+    with Image.open(mask) as stored:
+        assert stored.size == (32, 48)
+    assert find(Path("fox.jpg"), tmp_path) == mask
+
+
+def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
+    mask = save(quarters(), tmp_path / "fox.png")
+    mask.write_bytes(mask.read_bytes()[:40])
+    with pytest.raises(BadFile) as caught:
+        find(Path("fox.jpg"), tmp_path)
+    assert caught.value.path == mask
+
+
+@pytest.mark.parametrize("size", [(4000, 2667), (1023, 517), (640, 480), (3, 2), (100, 37)])
+@pytest.mark.parametrize("scale", [0.05, 0.25, 0.333, 0.5, 0.9, 1.0, 2.0])
+def test_scaling_and_rounding_keep_a_shape(size: tuple[int, int], scale: float) -> None:
+    for whole_number in (round, int):
+        scaled = tuple(max(1, whole_number(side * scale)) for side in size)
+        assert same_shape((scaled[0], scaled[1]), size)
+        assert same_shape(size, (scaled[0], scaled[1]))
+
+
+@pytest.mark.parametrize(
+    ("size", "other"),
+    [((4000, 2667), (2667, 4000)), ((512, 512), (512, 520)), ((640, 427), (320, 240)), ((90, 60), (60, 60))],
+)
+def test_other_shapes_are_told_apart(size: tuple[int, int], other: tuple[int, int]) -> None:
+    assert not same_shape(size, other)
+    assert not same_shape(other, size)
+
+
+# --- in the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_is_cached_as_it_was_read() -> None:
+    encoder = MaskEncoder(DOWNSCALE)
+    mask = torch.rand(1, 4, 4)
+    assert encoder.load(torch.device("cpu"))([mask]) == [{"mask": mask}]
+    assert encoder.settings["downscale"] == DOWNSCALE
+    assert encoder.files == ()

@@ -1,0 +1,168 @@
+"""The prompts of a run: those of `[sampling]`, then those of its file, with what they leave to `[sampling]` filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.base import LatentSpec
+from utils.config.load import Problem, check_table
+from utils.config.schema import PromptConfig, SamplingConfig, SkipLayerConfig
+from utils.prompts import FLAGS, parse_prompt
+from utils.samplers import skips_layers
+
+FileProblem = tuple[Path | None, str, str]
+"""File (None: the experiment file), place in it, what is wrong."""
+_FLAG_OF = {flag.key: f"--{name}" for name, flag in FLAGS.items()}
+_OVERLAP_PARTS = 4
+"""Tiles overlap by a quarter, which must be whole latent pixels."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One preview."""
+
+    text: str
+    negative: str
+    width: int
+    """Pixels, as the height."""
+    height: int
+    seed: int
+    steps: int
+    cfg: float
+    written: str
+    """Where: `sampling.prompts[2]`, or file and line."""
+    own: frozenset[str] = frozenset()
+    """Keys the prompt has itself; the others are those of `[sampling]`."""
+
+
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(config: SamplingConfig) -> tuple[list[Prompt], list[FileProblem]]:
+    """All prompts in order, and what is wrong with the file of prompts: every bad line of it."""
+    tables = [(f"sampling.prompts[{index}]", table) for index, table in enumerate(config.prompts)]
+    problems: list[FileProblem] = []
+    if config.prompts_file is not None:
+        from_file, problems = _read_file(config.prompts_file)
+        tables += from_file
+    return [_fill_in(table, place, config, index) for index, (place, table) in enumerate(tables)], problems
+
+
+def _fill_in(table: PromptConfig, place: str, config: SamplingConfig, index: int) -> Prompt:
+    """What a prompt does not say is as in [sampling]; the seed also counts its place in the list."""
+    return Prompt(
+        text=table.prompt,
+        negative=config.negative_prompt if table.negative_prompt is None else table.negative_prompt,
+        width=config.width if table.width is None else table.width,
+        height=config.height if table.height is None else table.height,
+        seed=config.seed + index if table.seed is None else table.seed,
+        steps=config.steps if table.steps is None else table.steps,
+        cfg=config.cfg if table.cfg is None else table.cfg,
+        written=place,
+        own=frozenset(table.model_dump(exclude_none=True)),
+    )
+
+
+def _read_file(path: Path) -> tuple[list[tuple[str, PromptConfig]], list[FileProblem]]:
+    """(place, table) of each line that is a prompt, and what is wrong with the others."""
+    text, reason = _read_text(path)
+    if reason is not None:
+        return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: {reason}")]
+    prompts: list[tuple[str, PromptConfig]] = []
+    problems: list[FileProblem] = []
+    for number, line in _prompt_lines(text):
+        table, texts = _read_line(line)
+        problems += [(path, f"line {number}", text) for text in texts]
+        if table is not None:
+            prompts.append((f"{path}: line {number}", table))
+    if not prompts and not problems:
+        return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: holds no prompt")]
+    return prompts, problems
+
+
+def _read_text(path: Path) -> tuple[str, str | None]:
+    """A file's text and None, or an empty text and why it cannot be read."""
+    if path.suffix.lower() in (".toml", ".json"):
+        return "", "must be a text file with a prompt on each line; tables go into [[sampling.prompts]]"
+    try:
+        return path.read_text(encoding="utf-8-sig"), None
+    except FileNotFoundError:
+        return "", "does not exist"
+    except UnicodeDecodeError:
+        return "", "is no text in UTF-8"
+    except OSError as error:
+        return "", f"cannot be read: {error.strerror}"
+
+
+def _prompt_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of all but blank lines and comments."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        stripped = line.strip()
+        if stripped and not stripped.startswith("#"):
+            yield number, stripped
+
+
+def _read_line(line: str) -> tuple[PromptConfig | None, list[str]]:
+    """A line's table, or None and what is wrong with it."""
+    try:
+        written = parse_prompt(line)
+    except ValueError as error:
+        return None, [str(error)]
+    problems: list[Problem] = []
+    table = check_table(PromptConfig, written, Path(), problems, {})
+    return table, [f"{_FLAG_OF.get(problem.key, problem.key)} {problem.message}" for problem in problems]
+
+
+# --- checking ----------------------------------------------------------------------------------------------------------
+
+
+def prompt_problems(
+    prompts: Sequence[Prompt], config: SamplingConfig, latent: LatentSpec, num_blocks: int
+) -> list[tuple[str, str]]:
+    """What this network cannot draw, as (key, message), each once; nothing when there is nothing to draw."""
+    if not prompts:
+        return []
+    problems = [problem for prompt in prompts for problem in _size_problems(prompt, config, latent)]
+    if config.skip_layer_guidance is not None:
+        problems += _skip_problems(config.skip_layer_guidance, prompts, num_blocks)
+    tile_multiple = _OVERLAP_PARTS * latent.downscale
+    if config.decode_tile_pixels % tile_multiple:
+        message = f"= {config.decode_tile_pixels}: must be a multiple of {tile_multiple}"
+        problems.append(("sampling.decode_tile_pixels", message))
+    return list(dict.fromkeys(problems))
+
+
+def _size_problems(prompt: Prompt, config: SamplingConfig, latent: LatentSpec) -> Iterator[tuple[str, str]]:
+    for key, side in (("width", prompt.width), ("height", prompt.height)):
+        if side % latent.pixel_multiple:
+            message = f"= {side}: must be a multiple of {latent.pixel_multiple}"
+        elif side > latent.max_side_pixels:
+            message = f"= {side}: the network reaches {latent.max_side_pixels} pixels"
+        else:
+            continue
+        if key not in prompt.own:
+            yield f"sampling.{key}", message
+        elif prompt.written.startswith("sampling."):
+            yield f"{prompt.written}.{key}", message
+        else:
+            yield "sampling.prompts_file", f"{prompt.written}: {_FLAG_OF[key]} {message}"
+
+
+def _skip_problems(config: SkipLayerConfig, prompts: Sequence[Prompt], num_blocks: int) -> Iterator[tuple[str, str]]:
+    key, last = "sampling.skip_layer_guidance", num_blocks - 1
+    for index, block in enumerate(config.layers):
+        if block >= last:
+            why = "the last cannot be left out" if block == last else f"the network has blocks 0 to {last}"
+            yield f"{key}.layers[{index}]", f"= {block}: must be at most {last - 1}; {why}"
+    if config.start >= config.end:
+        yield f"{key}.start", f"= {config.start}: must be below end, {config.end}"
+        return
+    steps = {prompt.steps for prompt in prompts}
+    if not any(skips_layers(step, count, config.start, config.end) for count in steps for step in range(count)):
+        yield (
+            f"{key}.end",
+            f"= {config.end}: of {max(steps)} steps none lies between {config.start} and {config.end}; raise it, or take "
+            "more steps",
+        )
