@@ -21,24 +21,20 @@ from torch import Tensor, nn
 from models.base import PipelineLayer
 from utils import checkpoint, distributed, export, lora
 from utils.atomic import write_text
-from utils.banner import describe, objective_rows, summary
+from utils.banner import describe
 from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.precompute import EncodedData, cache_dataset
-from utils.evaluate import Evaluation
 from utils.log import RunLog, StepMetrics, say
 from utils.objective import LossTarget, Objective
+from utils.observe import Observer
 from utils.optimizer import ema_decay, learning_rate, make_optimizer
-from utils.panel import make_panel
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
 from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare, run_files
-from utils.report import write_report
-from utils.sampling import Previews
 
 EXIT_BAD_INPUT = 1
-BEST = "best"
 FOLLOWER_PATIENCE_SECONDS = 10.0
 
 
@@ -226,78 +222,24 @@ def due(step: int, every: int | None, num_steps: int) -> bool:
     return step == num_steps or (every is not None and step % every == 0)
 
 
-def make_previews(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData) -> Previews:
-    config = experiment.config.experiment
-    objective = Objective(config.objective)
-    return Previews(
-        experiment.adapter,
-        data,
-        pipeline,
-        config.sampling,
-        experiment.prompts,
-        shift_at=objective.shift_at,
-        prediction_type=objective.prediction_type,
-        dtype=config.model.torch_dtype,
-        num_replicas=experiment.num_replicas,
-        folder=folder / "samples",
-    )
-
-
-def make_evaluation(
-    experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData, start_step: int
-) -> Evaluation | None:
-    config = experiment.config.experiment
-    if config.eval is None:
-        return None
-    objective = Objective(config.objective)
-    panel = make_panel(experiment.eval_sets, config.eval.num_t_bands, config.seed, objective.shift_at)
-    return Evaluation(
-        experiment.adapter,
-        data,
-        pipeline,
-        config.eval,
-        panel,
-        prediction_type=objective.prediction_type,
-        dtype=config.model.torch_dtype,
-        folder=folder,
-        seed=config.seed,
-        num_replicas=experiment.num_replicas,
-        start_step=start_step,
-    )
-
-
 def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: EncodedData) -> None:
     """Every step that is left, with its evaluations, previews, exports and checkpoints."""
-    config, is_main = experiment.config.experiment, distributed.world().is_main
+    config = experiment.config.experiment
     order = order_of(experiment)
     num_steps = experiment.num_steps(order)
     start_step = experiment.resume_from.step if experiment.resume_from is not None else 0
     feed = make_feed(experiment, pipeline, data, order)
-    previews = make_previews(experiment, folder, pipeline, data)
-    evaluation = make_evaluation(experiment, folder, pipeline, data, start_step)
-
-    def look(step: int) -> None:
-        """Evaluation and previews of the weights after `step` steps."""
-        if evaluation is not None and evaluation.due(step, num_steps):
-            result = evaluation.run(step)
-            log.write_evaluation(step, result.scalars())
-            if config.eval is not None and config.eval.keep_best and result.is_best and step > 0:
-                export.write_best(pipeline, experiment.adapter, config, folder / BEST, step)
-        if previews.due(step, num_steps):
-            previews.draw(step)
-        if is_main:
-            write_report(folder, summary(experiment, order), objective_rows(config.objective), Objective(config.objective))
-
     with RunLog(
         folder,
         start_step=start_step,
         num_steps=num_steps,
         global_batch=experiment.global_batch,
         tensorboard=config.monitoring.tensorboard,
-        is_main=is_main,
+        is_main=distributed.world().is_main,
     ) as log:
+        observer = Observer(experiment, folder, pipeline, data, order, log, start_step)
         if start_step == 0:
-            look(0)
+            observer.look(0)
         for step in range(start_step, num_steps):
             log.start_clock()
             rate = learning_rate(config.optimizer, step, num_steps)
@@ -307,7 +249,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
             stop_if_not_finite(result, step, order)
             log.write(StepMetrics(done, step // order.steps_per_epoch, result.loss, rate, result.grad_norm))
             # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.
-            look(done)
+            observer.look(done)
             if due(done, config.save.export_every_n_steps, num_steps):
                 export.write_weights(pipeline, experiment.adapter, config, folder / "weights", done)
             if due(done, config.save.checkpoint_every_n_steps, num_steps):

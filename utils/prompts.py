@@ -42,7 +42,7 @@ def parse_prompt(line: str) -> dict[str, Any]:
     prompt, *parts = _BEFORE_FLAG.split(line)
     table: dict[str, Any] = {"prompt": prompt.strip()}
     for part in parts:
-        name, _, value = part.strip().partition(" ")
+        name, _, value = part.rstrip().partition(" ")
         flag, value = FLAGS.get(name.lower()), value.strip()
         if flag is None:
             raise ValueError(f"unknown flag --{name}; there are {_known_flags()}")

@@ -183,10 +183,11 @@ class TimeSampler:
         return self.share_below(torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)).diff()
 
     def density_nodes(self, num_nodes: int) -> tuple[Tensor, Tensor]:
-        """(t, q(t)) at rising t, for plots: as many where p draws as where q does. q may be infinite at single points."""
-        margin = 1e-6
-        even = torch.linspace(margin, 1 - margin, num_nodes, dtype=torch.float64)
-        u = self._uniform(torch.cat([even, self._share(even)]).unique())
+        """(t, q(t)) at rising t, for plots: half of them evenly spaced, half where q draws. q may be infinite at points."""
+        margin = 1e-6  # at the very ends p or w may be infinite
+        even = torch.linspace(margin, 1 - margin, num_nodes // 2, dtype=torch.float64)
+        low, high = self._bounds
+        u = torch.cat([self._density.uniform_of(low + (high - low) * even), self._uniform(self._share(even))]).unique()
         t = self._density.time(u)
         weight = torch.ones_like(t) if self._weight is None else self._weight(t) / self.mean_weight
         return t, weight / self._density.slope(u) / (self._high - self._low)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 
 from models.base import ModelAdapter
 from tests.distributed.lab import Lab, Run
+from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, assert_same_run, assert_same_weights
 from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import write_picture
 from utils import rectified_flow
+from utils.checkpoint import step_folder
 from utils.comparison import EvaluationResult, read_evaluations
 from utils.data.precompute import EncodedData, make_plan
 from utils.distributed import World
@@ -213,11 +216,15 @@ def test_evaluation_of_averaged_weights_leaves_no_trace_in_training(lab: Lab, ot
 
 
 @pytest.mark.parametrize("changes", [FULL, AVERAGED], ids=["last", "averaged"])
-def test_a_run_that_goes_on_compares_as_if_it_had_never_stopped(lab: Lab, other_set: Path, changes: dict[str, Any]) -> None:
-    wanted = with_eval(changes, other_set)
-    straight, run = lab.shared_run(2, wanted), stopped(lab, wanted)
-    assert [result.step for result in evaluations(run)] == [0, 2, STOP]
-    resumed = lab.run(2, run.experiment, "--resume")
+def test_a_run_that_goes_on_compares_as_if_it_had_never_stopped(
+    lab: Lab, other_set: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """From a checkpoint before the last evaluation, which is made anew."""
+    straight = lab.shared_run(2, with_eval(changes, other_set))
+    experiment = copy_of(straight, tmp_path / "copy")
+    shutil.rmtree(step_folder(newest_run(experiment.parent / "output") / "checkpoints", straight.last_step))
+    resumed = lab.run(2, experiment, "--resume")
+    assert [resumed.output.count(f"evaluation at step {step} ") for step in (0, STOP, 6)] == [0, 0, 1]
     assert file_of(resumed) == file_of(straight)
     last = evaluations(resumed)[-1].groups[0]
     assert last.to_start is not None

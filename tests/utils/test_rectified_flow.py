@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from utils import rectified_flow as flow
+from utils.rectified_flow import LossType, PredictionType
 
 F64 = torch.float64
 
@@ -68,66 +70,79 @@ def test_shifts_compose() -> None:
     torch.testing.assert_close(flow.shift_time(flow.shift_time(t, 2.0), 1.5), flow.shift_time(t, 3.0))
 
 
-def normal_cdf(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+# --- prediction types --------------------------------------------------------------------------------------------------
+
+PREDICTION_TYPES: list[PredictionType] = list(get_args(PredictionType))
 
 
-def kolmogorov_smirnov(probabilities: Tensor) -> float:
-    """Largest distance between the empirical distribution of probabilities and the uniform one."""
-    ordered, count = probabilities.sort().values, len(probabilities)
-    above = torch.arange(1, count + 1, dtype=F64) / count - ordered
-    below = ordered - torch.arange(count, dtype=F64) / count
-    return float(torch.maximum(above, below).max())
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_output_and_velocity_are_each_others_inverse(prediction_type: PredictionType) -> None:
+    velocity, noisy = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
+    output = flow.output_of(velocity, noisy, prediction_type)
+    torch.testing.assert_close(flow.velocity_of(output, noisy, prediction_type), velocity, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7), (1.0, 2.0)])
-def test_logit_normal_times_follow_their_density(mean: float, std: float) -> None:
-    count = 20_000
-    u = torch.rand(count, dtype=F64, generator=torch.Generator().manual_seed(2))
-    t = flow.time_of_draw(u, "logit_normal", mean, std)
-    assert ((t > 0) & (t < 1)).all()
-    critical = 1.63 / math.sqrt(count)  # 1% level
-    assert kolmogorov_smirnov(normal_cdf((torch.logit(t) - mean) / std)) < critical
-    assert kolmogorov_smirnov(normal_cdf((torch.logit(t) - mean - 0.1) / std)) > critical
+def test_output_is_the_velocity_but_for_additive() -> None:
+    output, noisy = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
+    assert torch.equal(flow.velocity_of(output, noisy, "raw"), output)
+    assert torch.equal(flow.velocity_of(output, noisy, "sigma_scaled"), output)
+    assert torch.equal(flow.velocity_of(output, noisy, "additive"), output + noisy)
 
 
-def test_logit_normal_is_the_inverse_of_its_distribution_function() -> None:
-    u = torch.linspace(0.001, 0.999, 999, dtype=F64)
-    t = flow.time_of_draw(u, "logit_normal", 0.3, 0.8)
-    torch.testing.assert_close(normal_cdf((torch.logit(t) - 0.3) / 0.8), u, rtol=0, atol=1e-12)
+def test_sigma_scaled_error_is_that_of_the_clean_latents() -> None:
+    """(prediction - z)^2 = sigma^2 (v - v*)^2, with prediction = x_t - sigma v."""
+    latents, noise, velocity = draw(4, 3, 4, 4), draw(4, 3, 4, 4, seed=1), draw(4, 3, 4, 4, seed=2)
+    sigma = torch.tensor([0.0, 0.001, 0.6, 1.0], dtype=F64)
+    share = sigma[:, None, None, None]
+    prediction = flow.add_noise(latents, noise, sigma) - share * velocity
+    scale = flow.error_scale(sigma, "sigma_scaled")[:, None, None, None]
+    error = scale * (velocity - flow.velocity_target(latents, noise))
+    torch.testing.assert_close(error.square(), (prediction - latents).square(), rtol=1e-9, atol=1e-14)
 
 
-def test_sigma_sampling_is_the_uniform_draw_itself() -> None:
-    u = torch.linspace(0.1, 0.9, 9, dtype=F64)
-    assert torch.equal(flow.time_of_draw(u, "sigma", 5.0, 9.0), u)
+def test_other_errors_are_those_of_the_velocity() -> None:
+    sigma = torch.tensor([0.0, 0.3, 1.0], dtype=F64)
+    for prediction_type in ("raw", "additive"):
+        assert flow.error_scale(sigma, prediction_type).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("u", [2.0**-53, 1 - 2.0**-53])
-def test_the_rarest_draws_give_finite_times(u: float) -> None:
-    for sampling in ("sigma", "logit_normal"):
-        t = flow.time_of_draw(torch.tensor(u, dtype=F64), sampling, 0.0, 1.0)
-        assert 0 < t < 1
-        assert 0 < flow.shift_time(t, 3.0) <= 1
+# --- penalties ---------------------------------------------------------------------------------------------------------
 
 
-def test_loss_is_zero_for_the_target_and_a_mean_over_everything_otherwise() -> None:
-    target = draw(3, 2, 4, 4)
-    assert flow.flow_matching_loss(target, target) == 0
-    assert flow.flow_matching_loss(target + 0.5, target) == pytest.approx(0.25)
+def test_penalties_are_their_published_forms() -> None:
+    for error in (-7.0, -0.3, 0.0, 1e-3, 0.1, 2.0):
+        for c in (0.05, 0.1, 3.0):
+            tensor = torch.tensor(error, dtype=F64)
+            assert flow.penalty(tensor, "l2", c) == error**2
+            root = math.sqrt(error * error + c * c)
+            assert flow.penalty(tensor, "huber", c) == pytest.approx(2 * c * (root - c), rel=1e-12, abs=1e-18)
+            assert flow.penalty(tensor, "smooth_l1", c) == pytest.approx(2 * (root - c), rel=1e-12, abs=1e-18)
 
 
-def test_every_sample_counts_alike_in_the_loss() -> None:
-    target = torch.zeros(4, 2, 4, 4)
-    losses = []
-    for index in range(4):
-        velocity = target.clone()
-        velocity[index] = 1.0
-        losses.append(float(flow.flow_matching_loss(velocity, target)))
-    assert losses == [0.25] * 4
+def test_small_errors_are_squared_and_large_ones_are_not() -> None:
+    c = 0.1
+    small, large = torch.tensor([-1e-4, 2e-4], dtype=F64), torch.tensor([-1e4, 3e4], dtype=F64)
+    torch.testing.assert_close(flow.penalty(small, "huber", c), small**2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(flow.penalty(small, "smooth_l1", c), small**2 / c, rtol=1e-5, atol=0)
+    torch.testing.assert_close(flow.penalty(large, "huber", c), 2 * c * large.abs(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(flow.penalty(large, "smooth_l1", c), 2 * large.abs(), rtol=1e-4, atol=0)
 
 
-def test_loss_is_computed_in_float32_for_a_network_in_bfloat16() -> None:
-    velocity = torch.full((1, 1, 1, 1), 256.0, dtype=torch.bfloat16)
-    loss = flow.flow_matching_loss(velocity, torch.full((1, 1, 1, 1), 255.0))
-    assert loss.dtype == torch.float32
-    assert loss == 1  # bfloat16 has no 255
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_penalty_has_a_gradient_everywhere(loss_type: LossType, dtype: torch.dtype) -> None:
+    error = torch.tensor([-1e3, -0.1, 0.0, 1e-30, 0.1, 1e3], dtype=dtype, requires_grad=True)
+    penalty = flow.penalty(error, loss_type, 0.1)
+    (gradient,) = torch.autograd.grad(penalty.sum(), error)
+    assert (penalty >= 0).all()
+    assert gradient.isfinite().all()
+    assert gradient[2] == 0
+    assert (gradient.sign() == error.sign()).all()
+
+
+@pytest.mark.parametrize(("loss_type", "steepest"), [("huber", 0.2), ("smooth_l1", 2.0)])
+def test_no_single_error_pulls_harder_than_the_limit(loss_type: LossType, steepest: float) -> None:
+    error = torch.linspace(-100, 100, 2001, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(flow.penalty(error, loss_type, 0.1).sum(), error)
+    assert gradient.abs().max() <= steepest
+    assert gradient.abs().max() == pytest.approx(steepest, rel=1e-5)

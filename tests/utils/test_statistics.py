@@ -50,7 +50,7 @@ def test_means_of_many_equal_numbers_are_that_number() -> None:
 
 # --- intervals ---------------------------------------------------------------------------------------------------------
 
-COVERAGE = {
+COVERAGE: dict[tuple[Callable[[tuple[int, int]], Tensor], int], float] = {
     (normal, 5): 95.5,
     (normal, 10): 94.6,
     (normal, 30): 95.0,

@@ -91,38 +91,41 @@ def test_decoder_saturates_instead_of_wrapping_round(tiny_model: Path, tmp_path:
     assert pixels[0, 1].unique().tolist() == [0]
 
 
-def smooth_latents(height: int, width: int) -> Tensor:
-    """As of a picture: neighbours are alike."""
-    coarse = torch.randn(1, NUM_CHANNELS, 3, 4, generator=torch.Generator().manual_seed(2))
-    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+def random_latents(height: int, width: int) -> Tensor:
+    return torch.randn(1, NUM_CHANNELS, height, width, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize(("height", "width"), [(12, 16), (8, 20), (20, 8), (9, 9)])
+@pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 64), (64, 24)])
 def test_a_picture_decoded_in_tiles_is_near_to_the_whole_one(tiny_model: Path, height: int, width: int) -> None:
-    """Each tile has norms and an attention of its own; seams are blended. Measured: 0.8 to 2.3 of 255 on average."""
-    latents = smooth_latents(height, width)
-    whole, tiled = (vae.load_decoder(folder_part(tiny_model / "vae"), CPU, side)(latents).float() for side in (1024, 64))
+    """Norms and attention see a tile only, and random weights make the most of it: 5 to 6 of 255 on average measured.
+
+    The larger the tiles, the less: 12 with tiles of half the side.
+    """
+    latents = random_latents(height, width)
+    decoders = (vae.load_decoder(folder_part(tiny_model / "vae"), CPU, side) for side in (1024, 256, 128))
+    whole, tiled, small = (decode(latents).float() for decode in decoders)
     assert tiled.shape == whole.shape == (1, 3, 8 * height, 8 * width)
-    difference = float((tiled - whole).abs().mean())
-    assert 0 < difference < 4
-    shifted = float((whole[..., 8:] - whole[..., :-8]).abs().mean())
-    assert difference < shifted / 4, "far less than a tile in the wrong place would make"
+    difference, more = (float((other - whole).abs().mean()) for other in (tiled, small))
+    assert 0 < difference < 7
+    assert difference < 0.6 * more
+    misplaced = float((whole[..., 8:] - whole[..., :-8]).abs().mean())
+    assert difference < misplaced / 5, "one latent pixel off would be far worse"
 
 
-def test_tiles_do_not_show_at_their_edges(tiny_model: Path) -> None:
-    """Steps between neighbouring pixels are no larger where tiles begin and end than elsewhere."""
-    tiled = vae.load_decoder(folder_part(tiny_model / "vae"), CPU, 64)(smooth_latents(20, 20))[0].float()
-    steps = tiled.diff(dim=2).abs().mean(dim=(0, 1))
-    edges = [position - 1 for start in range(0, 160, 48) for position in (start, start + 16) if 0 < position < 160]
-    assert float(steps[edges].max()) < 2 * float(steps.max())
-    assert float(steps[edges].mean()) < 1.5 * float(steps.mean())
+def test_tiles_do_not_show_where_they_meet(tiny_model: Path) -> None:
+    """Pixels differ from their neighbours no more where a tile begins or the blending ends than elsewhere."""
+    tiled = vae.load_decoder(folder_part(tiny_model / "vae"), CPU, 256)(random_latents(48, 48))[0].float()
+    for axis in (1, 2):
+        steps = tiled.diff(dim=axis).abs().mean(dim=(0, 3 - axis))
+        edges = steps[[191, 255]]  # tiles begin at 0 and 192, the first ends at 256
+        assert float(edges.max()) < float(steps.mean()) + 3 * float(steps.std())
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (2, 8), (4, 6)])
 def test_a_picture_no_larger_than_a_tile_is_decoded_whole(
     tiny_model: Path, autoencoder: Any, height: int, width: int
 ) -> None:
-    latents = smooth_latents(height, width)
+    latents = random_latents(height, width)
     with torch.no_grad():
         expected = autoencoder.decode(latents / SCALE + SHIFT).sample
     pixels = vae.load_decoder(folder_part(tiny_model / "vae"), CPU, 64)(latents)

@@ -1,0 +1,309 @@
+"""Previews: the same pictures in any layout, those diffusers' pipeline draws, and nothing of it left in training."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.sd3 import text_encoders
+from models.sd3.weights import NetworkFiles
+from models.tensor_files import open_file
+from tests.distributed.lab import Lab, Run
+from tests.distributed.launch import newest_run, start_ranks
+from tests.distributed.test_layouts import FULL, LORA, assert_same_run
+from tests.models.sd3.diffusers_reference import diffusers_network
+from utils import randomness
+from utils.config.load import ConfigError
+from utils.distributed import World
+from utils.preflight import Experiment, prepare
+
+pytestmark = pytest.mark.distributed
+
+TABLES: list[dict[str, Any]] = [
+    {"prompt": "a red circle"},
+    {"prompt": "a blue square", "negative_prompt": "red", "width": 32, "height": 64, "seed": 5, "cfg": 2.0},
+    {"prompt": "a hill", "width": 64, "height": 32, "steps": 4, "seed": 3},
+]
+LINES = [
+    "# of the file",
+    "",
+    "a tree --d 11 --l 6 --n grey, dull",
+    "a lake --l 1 --d 8",
+    "a red circle --d 12 --l 1.5",
+    "a moon --w 48 --h 48",
+    "--d 21",
+]
+"""The last is an empty prompt."""
+NUM_PROMPTS = len(TABLES) + 5
+SAMPLING: dict[str, Any] = {
+    "every_n_steps": 4,
+    "sampler": "dpmpp_2m",
+    "steps": 6,
+    "cfg": 3.0,
+    "width": 48,
+    "height": 32,
+    "batch_size": 2,
+    "skip_layer_guidance": {"layers": [1], "scale": 2.0, "start": 0.1, "end": 0.7},
+}
+TWO_REPLICAS: dict[str, Any] = {"pipeline.pipeline_stages": 1, "pipeline.gradient_accumulation_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def previews(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Changes that draw all prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(LINES), encoding="utf-8")
+    return {"sampling": {**SAMPLING, "prompts": TABLES, "prompts_file": str(path)}, "max_steps": 4}
+
+
+def pictures(run: Run) -> dict[str, np.ndarray]:
+    folder = run.folder / "samples"
+    return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))}
+
+
+def listing(run: Run, step: int) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads((run.folder / "samples" / f"step_{step:06d}" / "prompts.json").read_text())
+    return entries
+
+
+def assert_same_pictures(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+# --- what is drawn, and when -------------------------------------------------------------------------------------------
+
+
+def test_previews_are_drawn_at_the_start_now_and_then_and_at_the_end(lab: Lab, previews: dict[str, Any]) -> None:
+    drawn = pictures(lab.shared_run(2, {**previews, "max_steps": 5}))
+    assert sorted(drawn) == [f"step_{step:06d}/{index:03d}.png" for step in (0, 4, 5) for index in range(NUM_PROMPTS)]
+    assert len({picture.tobytes() for picture in drawn.values()}) == len(drawn), "training and prompts change pictures"
+
+
+def test_each_prompt_is_drawn_as_it_says(lab: Lab, previews: dict[str, Any]) -> None:
+    run = lab.shared_run(2, previews)
+    keys = ("prompt", "negative_prompt", "width", "height", "seed", "steps", "cfg")
+    assert [tuple(entry[key] for key in keys) for entry in listing(run, 0)] == [
+        ("a red circle", "", 48, 32, 0, 6, 3.0),
+        ("a blue square", "red", 32, 64, 5, 6, 2.0),
+        ("a hill", "", 64, 32, 3, 4, 3.0),
+        ("a tree", "grey, dull", 48, 32, 11, 6, 6.0),
+        ("a lake", "", 48, 32, 8, 6, 1.0),
+        ("a red circle", "", 48, 32, 12, 6, 1.5),
+        ("a moon", "", 48, 48, 6, 6, 3.0),
+        ("", "", 48, 32, 21, 6, 3.0),
+    ]
+    for step in (0, 4):
+        for entry in listing(run, step):
+            with Image.open(run.folder / "samples" / f"step_{step:06d}" / entry["file"]) as picture:
+                assert picture.size == (entry["width"], entry["height"])
+
+
+def test_current_pictures_stand_beside_those_of_step_0(lab: Lab, previews: dict[str, Any]) -> None:
+    run = lab.shared_run(2, previews)
+    drawn = pictures(run)
+    for index in range(NUM_PROMPTS):
+        both = np.asarray(Image.open(run.folder / "samples" / "step_000004" / "beside_step_0" / f"{index:03d}.png"))
+        first, now = drawn[f"step_000000/{index:03d}.png"], drawn[f"step_000004/{index:03d}.png"]
+        assert np.array_equal(both, np.concatenate([first, now], axis=1))
+    assert not (run.folder / "samples" / "step_000000" / "beside_step_0").exists()
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_previews_of_several_stages_equal_those_of_one(lab: Lab, previews: dict[str, Any], num_stages: int) -> None:
+    """With 3 stages the middle one is all that is skipped, at times."""
+    assert_same_pictures(pictures(lab.shared_run(1, previews)), pictures(lab.shared_run(num_stages, previews)))
+
+
+@pytest.mark.parametrize(("num_processes", "stages"), [(2, 1), (4, 2)], ids=["1 stage", "2 stages"])
+def test_previews_of_two_replicas_equal_those_of_one(
+    lab: Lab, previews: dict[str, Any], num_processes: int, stages: int
+) -> None:
+    """At the start: later the weights differ in their last bits."""
+    run = lab.shared_run(num_processes, {**previews, **TWO_REPLICAS, "pipeline.pipeline_stages": stages, "max_steps": 1})
+    assert "x 2 replicas" in run.output
+    first = {name: picture for name, picture in pictures(run).items() if name.startswith("step_000000")}
+    one = pictures(lab.shared_run(1, previews))
+    assert_same_pictures(first, {name: picture for name, picture in one.items() if name in first})
+    assert len(first) == NUM_PROMPTS
+
+
+def test_a_prompt_with_a_seed_is_the_same_picture_anywhere_in_the_list(lab: Lab, previews: dict[str, Any]) -> None:
+    moved = [LINES[4], LINES[2], "a new one --d 1", LINES[3]]
+    changes = {"sampling": {**SAMPLING, "prompts": moved}, "max_steps": 1}
+    before, after = pictures(lab.shared_run(1, previews)), pictures(lab.shared_run(1, changes))
+    for now, then in ((0, 5), (1, 3), (3, 4)):
+        assert np.array_equal(after[f"step_000000/{now:03d}.png"], before[f"step_000000/{then:03d}.png"])
+
+
+@pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
+def test_previews_leave_no_trace_in_training(lab: Lab, previews: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert_same_run(lab.shared_run(2, {**changes, "max_steps": 4}), lab.shared_run(2, {**changes, **previews}))
+
+
+# --- what is drawn -----------------------------------------------------------------------------------------------------
+
+DRAWN_BY_DIFFUSERS: dict[str, Any] = {
+    "max_steps": 3,
+    "optimizer.learning_rate": 5e-3,
+    "sampling": {
+        **SAMPLING,
+        "sampler": "euler",
+        "prompts": [table for table in TABLES if "cfg" in table or len(table) == 1],
+    },
+}
+CASES = {
+    "full": (FULL, "last", "mmdit.safetensors"),
+    "full, averaged": ({"ema": {"decay": 0.5, "warmup": False}}, "ema", "ema/mmdit.safetensors"),
+    "lora": (LORA, "last", "lora_diffusers.safetensors"),
+    "lora, averaged": ({**LORA, "ema": {"decay": 0.5, "warmup": False}}, "ema", "ema/lora_diffusers.safetensors"),
+}
+"""Name -> changes, weights that previews are drawn by, exported file that has them."""
+TOLERANCE = 1
+"""Of 255, in any pixel."""
+
+
+def opened(run: Run) -> Experiment:
+    return prepare(run.experiment, [], None, World(0, 0, 1, 1))
+
+
+def network_of(lab: Lab, exported: Path | None) -> Any:
+    """diffusers' network with the weights from before training, or with an exported file."""
+    start = lab.model / "mmdit.safetensors"
+    config = NetworkFiles(open_file(start)).config
+    if exported is None or "lora" in exported.name:
+        network = diffusers_network(config, load_file(start))
+        if exported is not None:
+            network.load_lora_adapter(load_file(exported))
+        return network
+    return diffusers_network(config, load_file(exported))
+
+
+@cache
+def encoded(experiment_path: Path, text: str) -> tuple[Tensor, Tensor]:
+    """context (1, L, D) and pooled (1, D), by the encoders themselves."""
+    adapter: Any = prepare(experiment_path, [], None, World(0, 0, 1, 1)).adapter
+    tensors = {}
+    for encoder in adapter.text_encoders:
+        (item,) = encoder.load(torch.device("cpu"))([text])
+        tensors.update({f"{encoder.name}.{name}": tensor[None] for name, tensor in item.items()})
+    return text_encoders.join_text(tensors, adapter.settings, adapter.config)
+
+
+def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any]) -> np.ndarray:
+    """What StableDiffusion3Pipeline draws of an entry of prompts.json, from the same noise."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    parts = {name: None for index in ("", "_2", "_3") for name in (f"text_encoder{index}", f"tokenizer{index}")}
+    pipeline = StableDiffusion3Pipeline(
+        transformer=network,
+        vae=AutoencoderKL.from_pretrained(lab.model / "vae"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **parts,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    context, pooled = encoded(run.experiment, entry["prompt"])
+    negative_context, negative_pooled = encoded(run.experiment, entry["negative_prompt"])
+    shape = (16, entry["height"] // 8, entry["width"] // 8)
+    skip = SAMPLING["skip_layer_guidance"]
+    (picture,) = pipeline(
+        prompt_embeds=context,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=negative_context,
+        negative_pooled_prompt_embeds=negative_pooled,
+        latents=randomness.normal(entry["seed"], "preview", shape=shape)[None],
+        num_inference_steps=entry["steps"],
+        sigmas=torch.linspace(1, 0, entry["steps"] + 1)[:-1].tolist(),
+        guidance_scale=entry["cfg"],
+        width=entry["width"],
+        height=entry["height"],
+        skip_guidance_layers=skip["layers"],
+        skip_layer_guidance_scale=skip["scale"],
+        skip_layer_guidance_start=skip["start"],
+        skip_layer_guidance_stop=skip["end"],
+        output_type="np",
+    ).images
+    return np.asarray((picture * 255).round().astype(int))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_previews_are_what_diffusers_draws(lab: Lab, case: str) -> None:
+    """Before training, and after it with the file that was exported: of the averaged weights, if those are asked for."""
+    changes, weights, file = CASES[case]
+    run = lab.shared_run(
+        2, {**changes, **DRAWN_BY_DIFFUSERS, "sampling": {**DRAWN_BY_DIFFUSERS["sampling"], "weights": weights}}
+    )
+    drawn = pictures(run)
+    for step, exported in ((0, None), (3, run.folder / "weights" / "step_000003" / file)):
+        network = network_of(lab, exported)
+        for entry in listing(run, step):
+            expected = draw_with_diffusers(network, lab, run, entry)
+            difference = np.abs(drawn[f"step_{step:06d}/{entry['file']}"].astype(int) - expected)
+            assert difference.max() <= TOLERANCE
+            assert expected.std() > 20
+
+
+def test_averaged_previews_are_not_those_of_the_last_weights(lab: Lab) -> None:
+    changes = {**FULL, "max_steps": 3, "ema": {"decay": 0.5, "warmup": False}}
+    runs = [
+        lab.shared_run(2, {**changes, "sampling": {**SAMPLING, "prompts": TABLES, "weights": weights}})
+        for weights in ("last", "ema")
+    ]
+    last, averaged = (pictures(run) for run in runs)
+    same = {name for name in last if np.array_equal(last[name], averaged[name])}
+    assert same == {f"step_000000/{index:03d}.png" for index in range(len(TABLES))}, "before training there is no average"
+    assert_same_run(*runs)
+
+
+def test_no_text_encoder_is_loaded_to_draw(lab: Lab, previews: dict[str, Any]) -> None:
+    """Once their outputs are cached: see preview_ranks.py."""
+    experiment = lab.run(2, lab.experiment(previews), "--set", "max_steps=2").experiment
+    arguments = ["--config", str(experiment), "--resume"]
+    finished = start_ranks(2, arguments, experiment.parent / "log.txt", "tests.distributed.preview_ranks").wait()
+    assert finished.exit_code == 0, finished.output
+    resumed = Run(experiment, newest_run(experiment.parent / "output"), finished.output)
+    assert_same_pictures(
+        {name: picture for name, picture in pictures(resumed).items() if "step_000004" in name},
+        {name: picture for name, picture in pictures(lab.shared_run(2, previews)).items() if "step_000004" in name},
+    )
+    finished = start_ranks(
+        1,
+        [*arguments, "--set", "sampling.negative_prompt=new"],
+        experiment.parent / "log2.txt",
+        "tests.distributed.preview_ranks",
+    ).wait()
+    assert "was loaded" in finished.output
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_prompt_is_told_with_file_and_line_before_the_run(lab: Lab, tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("fine\na fox --x 3\na hare --w 40\n")
+    sampling = {"prompts": ["a fox --w wide", "a hare --s 0"], "width": 32, "height": 32}
+    with pytest.raises(ConfigError) as caught:
+        prepare(lab.experiment({"sampling": sampling}), [], None, World(0, 0, 1, 1))
+    assert [(problem.key, problem.message) for problem in caught.value.problems] == [
+        ("sampling.prompts[0]", "= 'a fox --w wide': --w wide: must be a whole number, the width"),
+        ("sampling.prompts[1].steps", "= 0: must be greater than or equal to 1"),
+    ]
+    experiment = lab.experiment({"sampling": {**sampling, "prompts": ["a"], "prompts_file": str(lines)}})
+    with pytest.raises(ConfigError) as caught:
+        prepare(experiment, [], None, World(0, 0, 1, 1))
+    first, second = caught.value.problems
+    assert str(first).startswith(f"{lines}: line 2: unknown flag --x; there are --w (width), ")
+    assert (second.file, second.key) == (experiment, "sampling.prompts_file")
+    assert second.message == f"{lines}: line 3: --w = 40: must be a multiple of 16"
