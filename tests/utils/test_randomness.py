@@ -21,6 +21,7 @@ def as_tensor(value: object) -> Tensor:
 DRAWS: dict[str, Draw] = {
     "normal": lambda seed, *key: randomness.normal(seed, *key, shape=(5,)),
     "uniform": lambda seed, *key: as_tensor(randomness.uniform(seed, *key)),
+    "integers": lambda seed, *key: randomness.integers(seed, *key, high=1000, shape=(5,)),
     "permutation": lambda seed, *key: as_tensor(randomness.permutation(seed, *key, length=20)),
     "kaiming_uniform": lambda seed, *key: randomness.kaiming_uniform(seed, *key, shape=(3, 4)),
 }
