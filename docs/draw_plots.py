@@ -82,7 +82,7 @@ def penalty_plot() -> Figure:
     for loss_type in get_args(LossType):
         axes.plot(error, penalty(error, loss_type, 0.1), color=colors[loss_type], label=loss_type)
     axes.set(xlim=(-0.5, 0.5), ylim=(0, 0.3), xlabel="error", title="Penalty of an error, huber_c = 0.1")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center")
     return figure
 
 
