@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +119,24 @@ class RunLog:
         if self._is_main and self._events is not None:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
+
+    def write_distribution(self, name: str, shares: Sequence[float]) -> None:
+        """A distribution over [0, 1], for TensorBoard: the share of each of equal parts."""
+        if not self._is_main or self._events is None:
+            return
+        count = len(shares)
+        middles = [(index + 0.5) / count for index in range(count)]
+        self._events.add_histogram_raw(
+            name,
+            min=0.0,
+            max=1.0,
+            num=1,
+            sum=sum(share * middle for share, middle in zip(shares, middles, strict=True)),
+            sum_squares=sum(share * middle**2 for share, middle in zip(shares, middles, strict=True)),
+            bucket_limits=[(index + 1) / count for index in range(count)],
+            bucket_counts=list(shares),
+            global_step=0,
+        )
 
     def start_clock(self) -> None:
         """A step begins: what came since the last one, previews or saving, does not count in images/s."""

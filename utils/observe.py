@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from utils import distributed, export
 from utils.banner import objective_rows, summary
 from utils.data.batches import BatchOrder
@@ -14,10 +16,12 @@ from utils.objective import Objective
 from utils.panel import make_panel
 from utils.pipeline.engine import Pipeline
 from utils.preflight import Experiment
+from utils.rectified_flow import shift_time
 from utils.report import write_report
 from utils.sampling import Previews
 
 BEST = "best"
+NUM_TIME_BINS = 64
 
 
 class Observer:
@@ -38,8 +42,18 @@ class Observer:
         self._config = experiment.config.experiment
         self._num_steps = experiment.num_steps(order)
         self._objective = Objective(self._config.objective)
+        if start_step == 0:
+            self._write_times()
         self._evaluation = self._make_evaluation(data, start_step)
         self._previews = self._make_previews(data)
+
+    def _write_times(self) -> None:
+        """How often each t and each sigma is trained, for TensorBoard."""
+        shift = self._config.objective.discrete_flow_shift
+        sampler = self._objective.sampler(shift)
+        edges = torch.linspace(0, 1, NUM_TIME_BINS + 1, dtype=torch.float64)
+        for name, times in (("t", edges), ("sigma", shift_time(edges, 1 / shift))):
+            self._log.write_distribution(f"objective/{name}", sampler.share_below(times).diff().tolist())
 
     def _make_evaluation(self, data: EncodedData, start_step: int) -> Evaluation | None:
         config, experiment = self._config, self._experiment

@@ -126,3 +126,17 @@ def test_a_line_for_the_user_is_said_once(capsys: pytest.CaptureFixture[str]) ->
     say("hello", is_main=True)
     say("again", is_main=False)
     assert capsys.readouterr().out == "hello\n"
+
+
+def test_a_distribution_reaches_tensorboard_with_its_shares(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shares = [0.1, 0.2, 0.4, 0.3]
+    with open_log(tmp_path, tensorboard=True) as log:
+        log.write_distribution("objective/t", shares)
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "histograms": 0}).Reload()
+    (written,) = events.Histograms("objective/t")
+    assert list(written.histogram_value.bucket) == shares
+    assert list(written.histogram_value.bucket_limit) == [0.25, 0.5, 0.75, 1.0]
+    assert written.histogram_value.sum == pytest.approx(0.1 * 0.125 + 0.2 * 0.375 + 0.4 * 0.625 + 0.3 * 0.875)
+    assert written.step == 0
