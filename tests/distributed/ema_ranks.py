@@ -78,6 +78,29 @@ class Trained:
     def state(self) -> list[dict[str, Tensor]]:
         return [self._pipeline.read_state(parameter) for parameter in self._parameters]
 
+    def working(self) -> list[Tensor]:
+        """The parameters the layer computes with."""
+        return [parameter.detach().clone() for parameter in self._parameters]
+
+    def output(self) -> Tensor:
+        inputs, _ = next(self._micro_batches(0))
+        (output,) = self._pipeline.predict([inputs]) or []
+        return output
+
+    def check_averaged_weights(self) -> None:
+        """In between the layer computes with the average; before and after with the same weights, to the bit."""
+        weights, working, output, state = self.weights(), self.working(), self.output(), self.state()
+        average = [tensor.to(self._dtype) for tensor in self.weights(ema=True)]
+        with self._pipeline.averaged_weights():
+            assert_equal(self.working(), average, "weights in use")
+            assert_equal(self.weights(), weights, "the optimizer's weights in between")
+            averaged_output = self.output()
+        assert not torch.equal(averaged_output, output)
+        assert_equal(self.working(), working, "weights in use afterwards")
+        assert_equal([self.output()], [output], "output afterwards")
+        for after, before in zip(self.state(), state, strict=True):
+            assert_equal(list(after.values()), list(before.values()), "optimizer state afterwards")
+
     def set_state(self, state: list[dict[str, Tensor]]) -> None:
         self._pipeline.write_states(dict(zip(self._parameters, state, strict=True)))
 
@@ -87,12 +110,15 @@ def assert_equal(one: list[Tensor], other: list[Tensor], what: str) -> None:
 
 
 def check(optimizer: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
-    """The average follows the weights, training is what it is without one, and going on from a saved state is exact."""
+    """The average follows the weights and can be looked through, training is what it is without one, and going on from a
+    saved state is exact."""
     averaged, plain, resumed = (Trained(optimizer, arguments, dtype) for _ in range(3))
     average = averaged.weights()
     for step in range(NUM_STEPS):
         before = averaged.weights()
         averaged.step(step, DECAY)
+        if step:  # after the first the two are one
+            averaged.check_averaged_weights()
         plain.step(step, None)
         now = averaged.weights()
         assert not any(torch.equal(a, b) for a, b in zip(before, now, strict=True)), "a parameter stood still"
@@ -106,6 +132,7 @@ def check(optimizer: str, arguments: dict[str, Any], dtype: torch.dtype) -> None
         if step + 1 >= STOP:
             assert_equal(resumed.weights(ema=True), average, f"average gone on from, after step {step + 1}")
             assert_equal(resumed.weights(), now, f"weights gone on from, after step {step + 1}")
+            resumed.check_averaged_weights()
             resumed.step(step + 1, DECAY)
 
 

@@ -23,7 +23,8 @@ from models.sd3.mmdit import MMDiT
 from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
 from tests.distributed.lab import Lab, Run
-from tests.distributed.test_layouts import BFLOAT16, FULL, LORA, PREVIEWS, pictures
+from tests.distributed.test_layouts import BFLOAT16, FULL, LORA
+from tests.distributed.test_previews import PREVIEWS, pictures
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import tiny_shapes
 from utils import lora

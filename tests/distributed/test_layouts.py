@@ -1,4 +1,4 @@
-"""A layout does not change the result: stages, replicas, launchers and previews leave the numbers alone.
+"""A layout does not change the result: stages, replicas and launchers leave the numbers alone.
 
 What is compared: loss and gradient norm of every step, and every exported tensor. Bitwise where the arithmetic is the
 same: cutting the network into stages moves activations and changes no sum, and the global norm is summed in float64.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,17 +24,6 @@ pytestmark = pytest.mark.distributed
 FULL: dict[str, Any] = {}
 LORA: dict[str, Any] = {"adapter": {"type": "lora", "rank": 4, "alpha": 8.0}, "optimizer.learning_rate": 1e-2}
 BFLOAT16: dict[str, Any] = {"model.dtype": "bfloat16"}
-PREVIEWS: dict[str, Any] = {
-    "sampling": {
-        "prompts": ["a red circle", "a blue square", "a tree"],
-        "every_n_steps": 4,
-        "steps": 3,
-        "cfg": 3.0,
-        "width": 48,
-        "height": 32,
-        "batch_size": 2,
-    }
-}
 CLIP = 1.0
 REPLICA_TOLERANCE = 1e-5
 
@@ -201,28 +188,3 @@ def test_launchers_give_the_same_numbers(lab: Lab, launcher: str) -> None:
     reference, folder = lab.shared_run(2, FULL), newest_run(experiment.parent / "output")
     assert read_metrics(folder) == reference.metrics
     assert_same_weights(read_weights(folder, reference.last_step), reference.weights)
-
-
-# --- previews ----------------------------------------------------------------------------------------------------------
-
-
-def pictures(run: Run) -> dict[str, np.ndarray]:
-    folder = run.folder / "samples"
-    return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))}
-
-
-def test_previews_are_drawn_at_the_start_now_and_then_and_at_the_end(lab: Lab) -> None:
-    drawn = pictures(lab.shared_run(2, PREVIEWS))
-    assert sorted(drawn) == [f"step_{step:06d}/{index:03d}.png" for step in (0, 4, 6) for index in range(3)]
-    assert {picture.shape for picture in drawn.values()} == {(32, 48, 3)}
-    assert len({picture.tobytes() for picture in drawn.values()}) == len(drawn), "training and prompts change pictures"
-
-
-def test_previews_of_two_stages_equal_those_of_one(lab: Lab) -> None:
-    one, two = pictures(lab.shared_run(1, PREVIEWS)), pictures(lab.shared_run(2, PREVIEWS))
-    assert one.keys() == two.keys()
-    assert all(np.array_equal(one[name], two[name]) for name in one)
-
-
-def test_previews_leave_no_trace_in_training(lab: Lab) -> None:
-    assert_same_run(lab.shared_run(2, FULL), lab.shared_run(2, PREVIEWS))

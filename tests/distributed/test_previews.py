@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ from utils.preflight import Experiment, prepare
 
 pytestmark = pytest.mark.distributed
 
+PREVIEWS: dict[str, Any] = {
+    "sampling": {
+        "prompts": ["a red circle", "a blue square", "a tree"],
+        "every_n_steps": 4,
+        "steps": 3,
+        "cfg": 3.0,
+        "width": 48,
+        "height": 32,
+        "batch_size": 2,
+    }
+}
+"""The plainest, for tests of other things."""
 TABLES: list[dict[str, Any]] = [
     {"prompt": "a red circle"},
     {"prompt": "a blue square", "negative_prompt": "red", "width": 32, "height": 64, "seed": 5, "cfg": 2.0},
@@ -156,9 +169,11 @@ def test_previews_leave_no_trace_in_training(lab: Lab, previews: dict[str, Any],
 # --- what is drawn -----------------------------------------------------------------------------------------------------
 
 DRAWN_BY_DIFFUSERS: dict[str, Any] = {**SAMPLING, "sampler": "euler", "prompts": TABLES}
-CASES = {
+ADDITIVE = {"objective": {"model_prediction_type": "additive", "discrete_flow_shift": 2.0, "shift_resolution": 96}}
+CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "full": (FULL, "last", "mmdit.safetensors"),
     "full, averaged": ({"ema": {"decay": 0.5, "warmup": False}}, "ema", "ema/mmdit.safetensors"),
+    "full, additive": (ADDITIVE, "last", "mmdit.safetensors"),
     "lora": (LORA, "last", "lora_diffusers.safetensors"),
     "lora, averaged": ({**LORA, "ema": {"decay": 0.5, "warmup": False}}, "ema", "ema/lora_diffusers.safetensors"),
 }
@@ -194,7 +209,13 @@ def encoded(experiment_path: Path, text: str) -> tuple[Tensor, Tensor]:
     return text_encoders.join_text(tensors, adapter.settings, adapter.config)
 
 
-def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any]) -> np.ndarray:
+def add_its_input(network: Any) -> None:
+    """Make of a network whose output is meant to be added to its input one whose output is the velocity."""
+    forward = network.forward
+    network.forward = lambda hidden_states, **others: (forward(hidden_states, **others)[0] + hidden_states,)
+
+
+def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any], shift: float) -> np.ndarray:
     """What StableDiffusion3Pipeline draws of an entry of prompts.json, from the same noise."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
@@ -202,7 +223,7 @@ def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any])
     pipeline = StableDiffusion3Pipeline(
         transformer=network,
         vae=AutoencoderKL.from_pretrained(lab.model / "vae"),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         **parts,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -239,8 +260,11 @@ def test_previews_are_what_diffusers_draws(lab: Lab, case: str) -> None:
     drawn = pictures(run)
     for step, exported in ((0, None), (3, run.folder / "weights" / "step_000003" / file)):
         network = network_of(lab, exported)
+        if changes is ADDITIVE:
+            add_its_input(network)
         for entry in listing(run, step):
-            expected = draw_with_diffusers(network, lab, run, entry)
+            shift = 2.0 * math.sqrt(entry["width"] * entry["height"]) / 96 if changes is ADDITIVE else 3.0
+            expected = draw_with_diffusers(network, lab, run, entry, shift)
             difference = np.abs(drawn[f"step_{step:06d}/{entry['file']}"].astype(int) - expected)
             assert difference.max() <= TOLERANCE
             assert expected.std() > 20
