@@ -10,15 +10,15 @@ from utils import distributed, export
 from utils.banner import objective_rows, summary
 from utils.data.batches import BatchOrder
 from utils.data.precompute import EncodedData
-from utils.evaluate import Evaluation
+from utils.evaluation.evaluate import Evaluation
 from utils.log import RunLog
 from utils.objective import Objective
-from utils.panel import make_panel
+from utils.evaluation.panel import make_panel
 from utils.pipeline.engine import Pipeline
 from utils.preflight import Experiment
 from utils.rectified_flow import shift_time
 from utils.report import write_report
-from utils.sampling import Previews
+from utils.previews.sampling import Previews
 
 BEST = "best"
 NUM_TIME_BINS = 64

@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from utils.rectified_flow import shift_time
@@ -20,7 +22,9 @@ from utils.timesteps import density_over_sigma
 T_COLOR, SIGMA_COLOR, INK = "#2f6fbd", "#cc5a14", "#222222"
 """The first two are seen on white and on black."""
 WIDTH_INCHES = 4.4
-_STYLE = {
+MAX_POINTS = 500
+"""Of a curve over steps: about one for each pixel."""
+_STYLE: Any = {
     "svg.fonttype": "none",
     "path.simplify": False,
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
@@ -68,8 +72,77 @@ def draw_density(axes: Axes, t: Tensor, density: Tensor, shift: float) -> None:
     name = f"of sigma, shift {shift:g}"
     axes.plot(shift_time(t, shift), over_sigma, color=SIGMA_COLOR, linestyle=(0, (5, 1.5)), label=name)
     unit_axis(axes, "t, sigma")
-    axes.set_ylim(bottom=0)
+    # Where a density is infinite at a point, nearly all of it is shown.
+    axes.set_ylim(0, 1.12 * max(float(curve.quantile(0.98)) for curve in (density, over_sigma)))
     axes.legend(loc="upper left")
+
+
+def objective_figure(t: Tensor, density: Tensor, shift: float, weight: Tensor | None, title: str) -> Figure:
+    """The density of the times that are drawn and, if given, the weight at each of them under its title; (N,) each."""
+    figure, axes = new_figure([2.1] if weight is None else [2.1, 1.7])
+    draw_density(axes[0], t, density, shift)
+    axes[0].set_title("How often a noise level is drawn: density")
+    if weight is not None:
+        axes[1].plot(t, weight, color=INK)
+        unit_axis(axes[1], "t")
+        axes[1].set_title(title)
+        axes[1].set_ylim(bottom=0)
+    return figure
+
+
+def loss_figure(steps: Sequence[int], losses: Sequence[float], smoothed: Sequence[float]) -> Figure:
+    """The training loss. Long runs are thinned: each point is then the mean of some steps."""
+    figure, (axes,) = new_figure([2.4])
+    size = -(-len(steps) // MAX_POINTS)
+    starts = range(0, len(steps), size)
+    ends = [min(start + size, len(steps)) - 1 for start in starts]
+    means = [sum(losses[start : end + 1]) / (end + 1 - start) for start, end in zip(starts, ends, strict=True)]
+    at = [steps[end] for end in ends]
+    marker = "o" if len(at) == 1 else ""
+    name = "each step" if size == 1 else f"mean of {size} steps"
+    axes.plot(at, means, marker=marker, color=T_COLOR, alpha=0.4, linewidth=1, label=name)
+    axes.plot(at, [smoothed[end] for end in ends], marker=marker, color=T_COLOR, label="smoothed")
+    axes.set_xlabel("step")
+    axes.set_title("Training loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _leave_out_peaks(axes, means)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def _leave_out_peaks(axes: Axes, values: Sequence[float]) -> None:
+    """An axis for nearly all values: one step gone wrong does not flatten the rest."""
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
+    axes.set_ylim(low - margin, high + 2 * margin)
+
+
+class Change(NamedTuple):
+    """Mean loss less that at the first evaluation, with its 95% interval."""
+
+    step: int
+    mean: float
+    low: float
+    high: float
+
+
+def evaluation_figure(losses: Sequence[tuple[int, float]], changes: Sequence[Change]) -> Figure:
+    """Mean loss over steps, (step, loss) each, and below it what has changed since the first, where that can be told."""
+    figure, axes = new_figure([1.9, 1.9] if changes else [1.9])
+    axes[0].plot(*zip(*losses, strict=True), "o-", color=T_COLOR, markersize=3.5)
+    axes[0].set_title("Loss on held-out pictures")
+    if changes:
+        steps, means, low, high = (list(column) for column in zip(*changes, strict=True))
+        axes[1].axhline(0, color=INK, linewidth=0.8)
+        axes[1].vlines(steps, low, high, color=SIGMA_COLOR, linewidth=1.4)
+        axes[1].plot(steps, means, "o-", color=SIGMA_COLOR, markersize=3.5)
+        axes[1].set_title(f"Change since step {losses[0][0]}, with its 95% interval")
+        axes[1].set_xlim(axes[0].get_xlim())
+    for panel in axes:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("step")
+    return figure
 
 
 def as_svg(name: str, draw: Callable[[], Figure]) -> str:

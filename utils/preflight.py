@@ -19,7 +19,7 @@ from models import adapter_class
 from models.base import AdapterFile, ModelAdapter, ModelFilesError
 from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_problems
 from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
-from utils.config.prompt_list import Prompt, prompt_problems, read_prompts
+from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
 from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Dataset, Example, directory_problems, hold_out, resolution_problems, scan

@@ -178,10 +178,6 @@ class TimeSampler:
         low, high = self._bounds
         return torch.where(t <= low, 0.0, torch.where(t >= high, 1.0, share))
 
-    def bin_shares(self, num_bins: int) -> Tensor:
-        """The share of draws in each of num_bins equal parts of [0, 1]: (num_bins,), for histograms; sums to 1."""
-        return self.share_below(torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)).diff()
-
     def density_nodes(self, num_nodes: int) -> tuple[Tensor, Tensor]:
         """(t, q(t)) at rising t, for plots: half of them evenly spaced, half where q draws. q may be infinite at points."""
         margin = 1e-6  # at the very ends p or w may be infinite

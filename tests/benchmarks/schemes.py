@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils.comparison import read_evaluations
-from utils.evaluate import EVALUATIONS
+from utils.evaluation.comparison import read_evaluations
+from utils.evaluation.evaluate import EVALUATIONS
 
 CONFIG = "examples/quickstart.toml"
 SCHEMES = {

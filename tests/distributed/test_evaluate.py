@@ -20,12 +20,12 @@ from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import write_picture
 from utils import rectified_flow
 from utils.checkpoint import step_folder
-from utils.comparison import EvaluationResult, read_evaluations
+from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.data.precompute import EncodedData, make_plan
 from utils.distributed import World
-from utils.evaluate import EVALUATIONS
+from utils.evaluation.evaluate import EVALUATIONS
 from utils.objective import Objective
-from utils.panel import PanelEntry, make_panel, noise_of
+from utils.evaluation.panel import PanelEntry, make_panel, noise_of
 from utils.preflight import prepare
 
 pytestmark = pytest.mark.distributed

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.distributed.lab import Lab
-from utils.comparison import read_evaluations
+from utils.evaluation.comparison import read_evaluations
 from utils.config.schema import ObjectiveConfig
-from utils.evaluate import EVALUATIONS
+from utils.evaluation.evaluate import EVALUATIONS
 from utils.objective import Objective
 
 pytestmark = pytest.mark.distributed

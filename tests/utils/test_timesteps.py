@@ -524,12 +524,12 @@ def test_plotted_density_is_never_negative_where_it_is_infinite_too(scale: float
 @pytest.mark.parametrize("bounds", BOUNDS, ids=name_of)
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=name_of)
 @pytest.mark.parametrize("density", DENSITIES, ids=name_of)
-def test_shares_of_bins_are_those_of_draws(density: Density, weighting: Weighting, bounds: tuple[float, float]) -> None:
-    shares = make_sampler(density, weighting, bounds).bin_shares(64)
-    edges = np.arange(65) / 64
-    expected = np.diff(reference(density, weighting, bounds, 3.0)(edges))
-    np.testing.assert_allclose(shares.numpy(), expected, rtol=0, atol=1e-6)
-    assert float(shares.sum()) == pytest.approx(1, abs=1e-12)
+def test_share_below_is_the_distribution_function(
+    density: Density, weighting: Weighting, bounds: tuple[float, float]
+) -> None:
+    edges = torch.linspace(0, 1, 65, dtype=F64)
+    below = make_sampler(density, weighting, bounds).share_below(edges)
+    np.testing.assert_allclose(below.numpy(), reference(density, weighting, bounds, 3.0)(edges.numpy()), rtol=0, atol=1e-6)
 
 
 def test_outside_of_the_bounds_nothing_is_drawn() -> None:

@@ -24,7 +24,7 @@ from pydantic import (
 
 import models
 from utils.config.presets import PRESETS, Preset
-from utils.prompts import parse_prompt
+from utils.previews.prompts import parse_prompt
 from utils.rectified_flow import LossType, PredictionType
 from utils.timesteps import MAX_MODE_SCALE, MIN_MODE_SCALE, TimestepGrid, TimestepSampling, WeightingScheme
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from models.base import LatentSpec
 from utils.config.load import Problem, check_table
 from utils.config.schema import PromptConfig, SamplingConfig, SkipLayerConfig
-from utils.prompts import FLAGS, parse_prompt
-from utils.samplers import skips_layers
+from utils.previews.prompts import FLAGS, parse_prompt
+from utils.previews.samplers import skips_layers
 
 FileProblem = tuple[Path | None, str, str]
 """File (None: the experiment file), place in it, what is wrong."""

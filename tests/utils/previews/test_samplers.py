@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils import rectified_flow, samplers
-from utils.samplers import SamplerName, make_sampler, sampling_sigmas
+from utils import rectified_flow
+from utils.previews import samplers
+from utils.previews.samplers import SamplerName, make_sampler, sampling_sigmas
 
 F64 = torch.float64
 NAMES: tuple[SamplerName, ...] = ("euler", "dpmpp_2m")

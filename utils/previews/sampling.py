@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.base import ModelAdapter
-from utils import distributed, randomness, rectified_flow, samplers
+from utils import distributed, randomness, rectified_flow
 from utils.atomic import remove_folder, sync_folder, write_text
-from utils.config.prompt_list import Prompt
+from utils.previews import samplers
+from utils.previews.prompt_list import Prompt
 from utils.config.schema import SamplingConfig
 from utils.data.precompute import EncodedData
 from utils.log import bar_seconds

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import statistics
+from utils.evaluation import statistics
 from utils.atomic import write_text
-from utils.panel import PanelEntry
-from utils.statistics import Interval
+from utils.evaluation.panel import PanelEntry
+from utils.evaluation.statistics import Interval
 
 ALL = "all"
 

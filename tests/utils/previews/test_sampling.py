@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.config.prompt_list import Prompt
-from utils.sampling import Group, listing_entry, make_batches, write_pictures
+from utils.previews.prompt_list import Prompt
+from utils.previews.sampling import Group, listing_entry, make_batches, write_pictures
 
 
 def prompt(text: str = "a", width: int = 32, height: int = 32, seed: int = 0, steps: int = 4, cfg: float = 3.0) -> Prompt:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.base import LatentSpec
 from utils import distributed, randomness
-from utils.comparison import (
+from utils.evaluation.comparison import (
     Difference,
     EvaluationResult,
     Group,
@@ -30,9 +30,9 @@ from utils.comparison import (
 )
 from utils.config.schema import DatasetConfig, EvalConfig
 from utils.data.dataset import Example, scan
-from utils.evaluate import EVALUATIONS, Evaluation
-from utils.panel import PanelEntry, fingerprint, make_panel, make_rounds, noise_of
-from utils.statistics import Interval
+from utils.evaluation.evaluate import EVALUATIONS, Evaluation
+from utils.evaluation.panel import PanelEntry, fingerprint, make_panel, make_rounds, noise_of
+from utils.evaluation.statistics import Interval
 
 SEED = 5
 NUM_BANDS = 4

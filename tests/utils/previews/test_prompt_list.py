@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.base import LatentSpec
-from utils.config.prompt_list import Prompt, prompt_problems, read_prompts
+from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
 from utils.config.schema import SamplingConfig
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)

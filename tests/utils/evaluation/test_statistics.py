@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils import randomness
-from utils.statistics import MIN_SAMPLES, Interval, group_means, mean_intervals
+from utils.evaluation.statistics import MIN_SAMPLES, Interval, group_means, mean_intervals
 
 NUM_DRAWS = 4000
 
