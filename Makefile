@@ -12,11 +12,12 @@ test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/ready
-	$(BIN)/python -m flake8 train.py models utils examples tests
+	$(BIN)/python -m flake8 train.py models utils examples tests docs
 	$(BIN)/python -m mypy
 
 docs: .venv/ready
 	$(BIN)/python -m utils.config.document > docs/configuration.md
+	$(BIN)/python -m docs.draw_plots
 
 # diffsynth is there for one thing, the three tokenizers of SD3 that it ships; nothing of it is run, so none of what it
 # depends on is installed. DeepSpeed's own launcher script does not start where the path of the checkout has spaces.

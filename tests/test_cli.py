@@ -201,11 +201,11 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataset_file": {"min_ar": 3.0}}, "min_ar: = 3.0: must not be above max_ar, 2.0"),
     ({"dataset_file": {"directory": []}}, "directory: = []: "),
     ({"objective": {"weighting_scheme": "sech"}}, "objective.weighting_scheme: = 'sech': must be 'none', 'sigma_sqrt', "),
-    ({"objective": {"mode_s_n": 0.0}}, "objective.mode_s_n: = 0.0: must be greater than 0"),
+    ({"objective": {"mode_s_n": 0.0}}, "objective.mode_s_n: = 0.0: must be greater than or equal to 0.001"),
     ({"objective": {"min_t": 0.5, "max_t": 0.25}}, "objective: min_t, 0.5, must be below max_t, 0.25"),
     (
-        {"objective": {"weighting_scheme": "mode", "mode_mean": 0.0, "mode_s_n": 1e-4, "min_t": 0.5}},
-        "objective.weighting_scheme: = 'mode': the weight is zero everywhere between min_t and max_t",
+        {"objective": {"weighting_scheme": "mode", "mode_mean": -1.0, "mode_s_n": 1e-3, "min_t": 0.5}},
+        "objective: the weight is zero everywhere between min_t and max_t",
     ),
     (
         {"objective": {"encoder_dropout_rate": {"clip_h": 0.1}}},

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from docs.draw_plots import PLOTS
 from utils.config.presets import PRESETS
 from utils.config.schema import ObjectiveConfig
 from utils.plots import as_svg
-from utils.rectified_flow import LossType, PredictionType
-from utils.timesteps import TimestepGrid, TimestepSampling, WeightingScheme
+from utils.rectified_flow import LossType, PredictionType, shift_time
+from utils.timesteps import Density, TimeSampler, TimestepGrid, TimestepSampling, Weighting, WeightingScheme
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")
@@ -92,3 +93,25 @@ def written(value: str | float) -> str:
 def test_tests_that_are_named_are_there() -> None:
     for path in re.findall(r"`(tests/[\w/]+\.py)`", PAGE):
         assert (ROOT / path).is_file()
+
+
+def test_what_draws_by_loss_are_worth() -> None:
+    """mean(w)^2 / mean(w^2), in percent, in the order of the page's table."""
+    t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    weightings = [Weighting("none"), Weighting("sigma_sqrt")]
+    weightings += [Weighting("logit_normal", logit_std=std) for std in (1.0, 0.5, 0.2)]
+    weightings += [Weighting("mode", mode_s_n=width) for width in (0.2, 0.05)]
+    weightings += [Weighting("cosmap")]
+    weights = [weighting(t, shift_time(t, 3.0)) for weighting in weightings]
+    worth = [round(100 * float(weight.mean() ** 2 / weight.square().mean())) for weight in weights]
+    table = PAGE.split("| weight | by loss |\n|---|---|\n")[1].split("\n\n")[0]
+    assert [int(number) for row in table.splitlines() for number in re.findall(r"\d+", row.split("|")[2])] == worth
+
+
+@pytest.mark.parametrize("scheme", ["none", "cosmap"])
+def test_the_middle_of_the_draws_is_where_the_page_says(scheme: WeightingScheme) -> None:
+    weighting = Weighting(scheme)
+    sampler = TimeSampler(Density("sigma"), lambda t: weighting(t, shift_time(t, 3.0)), 0.0, 1.0)
+    middle = float(shift_time(sampler.draw(torch.tensor([0.5], dtype=torch.float64)), 3.0))
+    words = re.sub(r"\s+", " ", PAGE)
+    assert f"half of all draws have sigma above {middle:.2f}" in words

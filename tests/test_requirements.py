@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-OURS = {"models", "utils", "examples", "tests", "train"}
+OURS = {"models", "utils", "examples", "tests", "train", "docs"}
 BROUGHT_BY_OTHERS = {"pydantic_core", "packaging"}
 
 
@@ -48,7 +48,7 @@ def test_every_pinned_version_is_in_its_range() -> None:
 
 
 def test_everything_imported_is_pinned() -> None:
-    names = imported("train.py", "models", "utils", "examples", "tests")
+    names = imported("train.py", "models", "utils", "examples", "tests", "docs")
     assert {DISTRIBUTIONS.get(name, name) for name in names} - pins().keys() == set()
 
 

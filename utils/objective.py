@@ -128,5 +128,5 @@ def objective_problems(config: ObjectiveConfig) -> list[tuple[str, str]]:
     try:
         Objective(config).noise_level(0.5, 1024**2)
     except ValueError as error:
-        return [("objective.weighting_scheme", f"= {config.weighting_scheme!r}: {error}")]
+        return [("objective", f"{error}; widen them, or change timestep_sampling or weighting_scheme")]
     return []

@@ -72,9 +72,13 @@ def draw_density(axes: Axes, t: Tensor, density: Tensor, shift: float) -> None:
     name = f"of sigma, shift {shift:g}"
     axes.plot(shift_time(t, shift), over_sigma, color=SIGMA_COLOR, linestyle=(0, (5, 1.5)), label=name)
     unit_axis(axes, "t, sigma")
-    # Where a density is infinite at a point, nearly all of it is shown.
-    axes.set_ylim(0, 1.12 * max(float(curve.quantile(0.98)) for curve in (density, over_sigma)))
+    _show_most(axes, density, over_sigma)
     axes.legend(loc="upper left")
+
+
+def _show_most(axes: Axes, *curves: Tensor) -> None:
+    """From 0 to above nearly all of each curve: it may be infinite at a point."""
+    axes.set_ylim(0, 1.12 * max(float(curve.quantile(0.98)) for curve in curves))
 
 
 def objective_figure(t: Tensor, density: Tensor, shift: float, weight: Tensor | None, title: str) -> Figure:
@@ -86,7 +90,7 @@ def objective_figure(t: Tensor, density: Tensor, shift: float, weight: Tensor | 
         axes[1].plot(t, weight, color=INK)
         unit_axis(axes[1], "t")
         axes[1].set_title(title)
-        axes[1].set_ylim(bottom=0)
+        _show_most(axes[1], weight)
     return figure
 
 

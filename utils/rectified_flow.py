@@ -66,5 +66,6 @@ def penalty(error: Tensor, loss_type: LossType, huber_c: float) -> Tensor:
     """
     if loss_type == "l2":
         return error.square()
-    distance = (error.square() + huber_c**2).sqrt() - huber_c
+    # sqrt(e^2 + c^2) - c, in a form that does not lose its digits where e << c.
+    distance = error.square() / ((error.square() + huber_c**2).sqrt() + huber_c)
     return 2 * (huber_c * distance if loss_type == "huber" else distance)

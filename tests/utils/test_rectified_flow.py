@@ -115,8 +115,8 @@ def test_penalties_are_their_published_forms() -> None:
             tensor = torch.tensor(error, dtype=F64)
             assert flow.penalty(tensor, "l2", c) == error**2
             root = math.sqrt(error * error + c * c)
-            assert flow.penalty(tensor, "huber", c) == pytest.approx(2 * c * (root - c), rel=1e-12, abs=1e-18)
-            assert flow.penalty(tensor, "smooth_l1", c) == pytest.approx(2 * (root - c), rel=1e-12, abs=1e-18)
+            assert flow.penalty(tensor, "huber", c) == pytest.approx(2 * c * (root - c), rel=1e-8, abs=1e-18)
+            assert flow.penalty(tensor, "smooth_l1", c) == pytest.approx(2 * (root - c), rel=1e-8, abs=1e-18)
 
 
 def test_small_errors_are_squared_and_large_ones_are_not() -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import evaluate, report, sampling
-from utils.comparison import Group, Measured, compare, to_line
+from utils import report
 from utils.config.schema import ObjectiveConfig
+from utils.evaluation import evaluate
+from utils.evaluation.comparison import Group, Measured, compare, to_line
 from utils.log import RunLog, StepMetrics
 from utils.objective import Objective
 from utils.plots import MAX_POINTS
+from utils.previews import sampling
 from utils.report import render, write_report
 from utils.timesteps import MAX_MODE_SCALE, MIN_MODE_SCALE
 

@@ -84,7 +84,7 @@ class ObjectiveConfig(Table):
         "same in expectation; sampling varies far less.",
     )
     logit_mean: Float = Field(0.0, description="Of logit_normal, as density or weight: mean of logit(t). Above 0: noisier.")
-    logit_std: Float = Field(1.0, gt=0, description="Of logit_normal: standard deviation of logit(t).")
+    logit_std: Float = Field(1.0, ge=0.01, description="Of logit_normal: standard deviation of logit(t).")
     mode_scale: Float = Field(
         1.29,
         ge=MIN_MODE_SCALE,
@@ -92,7 +92,7 @@ class ObjectiveConfig(Table):
         description="Of the density mode: above 0 prefers the middle, below 0 the ends; from -1 to 2 / (pi - 2).",
     )
     mode_mean: Float = Field(0.5, description="Of the weight mode: the t that counts most.")
-    mode_s_n: Float = Field(0.2, gt=0, description="Of the weight mode: its width s_n.")
+    mode_s_n: Float = Field(0.2, ge=0.001, description="Of the weight mode: its width s_n.")
     min_t: Float = Field(0.0, ge=0, lt=1, description="No t below this is drawn; before the shift.")
     max_t: Float = Field(1.0, gt=0, le=1, description="No t above this is drawn; before the shift.")
     discrete_flow_shift: Float = Field(

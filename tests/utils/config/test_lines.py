@@ -73,7 +73,7 @@ def test_messages_name_the_line_and_not_that_of_a_key_given_by_set(tmp_path: Pat
     (problem,) = problems_of(path)
     assert problem.line is not None
     assert lines[problem.line - 1] == "mode_s_n = 0.0"
-    assert str(problem) == f"{path}, line {problem.line}: objective.mode_s_n: = 0.0: must be greater than 0"
+    assert str(problem) == f"{path}, line {problem.line}: objective.mode_s_n: = 0.0: must be greater than or equal to 0.001"
     (problem, other) = problems_of(path, "objective.logit_std=-1.0")
     assert {problem.key: problem.line is None, other.key: other.line is None} == {
         "objective.mode_s_n": False,
