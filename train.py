@@ -254,6 +254,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
                 export.write_weights(pipeline, experiment.adapter, config, folder / "weights", done)
             if due(done, config.save.checkpoint_every_n_steps, num_steps):
                 checkpoint.save(pipeline, folder / CHECKPOINTS, done, experiment.identity, config.save.keep_last)
+                observer.saved()
 
 
 def stop_if_not_finite(result: StepResult, step: int, order: BatchOrder) -> None:

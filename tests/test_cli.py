@@ -202,10 +202,18 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataset_file": {"directory": []}}, "directory: = []: "),
     ({"objective": {"weighting_scheme": "sech"}}, "objective.weighting_scheme: = 'sech': must be 'none', 'sigma_sqrt', "),
     ({"objective": {"mode_s_n": 0.0}}, "objective.mode_s_n: = 0.0: must be greater than or equal to 0.001"),
-    ({"objective": {"min_t": 0.5, "max_t": 0.25}}, "objective: min_t, 0.5, must be below max_t, 0.25"),
+    ({"objective": {"min_t": 0.5, "max_t": 0.25}}, "objective.max_t: = 0.25: must be above min_t, 0.5"),
     (
         {"objective": {"weighting_scheme": "mode", "mode_mean": -1.0, "mode_s_n": 1e-3, "min_t": 0.5}},
         "objective: the weight is zero everywhere between min_t and max_t",
+    ),
+    (
+        {"objective": {"weighting_scheme": "mode", "mode_mean": 500.0, "weighting_by": "loss"}},
+        "objective: between min_t and max_t the weight mode is next to nothing, 0 on average; widen min_t to max_t, or",
+    ),
+    (
+        {"objective": {"min_t": 0.999}},
+        "objective: between min_t and max_t the weight logit_normal is next to nothing, 6e-09",
     ),
     (
         {"objective": {"encoder_dropout_rate": {"clip_h": 0.1}}},

@@ -9,7 +9,7 @@ from utils.config.presets import PRESETS
 from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder
 from utils.log import table
-from utils.objective import unread_keys
+from utils.objective import keys_in_use, unread_keys
 from utils.preflight import Experiment
 from utils.targets import some
 
@@ -73,6 +73,17 @@ def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:
     ]
     if (config.min_t, config.max_t) != (0, 1):
         rows.append(("t", f"from {config.min_t:g} to {config.max_t:g}"))
+    values = config.model_dump()
+    numbers = [key for key, used in keys_in_use(config).items() if used and isinstance(values[key], float)]
+    if numbers:
+        rows.append(("numbers", ", ".join(f"{key} {values[key]:g}" for key in numbers)))
+    if config.timestep_grid != "none":
+        rows.append(("rounding", f"as {config.timestep_grid}"))
+    rows += [
+        (name, str(values[key]))
+        for name, key in (("captions dropped", "caption_dropout_rate"), ("encoders dropped", "encoder_dropout_rate"))
+        if values[key]
+    ]
     return rows
 
 
@@ -80,9 +91,10 @@ def objective_notes(config: ObjectiveConfig) -> list[str]:
     """What a preset set, what is written and changes nothing, and what other programs cannot read."""
     notes = []
     if config.preset is not None:
-        resolved = config.model_dump()
-        values = ", ".join(f"{key} = {resolved[key]!r}" for key in PRESETS[config.preset])
-        notes.append(f"objective.preset = {config.preset!r}: {values}")
+        preset, values = PRESETS[config.preset], config.model_dump()
+        sets = ", ".join(f"{key} = {value!r}" for key, value in preset.items())
+        written = ", ".join(f"{key} = {values[key]!r}" for key, value in preset.items() if values[key] != value)
+        notes.append(f"objective.preset = {config.preset!r} is {sets}" + (f"; but written is {written}" if written else ""))
     notes += [f"objective.{key} has no effect on this objective" for key in unread_keys(config)]
     if config.model_prediction_type == "additive":
         notes.append("what is trained with model_prediction_type 'additive' is no velocity: other programs cannot use it")

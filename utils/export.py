@@ -23,6 +23,7 @@ from utils import distributed, lora
 from utils.atomic import remove_folder, sync_folder, write_text
 from utils.checkpoint import step_folder
 from utils.config.schema import ExperimentConfig
+from utils.log import say
 from utils.pipeline.engine import LocalLayer, Pipeline
 from utils.provenance import kohya_metadata, run_metadata
 from utils.safetensors_file import Entry, FileLayout, create_file, plan_file, write_tensors
@@ -198,13 +199,18 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
     distributed.wait_for_all(f"export {name} named")
 
 
-def write_best(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentConfig, parent: Path, step: int) -> None:
-    """`write_weights`, and then no other step's are left in `parent`. All ranks together."""
-    write_weights(pipeline, adapter, config, parent, step)
-    if distributed.world().is_main:
-        for folder in parent.glob("step_*"):
-            if folder != step_folder(parent, step):
-                remove_folder(folder)
+def drop_weights_after(parent: Path, step: int) -> None:
+    """Remove weights of later steps: a run that goes on from `step` makes others. One process only."""
+    for folder in sorted(parent.glob("step_*")):
+        if folder.name > step_folder(parent, step).name:
+            say(f"removed {folder}: this run goes on from step {step}")
+            remove_folder(folder)
+
+
+def keep_newest_weights(parent: Path) -> None:
+    """Remove all weights in `parent` but those of the last step. One process only."""
+    for folder in sorted(parent.glob("step_*"))[:-1]:
+        remove_folder(folder)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ class RunLog:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
 
-    def write_distribution(self, name: str, shares: Sequence[float]) -> None:
-        """A distribution over [0, 1], for TensorBoard: the share of each of equal parts."""
+    def write_distribution(self, name: str, step: int, shares: Sequence[float]) -> None:
+        """A distribution over [0, 1] from a step on, for TensorBoard: the share of each of equal parts."""
         if not self._is_main or self._events is None:
             return
         count = len(shares)
@@ -135,7 +135,7 @@ class RunLog:
             sum_squares=sum(share * middle**2 for share, middle in zip(shares, middles, strict=True)),
             bucket_limits=[(index + 1) / count for index in range(count)],
             bucket_counts=list(shares),
-            global_step=0,
+            global_step=step,
         )
 
     def start_clock(self) -> None:

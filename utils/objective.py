@@ -108,25 +108,41 @@ NO_TARGET = LossTarget(*(torch.empty(0) for _ in range(4)))
 """Of stages that are not the last."""
 
 
-def unread_keys(config: ObjectiveConfig) -> list[str]:
-    """Keys that were written and have no effect on this objective."""
-    uses = {
-        "logit_mean": "logit_normal" in (config.timestep_sampling, config.weighting_scheme),
-        "logit_std": "logit_normal" in (config.timestep_sampling, config.weighting_scheme),
+MIN_MEAN_WEIGHT = 1e-4
+"""Below it, what is trained counts for next to nothing: somebody took t for a timestep, or bounds for others."""
+
+
+def keys_in_use(config: ObjectiveConfig) -> dict[str, bool]:
+    """Keys that matter to some objectives only -> whether they matter to this one."""
+    normal = "logit_normal" in (config.timestep_sampling, config.weighting_scheme)
+    return {
+        "logit_mean": normal,
+        "logit_std": normal,
         "mode_scale": config.timestep_sampling == "mode",
         "mode_mean": config.weighting_scheme == "mode",
         "mode_s_n": config.weighting_scheme == "mode",
         "huber_c": config.loss_type != "l2",
         "weighting_by": config.weighting_scheme != "none",
     }
-    preset = PRESETS[config.preset] if config.preset is not None else {}
-    return sorted(key for key in config.model_fields_set - preset.keys() if not uses.get(key, True))
+
+
+def unread_keys(config: ObjectiveConfig) -> list[str]:
+    """Keys that were given another value than the preset's or the default and have no effect on this objective."""
+    defaults = {name: field.default for name, field in type(config).model_fields.items()}
+    usual = {**defaults, **(PRESETS[config.preset] if config.preset is not None else {})}
+    values = config.model_dump()
+    return sorted(key for key, used in keys_in_use(config).items() if not used and values[key] != usual[key])
 
 
 def objective_problems(config: ObjectiveConfig) -> list[tuple[str, str]]:
     """Settings that are possible one by one and together leave nothing to train, as (key, message)."""
+    advice = "widen min_t to max_t, or change timestep_sampling or weighting_scheme"
+    by_sampling = Objective(config.model_copy(update={"weighting_by": "sampling"}))
     try:
-        Objective(config).noise_level(0.5, 1024**2)
+        mean = by_sampling.sampler(config.discrete_flow_shift).mean_weight
     except ValueError as error:
-        return [("objective", f"{error}; widen them, or change timestep_sampling or weighting_scheme")]
+        return [("objective", f"{error}; {advice}")]
+    if mean < MIN_MEAN_WEIGHT:
+        message = f"between min_t and max_t the weight {config.weighting_scheme} is next to nothing, {mean:.1g} on average"
+        return [("objective", f"{message}; {advice}")]
     return []

@@ -42,18 +42,24 @@ class Observer:
         self._config = experiment.config.experiment
         self._num_steps = experiment.num_steps(order)
         self._objective = Objective(self._config.objective)
-        if start_step == 0:
-            self._write_times()
+        self._write_times(start_step)
+        if distributed.world().is_main:
+            export.drop_weights_after(folder / BEST, start_step)
         self._evaluation = self._make_evaluation(data, start_step)
         self._previews = self._make_previews(data)
 
-    def _write_times(self) -> None:
-        """How often each t and each sigma is trained, for TensorBoard."""
-        shift = self._config.objective.discrete_flow_shift
-        sampler = self._objective.sampler(shift)
+    def _write_times(self, step: int) -> None:
+        """How often each t and each sigma is trained from this step on, for TensorBoard; over pictures of all sizes."""
         edges = torch.linspace(0, 1, NUM_TIME_BINS + 1, dtype=torch.float64)
-        for name, times in (("t", edges), ("sigma", shift_time(edges, 1 / shift))):
-            self._log.write_distribution(f"objective/{name}", sampler.share_below(times).diff().tolist())
+        counts = self._experiment.dataset.bucket_counts()
+        shares = torch.zeros(2, NUM_TIME_BINS, dtype=torch.float64)
+        for bucket, count in counts.items():
+            shift = self._objective.shift_at(bucket.width * bucket.height)
+            sampler = self._objective.sampler(shift)
+            both = [sampler.share_below(times).diff() for times in (edges, shift_time(edges, 1 / shift))]
+            shares += count / sum(counts.values()) * torch.stack(both)
+        for name, part in zip(("t", "sigma"), shares, strict=True):
+            self._log.write_distribution(f"objective/{name}", step, part.tolist())
 
     def _make_evaluation(self, data: EncodedData, start_step: int) -> Evaluation | None:
         config, experiment = self._config, self._experiment
@@ -75,13 +81,14 @@ class Observer:
         )
 
     def _make_previews(self, data: EncodedData) -> Previews:
+        shift = self._config.sampling.shift
         return Previews(
             self._experiment.adapter,
             data,
             self._pipeline,
             self._config.sampling,
             self._experiment.prompts,
-            shift_at=self._objective.shift_at,
+            shift_at=self._objective.shift_at if shift is None else lambda _num_pixels: shift,
             prediction_type=self._objective.prediction_type,
             dtype=self._config.model.torch_dtype,
             num_replicas=self._experiment.num_replicas,
@@ -105,7 +112,12 @@ class Observer:
         self._log.write_evaluation(step, result.scalars())
         wants_best = self._config.eval is not None and self._config.eval.keep_best
         if wants_best and result.is_best and step > 0:  # the start's weights are where they came from
-            export.write_best(self._pipeline, self._experiment.adapter, self._config, self._folder / BEST, step)
+            export.write_weights(self._pipeline, self._experiment.adapter, self._config, self._folder / BEST, step)
+
+    def saved(self) -> None:
+        """A checkpoint has been written. No run will go on from before it, so of the best weights the newest are enough."""
+        if distributed.world().is_main:
+            export.keep_newest_weights(self._folder / BEST)
 
     def _report(self) -> None:
         if distributed.world().is_main:

@@ -164,7 +164,10 @@ def _check_averages(config: Config, problems: list[Problem]) -> None:
 
 def _read_prompts(config: Config, problems: list[Problem]) -> list[Prompt]:
     prompts, found = read_prompts(config.experiment.sampling)
-    problems += [Problem(file or config.path, place, text) for file, place, text in found]
+    problems += [Problem(file or config.path, place, text) for file, place, text in found[:MAX_BAD_FILES_SHOWN]]
+    if len(found) > MAX_BAD_FILES_SHOWN:
+        rest = f"{len(found) - MAX_BAD_FILES_SHOWN} more lines are wrong"
+        problems.append(Problem(config.path, "sampling.prompts_file", rest))
     return prompts
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from utils.atomic import write_text
-from utils.evaluation.comparison import Difference, EvaluationResult, read_evaluations
+from utils.evaluation.comparison import EvaluationResult, read_evaluations, told
 from utils.objective import Objective
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _evaluation_section(results: Sequence[EvaluationResult]) -> str:
     if not results:
         return ""
     last = results[-1]
-    comparable = [result for result in results if result.panel == last.panel]
+    comparable = [result for result in results if result.can_be_compared(last.panel, last.weights)]
     plot = _evaluation_plot(comparable) if len(comparable) > 1 else ""
     return f'<div class="side">{plot}<div class="numbers">{_evaluation_table(last)}</div></div>'
 
@@ -192,20 +192,16 @@ def _evaluation_table(result: EvaluationResult) -> str:
     start = result.groups[0].to_start
     if start is not None:
         header.append(f"change since step {start.to_step} (95%)")
+    best = result.groups[0].to_best
+    if start is not None and best is not None and best.to_step != start.to_step:
+        header.append(f"since step {best.to_step}, the best (95%)")
     rows = [
-        [group.name, str(group.num_pictures), f"{group.loss:.5f}", _told(group.to_start)][: len(header)]
+        [group.name, str(group.num_pictures), f"{group.loss:.5f}", told(group.to_start), told(group.to_best)][: len(header)]
         for group in result.groups
     ]
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     caption = f"<caption>Step {result.step}: loss{weights}</caption>"
     return f"<table>{caption}<tr>{head}</tr>{''.join(map(_row, rows))}</table>"
-
-
-def _told(change: Difference | None) -> str:
-    if change is None:
-        return ""
-    interval = change.interval
-    return f"{change.mean:+.5f}" + ("" if interval is None else f" ({interval.low:+.5f} to {interval.high:+.5f})")
 
 
 # --- previews ----------------------------------------------------------------------------------------------------------

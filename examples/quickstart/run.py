@@ -71,7 +71,7 @@ Done in {seconds / 60:.1f} minutes. What you have now:
   {RUNS / "grid.png"}        every preview with its prompt; the first 16 are of combinations no caption had
   {RUNS / "grid_lora.png"}   the same for the LoRA
   {full / "report.html"}
-                                    the run on one page: its objective, curves, evaluations, pictures beside those of the start
+                                    the run on one page: objective, curves, evaluations, pictures beside those of the start
   {newest("weights/*/mmdit.safetensors", full)}
                                     the trained network: one file with native keys
   {newest("weights/*/lora.safetensors", lora)}

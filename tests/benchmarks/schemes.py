@@ -32,9 +32,11 @@ SCHEMES = {
     "weight mode, by loss": ["weighting_scheme=mode", "weighting_by=loss"],
     "weight cosmap, by sampling": ["weighting_scheme=cosmap"],
     "weight cosmap, by loss": ["weighting_scheme=cosmap", "weighting_by=loss"],
+    "density logit_normal": ["timestep_sampling=logit_normal", "weighting_scheme=none"],
     "density mode": ["timestep_sampling=mode", "weighting_scheme=none"],
     "density cosmap": ["timestep_sampling=cosmap", "weighting_scheme=none"],
     "sigma_scaled, weight none": ["weighting_scheme=none", "model_prediction_type=sigma_scaled"],
+    "additive, weight none": ["weighting_scheme=none", "model_prediction_type=additive"],
     "huber, weight none": ["weighting_scheme=none", "loss_type=huber"],
     "smooth_l1, weight none": ["weighting_scheme=none", "loss_type=smooth_l1"],
 }

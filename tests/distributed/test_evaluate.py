@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import toml
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from models.base import ModelAdapter
@@ -17,7 +18,7 @@ from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, assert_same_run, assert_same_weights
 from tests.distributed.test_resume import STOP, copy_of, stopped
-from tests.tiny_model import write_picture
+from tests.tiny_model import make_tiny_dataset, write_picture
 from utils import rectified_flow
 from utils.checkpoint import step_folder
 from utils.evaluation.comparison import EvaluationResult, read_evaluations
@@ -146,7 +147,8 @@ def test_an_additive_output_is_measured_as_a_velocity(lab: Lab, other_set: Path)
 def test_the_panel_is_that_of_the_seed_and_the_pictures(lab: Lab, other_set: Path) -> None:
     """The same panel whatever the objective trains; another with another seed."""
     plain = evaluations(lab.shared_run(1, with_eval(FULL, other_set)))[0]
-    narrow = {"objective.min_t": 0.4, "objective.max_t": 0.6, "objective.caption_dropout_rate": 0.5, "max_steps": 1}
+    narrow = {"objective.min_t": 0.4, "objective.max_t": 0.6, "objective.caption_dropout_rate": 1.0, "max_steps": 1}
+    narrow["objective.encoder_dropout_rate"] = 1.0
     same = evaluations(lab.run(1, lab.experiment(with_eval(narrow, other_set))))[0]
     assert (same.panel, same.losses) == (plain.panel, plain.losses)
     other = evaluations(lab.run(1, lab.experiment(with_eval({"seed": 8, "max_steps": 1}, other_set))))[0]
@@ -291,3 +293,45 @@ def test_the_best_weights_are_kept(lab: Lab, other_set: Path, learning_rate: flo
     for name in kept:
         best, exported_then = (run.folder / folder / name / "mmdit.safetensors" for folder in ("best", "weights"))
         assert_same_weights(load_file(best), load_file(exported_then))
+
+
+def test_the_best_weights_are_those_of_the_course_that_is_taken(lab: Lab, other_set: Path) -> None:
+    """A run that goes on from step 2 on another course: the best of step 2 is there still, that of step 4 is not."""
+    changes = {"eval.keep_best": True, "save.checkpoint_every_n_steps": 2, "max_steps": 4}
+    run = lab.run(1, lab.experiment(with_eval(changes, other_set)))
+    assert [path.name for path in (run.folder / "best").iterdir()] == ["step_000004"], "a checkpoint covers it"
+    shutil.rmtree(run.folder / "checkpoints" / "step_000004")
+    (run.folder / "best" / "step_000002").mkdir()
+    resumed = lab.run(1, run.experiment, "--resume", "--set", "optimizer.learning_rate=10.0", "--set", "max_steps=3")
+    assert "this run goes on from step 2" in resumed.output
+    assert [result.step for result in evaluations(resumed)] == [0, 2, 3]
+    assert not evaluations(resumed)[-1].is_best
+    assert [path.name for path in (run.folder / "best").iterdir()] == ["step_000002"]
+
+
+def test_averaged_and_last_weights_are_not_compared_but_at_the_start(lab: Lab, other_set: Path) -> None:
+    run = lab.run(1, lab.experiment(with_eval({**AVERAGED, "max_steps": 2, "eval.weights": "last"}, other_set)))
+    resumed = lab.run(1, run.experiment, "--resume", "--set", "max_steps=4", "--set", "eval.weights=ema")
+    told = evaluations(resumed)[-1]
+    assert (told.step, told.weights) == (4, "ema")
+    assert told.to_previous is not None and told.to_previous.to_step == 0
+    assert "1 evaluations in" in resumed.output
+
+
+def test_an_edited_mask_makes_another_panel(lab: Lab, tmp_path: Path) -> None:
+    pictures = make_tiny_dataset(tmp_path / "pictures", 3)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in pictures.glob("*.png"):
+        Image.new("L", Image.open(path).size, 255).save(masks / path.name)
+    file = tmp_path / "masked.toml"
+    table = {"resolutions": [32], "directory": [{"path": str(pictures), "mask_path": str(masks)}]}
+    file.write_text(toml.dumps(table))
+    run = lab.run(1, lab.experiment(with_eval({"max_steps": 2}, file)))
+    first = next(masks.glob("*.png"))
+    Image.new("L", Image.open(first).size, 40).save(first)
+    resumed = lab.run(1, run.experiment, "--resume", "--set", "max_steps=3")
+    before, after = evaluations(resumed)[-2:]
+    assert before.panel != after.panel
+    assert after.groups[0].to_start is None
+    assert "not compared with them" in resumed.output

@@ -133,10 +133,10 @@ def test_a_distribution_reaches_tensorboard_with_its_shares(tmp_path: Path) -> N
 
     shares = [0.1, 0.2, 0.4, 0.3]
     with open_log(tmp_path, tensorboard=True) as log:
-        log.write_distribution("objective/t", shares)
+        log.write_distribution("objective/t", 7, shares)
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "histograms": 0}).Reload()
     (written,) = events.Histograms("objective/t")
     assert list(written.histogram_value.bucket) == shares
     assert list(written.histogram_value.bucket_limit) == [0.25, 0.5, 0.75, 1.0]
     assert written.histogram_value.sum == pytest.approx(0.1 * 0.125 + 0.2 * 0.375 + 0.4 * 0.625 + 0.3 * 0.875)
-    assert written.step == 0
+    assert written.step == 7

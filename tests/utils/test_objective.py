@@ -67,7 +67,7 @@ def assert_same(ours: tuple[list[float], list[float]], sigmas: list[float], loss
 
 
 def sd_scripts(density: str, weighting: str, shift: float = 1.0, **parameters: float) -> tuple[list[float], list[float]]:
-    """Its sigma and loss: clean-latent space, timesteps cut to whole numbers after the shift, in float32."""
+    """Its sigma and loss: clean-latent space, timesteps cut to whole numbers after the shift."""
     sigmas, losses = [], []
     for row, draw_ in enumerate(DRAWS):
         u = draw_
@@ -236,8 +236,10 @@ def test_keys_without_effect_are_named() -> None:
     config = ObjectiveConfig(weighting_scheme="mode", logit_std=2.0, mode_scale=0.5, mode_s_n=0.3, huber_c=0.2)
     assert unread_keys(config) == ["huber_c", "logit_std", "mode_scale"]
     assert unread_keys(ObjectiveConfig(weighting_scheme="none", weighting_by="loss")) == ["weighting_by"]
+    assert unread_keys(ObjectiveConfig(preset="simpletuner", timestep_sampling="sigma", logit_mean=0.5)) == ["logit_mean"]
     for preset in PRESETS:
-        assert unread_keys(ObjectiveConfig(preset=preset)) == []
+        config = ObjectiveConfig(preset=preset)
+        assert unread_keys(config) == unread_keys(ObjectiveConfig(**config.model_dump())) == [], "nor in a run's own copy"
 
 
 def test_a_weight_that_is_zero_wherever_t_may_be_is_a_problem() -> None:
@@ -245,6 +247,10 @@ def test_a_weight_that_is_zero_wherever_t_may_be_is_a_problem() -> None:
     ((key, message),) = objective_problems(config)
     assert key == "objective"
     assert "zero everywhere between min_t and max_t" in message
+    for settings in ({"mode_mean": 20.0, "weighting_scheme": "mode"}, {"min_t": 0.999}):
+        for by in ("loss", "sampling"):
+            (problem,) = objective_problems(ObjectiveConfig(weighting_by=by, **settings))
+            assert "next to nothing" in problem[1] or "zero everywhere" in problem[1]
     assert objective_problems(ObjectiveConfig()) == []
 
 

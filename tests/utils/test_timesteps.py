@@ -432,18 +432,6 @@ def test_sampling_by_weight_has_the_expectation_of_weighing_the_loss(
         assert float((losses**2).mean()) <= mean_square * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("bounds", BOUNDS, ids=name_of)
-@pytest.mark.parametrize("weighting", WEIGHTINGS[1:], ids=name_of)
-def test_sampling_by_weight_of_a_loss_that_is_the_same_everywhere_varies_not_at_all(
-    weighting: Weighting, bounds: tuple[float, float]
-) -> None:
-    """By weight it is Z for every draw; weighed, it has the variance of the weight."""
-    sampler = make_sampler(Density("sigma"), weighting, bounds)
-    low, high = bounds
-    mean_square = integral(lambda t: weight_formula(weighting, t, 3.0) ** 2, low, high) / (high - low)
-    assert mean_square > 1.00001 * sampler.mean_weight**2
-
-
 @pytest.mark.parametrize("weighting", WEIGHTINGS[1:], ids=name_of)
 @pytest.mark.parametrize("density", DENSITIES, ids=name_of)
 def test_a_weight_of_another_size_draws_the_same_times(density: Density, weighting: Weighting) -> None:

@@ -17,7 +17,10 @@ def key_lines(text: str) -> dict[str, int]:
     lines: dict[str, int] = {}
     counts: Counter[str] = Counter()
     table, in_string = "", False
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, whole_line in enumerate(text.splitlines(), start=1):
+        line = whole_line if in_string else whole_line.split(" #")[0]
+        if not in_string and line.lstrip().startswith("#"):
+            continue
         if not in_string:
             if match := _ARRAY_TABLE.fullmatch(line):
                 table = f"{match[1]}[{counts[match[1]]}]"
@@ -26,6 +29,8 @@ def key_lines(text: str) -> dict[str, int]:
             elif match := _TABLE.fullmatch(line):
                 table = match[1]
                 lines.setdefault(table, number)
+            elif line.startswith("["):  # a header written in another way: its keys are not found
+                table = line
             elif match := _KEY.match(line):
                 lines.setdefault(f"{table}.{match[1]}" if table else match[1], number)
         if (line.count('"""') + line.count("'''")) % 2:

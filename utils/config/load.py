@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,14 +41,16 @@ class Problem:
 
 
 def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:
-    """The problems with the lines of their keys, but of those that `--set` put there."""
-    set_keys = tuple(text.partition("=")[0].strip() for text in overrides)
+    """The problems with the lines of their keys, but of those that `--set` put there or under which it put something."""
+    set_keys = [text.partition("=")[0].strip() + "." for text in overrides]
+
+    def is_set(key: str) -> bool:
+        return any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in set_keys)
+
     return [
-        problem
-        if not problem.key
-        or problem.file.suffix != ".toml"
-        or f"{problem.key}.".startswith(tuple(f"{key}." for key in set_keys))
-        else replace(problem, line=line_of(problem.file, problem.key))
+        replace(problem, line=line_of(problem.file, problem.key))
+        if problem.line is None and problem.key and problem.file.suffix == ".toml" and not is_set(problem.key)
+        else problem
         for problem in problems
     ]
 
@@ -164,7 +167,10 @@ def check_table(
 
 def _plain(message: str) -> str:
     plain = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    return plain.replace("Input is not a valid path for <class 'pathlib.Path'>", "must be a path")
+    plain = plain.replace("Input is not a valid path for <class 'pathlib.Path'>", "must be a path")
+    plain = re.sub(r"a valid dictionary or (instance|object) .*", "a table", plain)
+    plain = plain.replace("String should match pattern", "must match")
+    return re.sub(r"List should have at least 1 item after validation, not 0", "must not be empty", plain)
 
 
 def _key_path(location: Sequence[str | int]) -> str:
@@ -236,9 +242,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     dataset = None
     if isinstance(dataset_path, str):
         dataset = _check_dataset(Path(dataset_path), problems)
-    eval_sets = {}
-    if experiment is not None and experiment.eval is not None:
-        eval_sets = {entry.name: _check_eval_set(entry.dataset, problems) for entry in experiment.eval.sets}
+    eval_sets = {name: _check_eval_set(set_path, problems) for name, set_path in _eval_paths(raw).items()}
     if experiment is None or dataset is None or problems:
         raise ConfigError(located(problems, overrides))
     return Config(path, experiment, dataset, {name: table for name, table in eval_sets.items() if table is not None})
@@ -278,12 +282,20 @@ def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
     return dataset
 
 
+def _eval_paths(raw: Mapping[str, Any]) -> dict[str, Path]:
+    """Name -> dataset file of the evaluation sets, as far as they are written so."""
+    table = raw.get("eval")
+    sets = table.get("sets") if isinstance(table, dict) else None
+    entries = [entry for entry in sets if isinstance(entry, dict)] if isinstance(sets, list) else []
+    return {str(entry.get("name")): Path(entry["dataset"]) for entry in entries if isinstance(entry.get("dataset"), str)}
+
+
 def _check_eval_set(path: Path, problems: list[Problem]) -> DatasetConfig | None:
     """An evaluation set's dataset file; what only training reads must not be in it."""
     dataset = _check_dataset(path, problems)
     for index, directory in enumerate(dataset.directory if dataset is not None else []):
         for key in ("horizontal_flip", "loss_weight"):
-            if key in directory.model_fields_set:
+            if directory.model_dump()[key] != type(directory).model_fields[key].default:
                 place = f"directory[{index}].{key}"
                 problems.append(Problem(path, place, "has no place in an evaluation set, where every picture counts alike"))
     return dataset

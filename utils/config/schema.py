@@ -96,7 +96,7 @@ class ObjectiveConfig(Table):
     min_t: Float = Field(0.0, ge=0, lt=1, description="No t below this is drawn; before the shift.")
     max_t: Float = Field(1.0, gt=0, le=1, description="No t above this is drawn; before the shift.")
     discrete_flow_shift: Float = Field(
-        3.0, gt=0, description="sigma = s t / (1 + (s - 1) t). SD3 and SD3.5 are sampled with 3.0 at 1024 pixels."
+        3.0, ge=0.01, le=100, description="sigma = s t / (1 + (s - 1) t). SD3 and SD3.5 are sampled with 3.0 at 1024 pixels."
     )
     shift_resolution: Int | None = Field(
         None,
@@ -143,16 +143,22 @@ class ObjectiveConfig(Table):
             values.setdefault("weighting_scheme", "none")
         return values
 
-    @model_validator(mode="after")
-    def _sensible_together(self) -> ObjectiveConfig:
-        if self.min_t >= self.max_t:
-            raise ValueError(f"min_t, {self.min_t}, must be below max_t, {self.max_t}")
-        if self.timestep_sampling == self.weighting_scheme:
+    @field_validator("max_t")
+    @classmethod
+    def _above_min_t(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("min_t", 0.0):
+            raise ValueError(f"must be above min_t, {info.data['min_t']}")
+        return value
+
+    @field_validator("weighting_scheme")
+    @classmethod
+    def _no_square(cls, value: str, info: ValidationInfo) -> str:
+        if value == info.data.get("timestep_sampling"):
             raise ValueError(
-                f"timestep_sampling and weighting_scheme are both {self.weighting_scheme!r}: the density would count "
-                'twice; set timestep_sampling = "sigma", or weighting_scheme = "none"'
+                f"timestep_sampling is {value!r} too: the density would count twice; set timestep_sampling = "
+                '"sigma", or weighting_scheme = "none"'
             )
-        return self
+        return value
 
 
 class TargetConfig(Table):
@@ -309,6 +315,9 @@ class SamplingConfig(Table):
     )
     steps: Int = Field(28, ge=1, description="Steps of the sampler.")
     cfg: Float = Field(4.5, ge=1, description="Strength of classifier-free guidance; 1 is none.")
+    shift: Float | None = Field(
+        None, ge=0.01, le=100, description="Shift of the noise levels drawn through. Unset: as `[objective]` trains."
+    )
     skip_layer_guidance: SkipLayerConfig | None = None
     width: Int = Field(1024, ge=16, description="Pixels.")
     height: Int = Field(1024, ge=16, description="Pixels.")

@@ -63,6 +63,13 @@ class EncodedData:
         self._masks = Store(plan.masks.folder)
         self._texts = {name: Store(text.folder) for name, text in plan.texts.items()}
 
+    def content_keys(self, example: Example) -> list[str]:
+        """What the example's tensors depend on, as names: of picture, mask and caption, each with its encoder's."""
+        found = [(self._plan.images, example.key)]
+        found += [(self._plan.masks, example.key)] if example.mask is not None else []
+        found += [(plan, example.caption) for plan in self._plan.texts.values()]
+        return [f"{plan.folder.name}/{plan.keys[what]}" for plan, what in found]
+
     def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
         """(C, H, W) float32; flipped: of the mirrored picture, which only an example that may be flipped has."""
         what = _mirrored(example.key) if flipped else example.key

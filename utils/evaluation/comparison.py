@@ -93,6 +93,10 @@ class EvaluationResult:
     def loss(self) -> float:
         return self.groups[0].loss
 
+    def can_be_compared(self, panel: str, weights: str) -> bool:
+        """Whether it measured the same, of the same kind of weights; before training there is but one kind."""
+        return self.panel == panel and (self.weights == weights or self.step == 0)
+
     def scalars(self) -> dict[str, float]:
         """Curves for TensorBoard: name -> value."""
         curves = {"eval/loss": self.loss}
@@ -220,14 +224,15 @@ def describe(result: EvaluationResult) -> str:
             header.append(f"since step {best.to_step}, the best (95%)")
     rows = [header]
     for group in result.groups:
-        told = [_told(difference) for difference in (group.to_start, group.to_best)]
-        rows.append([f"  {group.name}", str(group.num_pictures), f"{group.loss:.5f}", *told][: len(header)])
+        changes = [told(difference) for difference in (group.to_start, group.to_best)]
+        rows.append([f"  {group.name}", str(group.num_pictures), f"{group.loss:.5f}", *changes][: len(header)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [_aligned(row, widths) for row in rows]
     return "\n".join([*lines, *(f"  {sentence}" for sentence in _verdict(result))])
 
 
-def _told(difference: Difference | None) -> str:
+def told(difference: Difference | None) -> str:
+    """A difference with its interval, in words; nothing for none."""
     if difference is None:
         return ""
     interval = difference.interval
@@ -269,16 +274,15 @@ def to_line(result: EvaluationResult) -> str:
 
 
 def read_evaluations(path: Path) -> list[EvaluationResult]:
-    """The evaluations of a run, in order; none when there is no file. A line that was being written ends the list."""
+    """The evaluations of a run, in order; none when there is no file. A line that is none ends the list."""
     results: list[EvaluationResult] = []
     if not path.is_file():
         return results
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            table = json.loads(line)
-        except ValueError:
+            results.append(_from_table(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError):  # also a line that somebody has edited
             break
-        results.append(_from_table(table))
     return results
 
 

@@ -72,7 +72,7 @@ class Evaluation:
         self._adapter, self._data, self._pipeline, self._config, self._panel = adapter, data, pipeline, config, panel
         self._prediction_type, self._dtype, self._seed, self._num_replicas = prediction_type, dtype, seed, num_replicas
         self._path = folder / EVALUATIONS
-        self._fingerprint = fingerprint(panel)
+        self._fingerprint = fingerprint(panel, data.content_keys)
         self._groups = make_groups(panel)
         at_once = min(4 * pipeline.num_stages, MAX_BATCHES_AT_ONCE)
         self._rounds = make_rounds(panel, config.batch_size, at_once * num_replicas)
@@ -82,11 +82,11 @@ class Evaluation:
     def _read_earlier(self, start_step: int) -> list[Measured]:
         """The evaluations of this panel that the run folder has; rank 0 only, which alone compares."""
         kept = keep_until(self._path, start_step)
-        comparable = [result for result in kept if result.panel == self._fingerprint]
+        comparable = [result for result in kept if result.can_be_compared(self._fingerprint, self._config.weights)]
         if len(comparable) < len(kept):
             say(
-                f"{len(kept) - len(comparable)} evaluations in {self._path} are of other pictures, captions or times; "
-                "what comes now is not compared with them"
+                f"{len(kept) - len(comparable)} evaluations in {self._path} are of other pictures, captions, times, "
+                "encoders or weights; what comes now is not compared with them"
             )
         return [Measured(result.step, torch.tensor(result.losses, dtype=torch.float64)) for result in comparable]
 

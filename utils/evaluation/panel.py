@@ -71,13 +71,14 @@ def noise_of(entry: PanelEntry, shape: tuple[int, ...], seed: int) -> Tensor:
     return randomness.normal(seed, "evaluation noise", entry.example.key, entry.repeat, entry.band, shape=shape)
 
 
-def fingerprint(panel: Sequence[PanelEntry]) -> str:
-    """Twelve hexadecimal digits of what is measured: names, captions, crops, masked or not, times; not where files lie."""
+def fingerprint(panel: Sequence[PanelEntry], contents: Callable[[Example], Sequence[str]]) -> str:
+    """Twelve hexadecimal digits of what is measured: names, captions, crops and times, and what `contents` names for an
+    example: what is in its picture, mask and caption. Where files lie does not count."""
     digest = hashlib.blake2b(digest_size=6)
     for entry in panel:
         example = entry.example
         picture = (entry.set_name, example.key, example.caption, example.box.key(), example.mask is not None)
-        digest.update(repr((picture, entry.repeat, entry.t, entry.sigma)).encode())
+        digest.update(repr((picture, *contents(example), entry.repeat, entry.t, entry.sigma)).encode())
     return digest.hexdigest()
 
 

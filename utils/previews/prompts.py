@@ -42,8 +42,8 @@ def parse_prompt(line: str) -> dict[str, Any]:
     prompt, *parts = _BEFORE_FLAG.split(line)
     table: dict[str, Any] = {"prompt": prompt.strip()}
     for part in parts:
-        name, _, value = part.rstrip().partition(" ")
-        flag, value = FLAGS.get(name.lower()), value.strip()
+        name, value = (text.strip() for text in re.split(r"\s|$", part, maxsplit=1))
+        flag = FLAGS.get(name.lower())
         if flag is None:
             raise ValueError(f"unknown flag --{name}; there are {_known_flags()}")
         if flag.key in table:

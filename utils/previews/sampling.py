@@ -111,7 +111,9 @@ class Previews:
         with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
             latents = self._draw_all()
         if distributed.world().is_main:
-            entries = [listing_entry(prompt, self._config.sampler) for prompt in self._prompts]
+            entries = [
+                listing_entry(prompt, self._config, self._shift_at(prompt.width * prompt.height)) for prompt in self._prompts
+            ]
             write_pictures(self._folder, step, self._decode(latents), entries)
 
     def _draw_all(self) -> list[Tensor]:
@@ -212,7 +214,7 @@ class Previews:
 # --- writing -----------------------------------------------------------------------------------------------------------
 
 
-def listing_entry(prompt: Prompt, sampler: str) -> dict[str, Any]:
+def listing_entry(prompt: Prompt, config: SamplingConfig, shift: float) -> dict[str, Any]:
     """What prompts.json says of a picture, besides its file; pictures of equal entries differ in the weights alone."""
     return {
         "prompt": prompt.text,
@@ -222,7 +224,10 @@ def listing_entry(prompt: Prompt, sampler: str) -> dict[str, Any]:
         "seed": prompt.seed,
         "steps": prompt.steps,
         "cfg": prompt.cfg,
-        "sampler": sampler,
+        "sampler": config.sampler,
+        "shift": shift,
+        "skip_layer_guidance": config.skip_layer_guidance.model_dump() if config.skip_layer_guidance is not None else None,
+        "decode_tile_pixels": config.decode_tile_pixels,
     }
 
 
@@ -258,7 +263,7 @@ def picture_at_start(parent: Path, entry: dict[str, Any]) -> Image.Image | None:
         for earlier in listing:
             if earlier == {**entry, "file": earlier.get("file")}:
                 return Image.open(folder / earlier["file"]).convert("RGB")
-    except (OSError, ValueError):  # someone has tidied up
+    except (OSError, ValueError, AttributeError):  # someone has tidied up
         pass
     return None
 

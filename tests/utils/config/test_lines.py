@@ -61,6 +61,13 @@ def test_what_is_missing_is_shown_at_what_is_around_it(tmp_path: Path, key: str,
     assert line_of(file, key) == line
 
 
+def test_headers_of_another_form_and_comments_lead_nowhere_wrong() -> None:
+    text = 'a = 1  # not """ a string\n# """\n[ b ]\nx = 1\n[c."d"]\nx = 2\n[e]\nx = 3\n'
+    lines = key_lines(text)
+    assert {key: lines.get(key) for key in ("a", "b.x", "e.x")} == {"a": 1, "b.x": 4, "e.x": 8}
+    assert 6 not in {number for key, number in lines.items() if key in ("b.x", "c.x", "c.d.x")}
+
+
 def test_a_file_that_cannot_be_read_has_no_lines(tmp_path: Path) -> None:
     assert line_of(tmp_path / "none.toml", "seed") is None
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")

@@ -92,7 +92,7 @@ def test_targets_survive_the_resolved_copy(tmp_path: Path, targets: str) -> None
 @pytest.mark.parametrize(
     ("targets", "key", "message"),
     [
-        ("[]", "adapter.targets", "= []: List should have at least 1 item"),
+        ("[]", "adapter.targets", "= []: must not be empty"),
         ("attn", "adapter.targets", "= 'attn': must be a valid list"),
         ('["attn", 3]', "adapter.targets[1]", "= 3: must be a string, or a table such as { pattern = "),
         ("[{ rank = 4 }]", "adapter.targets[0].pattern", "is missing"),

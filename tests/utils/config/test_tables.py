@@ -10,7 +10,7 @@ import toml
 
 from tests.utils.config.test_load import load, only_problem, problems_of, write
 from utils.config.load import dump_toml
-from utils.config.schema import EvalConfig, SamplingConfig
+from utils.config.schema import DatasetConfig, EvalConfig, SamplingConfig
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ from utils.config.schema import EvalConfig, SamplingConfig
         ({"logit_std": 0}, "objective.logit_std", "= 0: must be greater than or equal to 0.01"),
         ({"mode_scale": 1.76}, "objective.mode_scale", "= 1.76: must be less than or equal to 1.7519383938841089"),
         ({"mode_scale": -1.1}, "objective.mode_scale", "= -1.1: must be greater than or equal to -1"),
-        ({"min_t": 0.6, "max_t": 0.4}, "objective", "min_t, 0.6, must be below max_t, 0.4"),
-        ({"min_t": 0.5, "max_t": 0.5}, "objective", "min_t, 0.5, must be below max_t, 0.5"),
+        ({"min_t": 0.6, "max_t": 0.4}, "objective.max_t", "= 0.4: must be above min_t, 0.6"),
+        ({"min_t": 0.5, "max_t": 0.5}, "objective.max_t", "= 0.5: must be above min_t, 0.5"),
         ({"max_t": 1.5}, "objective.max_t", "= 1.5: must be less than or equal to 1"),
-        ({"discrete_flow_shift": 0.0}, "objective.discrete_flow_shift", "= 0.0: must be greater than 0"),
+        ({"discrete_flow_shift": 0.0}, "objective.discrete_flow_shift", "= 0.0: must be greater than or equal to 0.01"),
         ({"huber_c": 0.0}, "objective.huber_c", "= 0.0: must be greater than 0"),
         ({"loss_type": "l1"}, "objective.loss_type", "= 'l1': must be 'l2', 'huber' or 'smooth_l1'"),
         (
@@ -55,9 +55,9 @@ from utils.config.schema import EvalConfig, SamplingConfig
         ),
         (
             {"timestep_sampling": "mode", "weighting_scheme": "mode"},
-            "objective",
-            "timestep_sampling and weighting_scheme are both 'mode': the density would count twice; set "
-            'timestep_sampling = "sigma", or weighting_scheme = "none"',
+            "objective.weighting_scheme",
+            "= 'mode': timestep_sampling is 'mode' too: the density would count twice; set timestep_sampling = "
+            '"sigma", or weighting_scheme = "none"',
         ),
     ],
 )
@@ -66,9 +66,12 @@ def test_a_wrong_objective_is_refused(tmp_path: Path, changes: dict[str, Any], k
 
 
 def test_every_mistake_of_the_objective_is_told_at_once(tmp_path: Path) -> None:
-    wrong = {"weighting_scheme": "sech", "mode_s_n": 0.0, "discrete_flow_shft": 3.0}
-    found = {problem.key: problem.message for problem in problems_of(write(tmp_path, objective=wrong))}
-    assert set(found) == {"objective.weighting_scheme", "objective.mode_s_n", "objective.discrete_flow_shft"}
+    wrong = {"weighting_scheme": "sech", "mode_s_n": 0.0, "discrete_flow_shft": 3.0, "min_t": 0.5, "max_t": 0.25}
+    sets = [{"name": "gone", "dataset": str(tmp_path / "gone.toml")}]
+    problems = problems_of(write(tmp_path, objective=wrong, eval={"sets": sets}))
+    found = {problem.key or problem.file.name: problem.message for problem in problems}
+    keys = {f"objective.{key}" for key in ("weighting_scheme", "mode_s_n", "discrete_flow_shft", "max_t")}
+    assert set(found) == keys | {"gone.toml"}
     assert "did you mean `discrete_flow_shift`?" in found["objective.discrete_flow_shft"]
 
 
@@ -145,6 +148,9 @@ def test_the_new_tables_survive_the_resolved_copy(tmp_path: Path) -> None:
     sets = [{"name": "other", "dataset": str(tmp_path / "dataset.toml")}]
     objective = {"preset": "sd3_paper", "encoder_dropout_rate": {"clip_l": 0.2}}
     config = load(tmp_path, sampling=sampling, objective=objective, eval={"holdout_images": 3, "sets": sets}).experiment
+    other = DatasetConfig(**toml.loads((tmp_path / "dataset.toml").read_text()))
+    (tmp_path / "dataset.toml").write_text(dump_toml(other))
+    assert load(tmp_path, eval={"sets": sets}, dataset_file=toml.loads(dump_toml(other))).eval_sets == {"other": other}
     copied = toml.loads(dump_toml(config))
     assert SamplingConfig(**copied["sampling"]) == config.sampling
     assert EvalConfig(**copied["eval"]) == config.eval

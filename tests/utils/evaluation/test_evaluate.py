@@ -122,21 +122,26 @@ def test_examples_that_share_a_key_are_a_mistake(examples: list[Example]) -> Non
         make_panel({"one": examples[:1], "two": examples[:1]}, 1, SEED, no_shift)
 
 
+def no_contents(_example: Example) -> list[str]:
+    return []
+
+
 def test_fingerprint_tells_what_is_measured(examples: list[Example]) -> None:
     first = examples[0]
-    same = fingerprint(panel_of(examples))
+    same = fingerprint(panel_of(examples), no_contents)
     moved = [replace(example, image=Path("/elsewhere") / example.image.name) for example in examples]
-    assert fingerprint(panel_of(moved)) == same
+    assert fingerprint(panel_of(moved), no_contents) == same
     others = [
-        fingerprint(panel_of(examples[1:])),
-        fingerprint(panel_of([*examples[1:], first])),
-        fingerprint(panel_of([replace(first, caption="another"), *examples[1:]])),
-        fingerprint(panel_of([replace(first, box=examples[-1].box), *examples[1:]])),
-        fingerprint(panel_of([replace(first, mask=Path("mask.png")), *examples[1:]])),
-        fingerprint(panel_of(examples, num_bands=3)),
-        fingerprint(panel_of(examples, seed=SEED + 1)),
-        fingerprint(make_panel({"holdout": examples}, NUM_BANDS, SEED, lambda _: 3.0)),
-        fingerprint(make_panel({"other": examples}, NUM_BANDS, SEED, no_shift)),
+        fingerprint(panel_of(examples[1:]), no_contents),
+        fingerprint(panel_of([*examples[1:], first]), no_contents),
+        fingerprint(panel_of([replace(first, caption="another"), *examples[1:]]), no_contents),
+        fingerprint(panel_of([replace(first, box=examples[-1].box), *examples[1:]]), no_contents),
+        fingerprint(panel_of([replace(first, mask=Path("mask.png")), *examples[1:]]), no_contents),
+        fingerprint(panel_of(examples), lambda example: [str(example.key == first.key)]),  # of one, the file has changed
+        fingerprint(panel_of(examples, num_bands=3), no_contents),
+        fingerprint(panel_of(examples, seed=SEED + 1), no_contents),
+        fingerprint(make_panel({"holdout": examples}, NUM_BANDS, SEED, lambda _: 3.0), no_contents),
+        fingerprint(make_panel({"other": examples}, NUM_BANDS, SEED, no_shift), no_contents),
     ]
     assert len({same, *others}) == len(others) + 1
 
@@ -427,6 +432,9 @@ class MadeUpData:
     def latents(self, example: Example) -> Tensor:
         size = (example.bucket.height // 8, example.bucket.width // 8)
         return randomness.normal(0, "latents", example.key, shape=(CHANNELS, *size))
+
+    def content_keys(self, example: Example) -> list[str]:
+        return [example.key]
 
     def mask(self, example: Example) -> Tensor | None:
         if example.key not in self._masked:

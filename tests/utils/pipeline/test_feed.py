@@ -250,7 +250,7 @@ def test_a_flip_takes_picture_and_mask_alike_at_half_of_the_visits() -> None:
     order = BatchOrder(examples, 8, SEED)
     flips = []
     for step in range(100):
-        parts = batches(step=step, examples=examples, discrete_flow_shift=1e-6)  # next to no noise
+        parts = batches(step=step, examples=examples, discrete_flow_shift=0.01)  # next to no noise
         noisy, target = joined(parts)[0], joined_target(parts)
         for row, visit in enumerate(order.global_batch(step)):
             flipped = is_flipped(visit, SEED)

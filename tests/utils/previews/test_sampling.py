@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from utils.previews.prompt_list import Prompt
+from utils.config.schema import SamplingConfig
 from utils.previews.sampling import Group, listing_entry, make_batches, write_pictures
 
 
@@ -64,7 +65,7 @@ def test_batches_of_a_group_are_of_one_size(count: int, size: int, expected: lis
 
 
 def entries(*prompts: Prompt) -> list[dict[str, Any]]:
-    return [listing_entry(entry, "euler") for entry in prompts]
+    return [listing_entry(entry, SamplingConfig(), 3.0) for entry in prompts]
 
 
 def read_listing(folder: Path) -> list[dict[str, Any]]:
@@ -86,6 +87,9 @@ def test_pictures_come_with_everything_that_made_them(tmp_path: Path) -> None:
         "steps": 28,
         "cfg": 4.5,
         "sampler": "euler",
+        "shift": 3.0,
+        "skip_layer_guidance": None,
+        "decode_tile_pixels": 1024,
         "file": "000.png",
     }
     assert [entry["file"] for entry in read_listing(folder)] == ["000.png", "001.png"]
