@@ -13,6 +13,8 @@ from PIL import Image
 
 from tests.distributed.launch import newest_run, read_metrics, read_weights, run_alone, run_torchrun
 from tests.tiny_model import write_experiment
+from utils.evaluation.comparison import read_evaluations
+from utils.evaluation.evaluate import EVALUATIONS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +25,17 @@ NUM_STEPS = 6
 LOSS_TOLERANCE = 1e-3
 SETTINGS: dict[str, Any] = {
     "max_steps": NUM_STEPS,
-    "sampling": {"prompts": ["a red circle", "a tree"], "steps": 2, "width": 48, "height": 32},
+    "objective": {"weighting_scheme": "mode", "loss_type": "huber"},
+    "eval": {"holdout_images": 5, "every_n_steps": 3, "weights": "ema", "keep_best": True},
+    "ema": {"decay": 0.5},
+    "sampling": {
+        "prompts": ["a red circle", "a tree --l 2"],
+        "sampler": "dpmpp_2m",
+        "steps": 4,
+        "width": 48,
+        "height": 32,
+        "skip_layer_guidance": {"layers": [1], "end": 0.8},
+    },
 }
 
 
@@ -75,6 +87,13 @@ def test_export_agrees_with_that_of_the_cpu(on_cpu: Path, on_accelerator: Path) 
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert float((tensor - other[name]).norm() / tensor.norm()) < LOSS_TOLERANCE, name
+
+
+def test_evaluations_agree_with_those_of_the_cpu(on_cpu: Path, on_accelerator: Path) -> None:
+    expected, measured = (read_evaluations(run / EVALUATIONS) for run in (on_cpu, on_accelerator))
+    assert [result.step for result in measured] == [0, 3, 6]
+    for one, other in zip(expected, measured, strict=True):
+        assert other.losses == pytest.approx(one.losses, rel=10 * LOSS_TOLERANCE)
 
 
 def test_previews_are_drawn(on_accelerator: Path) -> None:
