@@ -11,14 +11,14 @@ from utils.banner import objective_rows, summary
 from utils.data.batches import BatchOrder
 from utils.data.precompute import EncodedData
 from utils.evaluation.evaluate import Evaluation
+from utils.evaluation.panel import make_panel
 from utils.log import RunLog
 from utils.objective import Objective
-from utils.evaluation.panel import make_panel
 from utils.pipeline.engine import Pipeline
 from utils.preflight import Experiment
+from utils.previews.sampling import Previews
 from utils.rectified_flow import shift_time
 from utils.report import write_report
-from utils.previews.sampling import Previews
 
 BEST = "best"
 NUM_TIME_BINS = 64

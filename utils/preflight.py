@@ -19,7 +19,6 @@ from models import adapter_class
 from models.base import AdapterFile, ModelAdapter, ModelFilesError
 from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_problems
 from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
-from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
 from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Dataset, Example, directory_problems, hold_out, resolution_problems, scan
@@ -29,6 +28,7 @@ from utils.lora import AdapterPlan
 from utils.objective import objective_problems
 from utils.optimizer import optimizer_problems
 from utils.pipeline.partition import balanced_bounds
+from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
 from utils.targets import choose_modules, start_problems
 
 CHECKPOINTS = "checkpoints"

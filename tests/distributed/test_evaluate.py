@@ -21,12 +21,12 @@ from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import make_tiny_dataset, write_picture
 from utils import rectified_flow
 from utils.checkpoint import step_folder
-from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.data.precompute import EncodedData, make_plan
 from utils.distributed import World
+from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
-from utils.objective import Objective
 from utils.evaluation.panel import PanelEntry, make_panel, noise_of
+from utils.objective import Objective
 from utils.preflight import prepare
 
 pytestmark = pytest.mark.distributed

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.distributed.lab import Lab
-from utils.evaluation.comparison import read_evaluations
 from utils.config.schema import ObjectiveConfig
+from utils.evaluation.comparison import read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
 from utils.objective import Objective
 

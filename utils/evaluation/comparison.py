@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.evaluation import statistics
 from utils.atomic import write_text
+from utils.evaluation import statistics
 from utils.evaluation.panel import PanelEntry
 from utils.evaluation.statistics import Interval
 

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from models.base import ModelAdapter
 from utils import distributed, rectified_flow
-from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
 from utils.config.schema import EvalConfig
 from utils.data.precompute import EncodedData
-from utils.log import bar_seconds, say
+from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
 from utils.evaluation.panel import PanelEntry, fingerprint, make_rounds, noise_of
+from utils.log import bar_seconds, say
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
 from utils.rectified_flow import PredictionType

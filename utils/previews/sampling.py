@@ -29,13 +29,13 @@ from tqdm import tqdm
 from models.base import ModelAdapter
 from utils import distributed, randomness, rectified_flow
 from utils.atomic import remove_folder, sync_folder, write_text
-from utils.previews import samplers
-from utils.previews.prompt_list import Prompt
 from utils.config.schema import SamplingConfig
 from utils.data.precompute import EncodedData
 from utils.log import bar_seconds
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
+from utils.previews import samplers
+from utils.previews.prompt_list import Prompt
 from utils.rectified_flow import PredictionType
 
 Batch = list[int]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from models.base import LatentSpec
 from utils import distributed, randomness
+from utils.config.schema import DatasetConfig, EvalConfig
+from utils.data.dataset import Example, scan
 from utils.evaluation.comparison import (
     Difference,
     EvaluationResult,
@@ -28,8 +30,6 @@ from utils.evaluation.comparison import (
     to_line,
     unchanged_since,
 )
-from utils.config.schema import DatasetConfig, EvalConfig
-from utils.data.dataset import Example, scan
 from utils.evaluation.evaluate import EVALUATIONS, Evaluation
 from utils.evaluation.panel import PanelEntry, fingerprint, make_panel, make_rounds, noise_of
 from utils.evaluation.statistics import Interval
