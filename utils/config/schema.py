@@ -112,7 +112,11 @@ class ObjectiveConfig(Table):
     loss_type: LossType = Field(
         "l2", description="Penalty of an error: `l2` (its square), `huber` or `smooth_l1` (less for large ones)."
     )
-    huber_c: Float = Field(0.1, gt=0, description="Of huber and smooth_l1: the error from which on it counts less.")
+    huber_c: Float = Field(
+        0.1,
+        gt=0,
+        description="Of huber and smooth_l1: the error (with sigma_scaled, of the clean latents) from which on it counts less.",
+    )
     caption_dropout_rate: Float = Field(
         0.0, ge=0, le=1, description="Share of visits at which the caption is replaced by an empty one, for guidance."
     )
@@ -266,7 +270,10 @@ class EmaConfig(Table):
 
 
 class PromptConfig(Table):
-    """One preview. In place of a table, a string: the prompt, with sd-scripts' flags `--w --h --d --s --l --n` if any."""
+    """One preview. In place of a table, a string: the prompt, with sd-scripts' flags `--w --h --d --s --l --n` if any.
+
+    What is unset is as in `[sampling]`.
+    """
 
     prompt: str = Field(description="What to draw.")
     negative_prompt: str | None = Field(None, description="What guidance leads away from. Flag `--n`.")
