@@ -52,7 +52,7 @@ def _table(table: type[BaseModel], path: str, family: str, is_list: bool = False
 def _first_line(table: type[BaseModel], path: str) -> str:
     if not path and issubclass(table, ExperimentConfig):
         return "One run."
-    return (table.__doc__ or "").strip().splitlines()[0]
+    return " ".join((table.__doc__ or "").split("\n\n")[0].split())
 
 
 def _is_table(annotation: Any) -> bool:

@@ -115,7 +115,7 @@ class ObjectiveConfig(Table):
     huber_c: Float = Field(
         0.1,
         gt=0,
-        description="Of huber and smooth_l1: the error (with sigma_scaled, of the clean latents) from which on it counts less.",
+        description="Of huber and smooth_l1: the error (with sigma_scaled, of clean latents) above which it counts less.",
     )
     caption_dropout_rate: Float = Field(
         0.0, ge=0, le=1, description="Share of visits at which the caption is replaced by an empty one, for guidance."
@@ -271,9 +271,7 @@ class EmaConfig(Table):
 
 class PromptConfig(Table):
     """One preview. In place of a table, a string: the prompt, with sd-scripts' flags `--w --h --d --s --l --n` if any.
-
-    What is unset is as in `[sampling]`.
-    """
+    What is unset is as in `[sampling]`."""
 
     prompt: str = Field(description="What to draw.")
     negative_prompt: str | None = Field(None, description="What guidance leads away from. Flag `--n`.")
