@@ -39,7 +39,7 @@ def _table(table: type[BaseModel], path: str, family: str, is_list: bool = False
     only_tables = [name for name, field in table.model_fields.items() if _is_table(field.annotation)]
     name = f"[[{path}]]" if is_list else f"[{path}]"
     heading = f"### `{name}`{family if path == 'model' else ''}" if path else "### Top level"
-    yield f"{heading}\n\n{_first_line(table, path)}\n"
+    yield f"{heading}\n\n{_first_paragraph(table, path)}\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, field in table.model_fields.items():
         if name not in only_tables:
@@ -49,7 +49,7 @@ def _table(table: type[BaseModel], path: str, family: str, is_list: bool = False
         yield from _table(found, f"{path}.{name}" if path else name, family, _is_in_list(field.annotation))
 
 
-def _first_line(table: type[BaseModel], path: str) -> str:
+def _first_paragraph(table: type[BaseModel], path: str) -> str:
     if not path and issubclass(table, ExperimentConfig):
         return "One run."
     return " ".join((table.__doc__ or "").split("\n\n")[0].split())
