@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,13 @@ from utils.atomic import write_text
 from utils.banner import describe
 from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
-from utils.data.precompute import EncodedData, cache_dataset
+from utils.data.cache.locks import CacheInUse
+from utils.data.cache.shards import DamagedShard
+from utils.data.cache_plan import CacheSettings
+from utils.data.encoded import EncodedData
+from utils.data.examples import ExampleTable
+from utils.data.precompute import Cached, CacheError, RunData, cache_dataset
+from utils.dataset_report.gather import DATASET_REPORT, Gatherer, write_bad_files, write_page
 from utils.log import RunLog, StepMetrics, say
 from utils.objective import LossTarget, Objective
 from utils.observe import Observer
@@ -32,7 +39,7 @@ from utils.optimizer import ema_decay, learning_rate, make_optimizer
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
-from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, prepare, run_files
+from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, eval_set_names, num_readers, prepare, run_files
 
 EXIT_BAD_INPUT = 1
 FOLLOWER_PATIENCE_SECONDS = 10.0
@@ -42,6 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, type=Path, help="the experiment file (TOML)")
     parser.add_argument("--check", action="store_true", help="check everything, say what training would do, and stop")
+    parser.add_argument("--cache-only", action="store_true", help="encode the dataset, and stop")
+    parser.add_argument("--report", action="store_true", help="encode the dataset, show it on a page, and stop")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -59,13 +68,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     arguments = parse_arguments()
     try:
-        world, only_check = distributed.world(), arguments.check
-        experiment = prepare(arguments.config, arguments.overrides, arguments.resume, world, any_size=only_check)
-        if arguments.check:
+        world, check, resume = distributed.world(), arguments.check, arguments.resume
+        experiment = prepare(arguments.config, arguments.overrides, resume, world, only_look=check)
+        if check:
             output = f"nothing: only checked; a run would write to {experiment.config.experiment.output_dir}"
-            say(describe(experiment, order_of(experiment), output), is_main=distributed.world().is_main)
+            tell(experiment, output)
             sys.exit(0)
-        run(experiment)
+        if arguments.cache_only or arguments.report:
+            encode(experiment, wants_report=arguments.report)
+        else:
+            run(experiment)
     except ConfigError as error:
         refuse(error)
     except Exception:
@@ -83,13 +95,27 @@ def refuse(error: ConfigError) -> None:
     distributed.finish(EXIT_BAD_INPUT)
 
 
+def tell(experiment: Experiment, output: str) -> None:
+    """The banner, from rank 0, which alone has looked at the dataset. `output`: where results go, in words."""
+    if distributed.world().is_main:
+        say(f"\n{describe(experiment, order_of(experiment), output)}\n")
+
+
+def encode(experiment: Experiment, *, wants_report: bool) -> None:
+    """All ranks: fill the cache and stop."""
+    device = distributed.start()
+    experiment = agree(experiment)
+    tell(experiment, f"nothing but the cache, and a page on the dataset in {experiment.config.experiment.output_dir}")
+    encode_dataset(experiment, device, wants_report=wants_report)
+
+
 def run(experiment: Experiment) -> None:
     """All ranks, from the process group's start to the last file."""
     is_main = distributed.world().is_main
     device = distributed.start()
     experiment = agree(experiment)
     folder = open_run_folder(experiment)
-    say(f"\n{describe(experiment, order_of(experiment), str(folder))}\n", is_main=is_main)
+    tell(experiment, str(folder))
     data, experiment = encode_dataset(experiment, device)
     pipeline = build_pipeline(experiment)
     if experiment.resume_from is not None:
@@ -100,11 +126,9 @@ def run(experiment: Experiment) -> None:
 
 def agree(experiment: Experiment) -> Experiment:
     """Rank 0's view of what lies in folders: another rank may have looked a moment earlier, or through a slower mount."""
-    seen = (experiment.dataset, experiment.eval_sets, experiment.prompts, experiment.resume_run, experiment.resume_from)
-    dataset, eval_sets, prompts, resume_run, resume_from = distributed.broadcast(seen)
-    return replace(
-        experiment, dataset=dataset, eval_sets=eval_sets, prompts=prompts, resume_run=resume_run, resume_from=resume_from
-    )
+    seen = (experiment.prompts, experiment.resume_run, experiment.resume_from)
+    prompts, resume_run, resume_from = distributed.broadcast(seen)
+    return replace(experiment, prompts=prompts, resume_run=resume_run, resume_from=resume_from)
 
 
 def order_of(experiment: Experiment) -> BatchOrder:
@@ -128,33 +152,65 @@ def open_run_folder(experiment: Experiment) -> Path:
     return shared
 
 
-def encode_dataset(experiment: Experiment, device: torch.device) -> tuple[EncodedData, Experiment]:
-    """Fill the cache; returns it and the experiment with the examples that could be encoded.
+def encode_dataset(
+    experiment: Experiment, device: torch.device, *, wants_report: bool = False
+) -> tuple[EncodedData, Experiment]:
+    """Fill the cache; returns it and the experiment with the examples that could be encoded, on every rank.
 
-    Raises ConfigError on every rank for files that could not, unless they are to be skipped.
+    A page on the dataset is written if it is wanted, if anything was encoded, and if there is none. Raises ConfigError on
+    every rank for files that could not be encoded, unless they are to be skipped, and when the disk has no room.
     """
-    config = experiment.config
-    groups = {TRAINING: experiment.dataset.examples, **experiment.eval_sets}
-    examples = [example for members in groups.values() for example in members]
-    captions = {EMPTY_CAPTION, *(example.caption for example in examples)}
-    captions |= {text for prompt in experiment.prompts for text in (prompt.text, prompt.negative)}
-    data, bad_files = cache_dataset(experiment.adapter, examples, sorted(captions), config.experiment.cache_folder, device)
-    bad_paths = {bad.path for bad in bad_files}
-    usable = {name: [example for example in members if example.image not in bad_paths] for name, members in groups.items()}
-    problems = [Problem(bad.path, "", bad.reason) for bad in bad_files]
+    config, world = experiment.config.experiment, distributed.world()
+    texts = {EMPTY_CAPTION, *(text for prompt in experiment.prompts for text in (prompt.text, prompt.negative))}
+    tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
+    settings = CacheSettings(config.cache_folder, config.cache_posterior, config.text_cache_dtype)
+    run_data = RunData(tables, sorted(texts), experiment.memories)
+    try:
+        cached = cache_dataset(experiment.adapter, run_data, settings, device, num_readers(world))
+    except (CacheError, CacheInUse, DamagedShard) as error:
+        raise ConfigError([Problem(experiment.config.path, "cache_dir", str(error))]) from error
+    if world.is_main:
+        write_bad_files(config.output_dir, experiment.dataset, cached.unusable.bad_files)
+    encoded = leave_out(experiment, cached)
+    if world.is_main and (wants_report or cached.encoded_any or not (config.output_dir / DATASET_REPORT).is_file()):
+        report_dataset(encoded, cached, device)
+    distributed.wait_for_all("dataset encoded")
+    return cached.data, encoded
+
+
+def report_dataset(experiment: Experiment, cached: Cached, device: torch.device) -> None:
+    """Rank 0: write the page on the training set, and say what of its captions is not read."""
+    order, output_dir = order_of(experiment), experiment.config.experiment.output_dir
+    gatherer = Gatherer(experiment.adapter, cached.data, experiment.dataset.examples, order)
+    bad_files = [*experiment.dataset.bad_files, *cached.unusable.bad_files]
+    title = f"Dataset {experiment.config.dataset_path}"
+    facts = gatherer.facts(title, experiment.dataset, bad_files, experiment.num_steps(order), device)
+    path = write_page(output_dir, facts)
+    for encoder in facts.encoders:
+        if encoder.num_cut:
+            say(f"{encoder.num_cut} captions are longer than {encoder.name} reads ({encoder.max_tokens} tokens)")
+    say(f"the dataset as it will be trained: {path}")
+
+
+def leave_out(experiment: Experiment, cached: Cached) -> Experiment:
+    """The experiment without the examples that could not be encoded; raises ConfigError where they are not to be skipped."""
+    names = [TRAINING, *eval_set_names(experiment.config)]
+    usable: dict[str, ExampleTable] = {}
+    problems = [Problem(bad.path, "", bad.reason) for bad in cached.unusable.bad_files]
     fatal = []
-    for name, members in groups.items():
-        path, table = config.dataset_of(name)
-        if len(usable[name]) < len(members) and table.on_bad_file == "error":
+    for name, table, unusable in zip(names, cached.tables, cached.unusable.examples, strict=True):
+        path, _ = experiment.config.dataset_of(name)
+        usable[name] = table.where(~unusable)
+        if not all(table.directory_of(row).skip_bad for row in np.flatnonzero(unusable).tolist()):
             fatal.append(Problem(path, "on_bad_file", BAD_FILE_ADVICE))
-        elif not usable[name]:
+        elif not len(usable[name]):
             fatal.append(Problem(path, "directory", "no picture could be encoded"))
     if fatal:
         raise ConfigError(problems + fatal)
     for problem in problems:
         say(f"left out: {problem}", is_main=distributed.world().is_main)
     dataset = replace(experiment.dataset, examples=usable.pop(TRAINING))
-    return data, replace(experiment, dataset=dataset, eval_sets=usable)
+    return replace(experiment, dataset=dataset, eval_sets=usable)
 
 
 def build_pipeline(experiment: Experiment) -> Pipeline:
@@ -228,24 +284,28 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
     order = order_of(experiment)
     num_steps = experiment.num_steps(order)
     start_step = experiment.resume_from.step if experiment.resume_from is not None else 0
-    feed = make_feed(experiment, pipeline, data, order)
-    with RunLog(
-        folder,
-        start_step=start_step,
-        num_steps=num_steps,
-        global_batch=experiment.global_batch,
-        tensorboard=config.monitoring.tensorboard,
-        is_main=distributed.world().is_main,
-    ) as log:
+    # The feed runs ahead, perhaps into the next epoch: it has an order of its own.
+    feed, steps = make_feed(experiment, pipeline, data, order_of(experiment)), range(start_step, num_steps)
+    with (
+        RunLog(
+            folder,
+            start_step=start_step,
+            num_steps=num_steps,
+            global_batch=experiment.global_batch,
+            tensorboard=config.monitoring.tensorboard,
+            is_main=distributed.world().is_main,
+        ) as log,
+        feed.steps(steps) as batches,
+    ):
         observer = Observer(experiment, folder, pipeline, data, order, log, start_step)
         if start_step == 0:
             observer.look(0)
-        for step in range(start_step, num_steps):
+        for step, micro_batches in zip(steps, batches, strict=True):
             log.start_clock()
             rate = learning_rate(config.optimizer, step, num_steps)
             done = step + 1
             decay = ema_decay(config.ema, done) if config.ema is not None else None
-            result = pipeline.train_step(feed.micro_batches(step), rate, decay)
+            result = pipeline.train_step(micro_batches, rate, decay)
             stop_if_not_finite(result, step, order)
             log.write(StepMetrics(done, step // order.steps_per_epoch, result.loss, rate, result.grad_norm))
             # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.

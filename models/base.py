@@ -49,6 +49,11 @@ class LatentSpec:
         return self.downscale * self.patch
 
 
+LENGTH = "length"
+"""In a text encoder's items: (2,) int32, the tokens a caption would take if it were not cut, and how many characters of it
+are read."""
+
+
 class FrozenEncoder(ABC):
     """A network that turns pictures or captions into cached tensors and is never trained.
 
@@ -65,8 +70,22 @@ class FrozenEncoder(ABC):
         """Read the weights and return the function that encodes a list of inputs; dropping it frees the weights.
 
         An image encoder takes uint8 tensors (3, height, width) of one size; a text encoder takes strings. One dict of
-        tensors on the CPU comes back for each input.
+        tensors comes back for each input, on the encoder's device. It does not depend on what else was in the list.
         """
+
+
+class ImageEncoder(FrozenEncoder):
+    """Pictures -> {"latents": (C, H, W), "deviation": (C, H, W)}, float32: mean and standard deviation of the posterior, as
+    the network is trained on them."""
+
+
+class TextEncoder(FrozenEncoder):
+    """Captions -> tensors of these shapes and this dtype, and LENGTH."""
+
+    num_tokens: int
+    """Tokens a caption takes; a longer one is cut, a shorter one padded."""
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
 
 
 class BlockLayer(nn.Module):
@@ -133,8 +152,8 @@ class ModelAdapter(ABC):
     """The files the layers are read from, adapters merged into them included."""
     network_settings: Mapping[str, Any]
     """What else the network's weights before training depend on."""
-    image_encoder: FrozenEncoder
-    text_encoders: tuple[FrozenEncoder, ...]
+    image_encoder: ImageEncoder
+    text_encoders: tuple[TextEncoder, ...]
     layers: tuple[PipelineLayer, ...]
     adaptable_modules: Mapping[str, tuple[int, ...]]
     """Native name of every module that an adapter can be put on -> shape of its weight."""

@@ -133,7 +133,7 @@ def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
 
 def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
     return [
-        (f"evaluation on {name}", f"{len({example.image for example in examples})} pictures")
+        (f"evaluation on {name}", f"{examples.num_pictures} pictures")
         for name, examples in experiment.eval_sets.items()
     ]
 

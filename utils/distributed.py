@@ -7,13 +7,15 @@ One of the two files that import it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -38,6 +40,7 @@ _SINGLE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_AD
 GROUP_TIMEOUT = timedelta(minutes=30)
 WAIT_SECONDS = 24 * 3600.0
 """How long ranks wait for each other around work of unknown length, such as the caching pass."""
+PULSE_SECONDS, DEAD_AFTER_SECONDS = 2.0, 120.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def start() -> torch.device:
     accelerator.set_device(here.local_rank)
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False)
+    _hearts.append(_Heart(here.rank))
+    _hearts[-1].start()
     return torch.device("cpu" if on_cpu else accelerator.device_name(here.local_rank))
 
 
@@ -117,18 +122,65 @@ def _store() -> dist.Store:
 def wait_for_all(name: str, seconds: float = WAIT_SECONDS) -> None:
     """Return when every rank has come here; `name` must be new each time.
 
-    Raises TimeoutError naming the ranks that did not come.
+    Raises TimeoutError naming the ranks that did not come, and RankDied naming one that has died meanwhile: launchers end
+    the others then, but not all do.
     """
     here, store = world(), _store()
     store.set(f"wait/{name}/{here.rank}", "here")
     deadline = time.monotonic() + seconds
-    for rank in range(here.size):
-        remaining = max(0.001, deadline - time.monotonic())
-        try:
-            store.wait([f"wait/{name}/{rank}"], timedelta(seconds=remaining))
-        except (RuntimeError, dist.DistError) as error:
-            missing = [r for r in range(here.size) if not store.check([f"wait/{name}/{r}"])]
-            raise TimeoutError(f"rank {missing} did not reach '{name}' within {seconds:.0f} s") from error
+    pulses = _Pulses()
+    missing = [rank for rank in range(here.size) if rank != here.rank]
+    while missing := [rank for rank in missing if not store.check([f"wait/{name}/{rank}"])]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {missing} did not reach '{name}' within {seconds:.0f} s")
+        pulses.check(missing)
+        # Comes back early when the rank is there.
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            store.wait([f"wait/{name}/{missing[0]}"], timedelta(seconds=min(PULSE_SECONDS, seconds)))
+
+
+class RankDied(RuntimeError):
+    """Another process of the run is there no more."""
+
+
+class _Pulses:
+    """Whether other ranks are alive: each counts up a number in the store, and a count that stands still is a dead rank's."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def check(self, ranks: Iterable[int]) -> None:
+        """Raises RankDied."""
+        for rank in ranks:
+            count, now = _store().add(f"pulse/{rank}", 0), time.monotonic()
+            before, since = self._seen.get(rank, (-1, now))
+            if count != before:
+                self._seen[rank] = count, now
+            elif now - since > DEAD_AFTER_SECONDS:
+                raise RankDied(f"rank {rank} has died: nothing has been heard of it for {DEAD_AFTER_SECONDS:.0f} s")
+
+
+class _Heart(threading.Thread):
+    """Says that this process is alive, on a connection of its own, until it is stopped."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(name="heart", daemon=True)
+        store: Any = _store()
+        self._rank, self._store = rank, store.clone()
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the run is over
+            while not self._stopped.wait(PULSE_SECONDS):
+                self._store.add(f"pulse/{self._rank}", 1)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+
+_hearts: list[_Heart] = []
+"""Of this process: one, from `start` to `finish`."""
 
 
 class WorkQueue:
@@ -165,6 +217,8 @@ def finish(exit_code: int = 0) -> NoReturn:
     sys.stderr.flush()
     logging.shutdown()
     if dist.is_initialized() and exit_code == 0:
+        for heart in _hearts:
+            heart.stop()
         dist.barrier()
         dist.destroy_process_group()
     os._exit(exit_code)

@@ -148,6 +148,11 @@ def bar_seconds() -> float:
     return 0.2 if sys.stderr.isatty() else 15.0
 
 
+def bytes_in_words(count: int) -> str:
+    """As people say it: "1.23 GB"."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def table(rows: list[tuple[str, str]]) -> str:
     """Two columns of text, aligned."""
     width = max(len(name) for name, _ in rows)

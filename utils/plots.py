@@ -1,4 +1,5 @@
-"""Plots as SVG, of a run's report and of docs/objective.md. Importing this file imports matplotlib, which takes a second.
+"""Plots as SVG, of the reports on a run and on a dataset and of docs/objective.md. Importing this file imports matplotlib,
+which takes a second.
 
 Letters stay letters, so that files are small and sharp on a phone; panels stand one above the other for the same reason.
 """
@@ -6,6 +7,7 @@ Letters stay letters, so that files are small and sharp on a phone; panels stand
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +26,10 @@ T_COLOR, SIGMA_COLOR, INK = "#2f6fbd", "#cc5a14", "#222222"
 WIDTH_INCHES = 4.4
 MAX_POINTS = 500
 """Of a curve over steps: about one for each pixel."""
+MAX_BARS = 60
+MAX_TIMES_LONGER = 4
+"""Captions that are longer than this times what is read are drawn as if they were not: one of them flattens no others."""
+MAX_NAMED_BARS = 10
 _STYLE: Any = {
     "svg.fonttype": "none",
     "path.simplify": False,
@@ -147,6 +153,69 @@ def evaluation_figure(losses: Sequence[tuple[int, float]], changes: Sequence[Cha
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("step")
     return figure
+
+
+class Bars(NamedTuple):
+    """A histogram's bars, all of one width, the first from `start` to `start + width`."""
+
+    start: float
+    width: float
+    heights: list[int]
+
+
+def token_bars(histogram: Sequence[tuple[int, int]], max_tokens: int) -> Bars:
+    """Captions by their number of tokens, (tokens, captions) each. Bars end, never straddle, where reading ends."""
+    limit = MAX_TIMES_LONGER * max_tokens
+    lengths = [(min(tokens, limit), count) for tokens, count in histogram]
+    longest = max(max_tokens, *(tokens for tokens, _ in lengths))
+    size = math.ceil(longest / MAX_BARS)
+    # A bar is of `size` lengths; the last of them in bar 0 is max_tokens.
+    first, last = (math.ceil((tokens - max_tokens) / size) for tokens in (0, longest))
+    heights = [0] * (last + 1 - first)
+    for tokens, count in lengths:
+        heights[math.ceil((tokens - max_tokens) / size) - first] += count
+    return Bars(max_tokens + (first - 1) * size + 0.5, size, heights)
+
+
+def token_figure(histogram: Sequence[tuple[int, int]], max_tokens: int) -> Figure:
+    """How long captions are, with a line where the encoder stops reading; (tokens, captions) each, in any order."""
+    bars = token_bars(histogram, max_tokens)
+    figure, (axes,) = new_figure([2.1])
+    lefts = [bars.start + index * bars.width for index in range(len(bars.heights))]
+    colors = [T_COLOR if left < max_tokens else SIGMA_COLOR for left in lefts]
+    axes.bar(lefts, bars.heights, width=bars.width, align="edge", color=colors)
+    axes.axvline(max_tokens + 0.5, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.set_xlim(max(0, bars.start), max(lefts[-1] + bars.width, 1.02 * max_tokens))
+    is_over = any(tokens > MAX_TIMES_LONGER * max_tokens for tokens, _ in histogram)
+    last_bar = f"; the last bar has all longer than {lefts[-1] - 0.5:,.0f}" if is_over else ""
+    _count_axis(axes, f"Captions by their number of tokens; {max_tokens} are read", f"tokens{last_bar}")
+    return figure
+
+
+def exposure_figure(exposure: Sequence[tuple[float, int]]) -> Figure:
+    """How often pictures are shown in an epoch, (showings, pictures) each: a bar for each number if they are few."""
+    figure, (axes,) = new_figure([1.9])
+    if len(exposure) <= MAX_NAMED_BARS:
+        names = [f"{round(showings, 2):g}" for showings, _ in exposure]
+        bars = axes.bar(range(len(names)), [count for _, count in exposure], width=0.7, color=T_COLOR)
+        axes.bar_label(bars, fmt="{:,.0f}")
+        axes.margins(y=0.18)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.7, len(names) - 0.3)
+    else:
+        showings, counts = zip(*exposure, strict=True)
+        axes.hist(showings, bins=MAX_BARS, weights=counts, color=T_COLOR)
+    _count_axis(axes, "Pictures by their showings in an epoch", "showings")
+    return figure
+
+
+def _count_axis(axes: Axes, title: str, label: str) -> None:
+    """Whole numbers upwards, with thousands apart."""
+    axes.set(title=title, xlabel=label)
+    axes.grid(False, axis="x")
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def as_svg(name: str, draw: Callable[[], Figure]) -> str:

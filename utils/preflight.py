@@ -9,10 +9,11 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from models import adapter_class
@@ -21,7 +22,12 @@ from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_ch
 from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
 from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
-from utils.data.dataset import Dataset, Example, directory_problems, hold_out, resolution_problems, scan
+from utils.data.dataset import ContentMemory, Dataset, directory_problems, hold_out, resolution_problems
+from utils.data.examples import ExampleTable
+from utils.data.images import BadFile
+from utils.data.listing import Lister
+from utils.data.readers import Readers
+from utils.data.scan import scan
 from utils.distributed import World
 from utils.export import export_problems
 from utils.lora import AdapterPlan
@@ -34,7 +40,9 @@ from utils.targets import choose_modules, start_problems
 CHECKPOINTS = "checkpoints"
 MAX_BAD_FILES_SHOWN = 20
 SAMPLE_BYTES = 4 * 2**20
+MAX_READERS = 16
 BAD_FILE_ADVICE = 'mend or remove these files, or leave them out with on_bad_file = "skip"'
+SMALL_PICTURE_ADVICE = 'give larger pictures or a smaller resolution; "allow" enlarges them, "never" leaves them out'
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,10 @@ class Experiment:
     config: Config
     adapter: ModelAdapter
     dataset: Dataset
-    eval_sets: dict[str, list[Example]]
+    eval_sets: dict[str, ExampleTable]
     """Name -> pictures that are measured and not trained on."""
+    memories: list[ContentMemory]
+    """Where hashes of all their files are kept. Of other ranks than 0, all these are empty until the cache is filled."""
     prompts: list[Prompt]
     num_stages: int
     num_replicas: int
@@ -85,26 +95,28 @@ def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> di
 
 
 def prepare(
-    config_path: Path, overrides: Sequence[str], resume: str | None, world: World, *, any_size: bool = False
+    config_path: Path, overrides: Sequence[str], resume: str | None, world: World, *, only_look: bool = False
 ) -> Experiment:
     """Check everything. Raises ConfigError with every problem found.
 
-    `resume`: None, "" (newest run) or a run folder. `any_size`: only looking, from one process, at a run of more.
+    `resume`: None, "" (newest run) or a run folder. `only_look`: from one process, at a run of any number, and writing
+    nothing. Rank 0 alone looks at the datasets.
     """
     config = load_config(config_path, overrides)
     problems: list[Problem] = []
     problems += [Problem(config_path, key, text) for key, text in optimizer_problems(config.experiment.optimizer)]
     problems += [Problem(config_path, key, text) for key, text in objective_problems(config.experiment.objective)]
     _check_folders(config, problems)
-    num_stages = _check_stages(config, world, problems, any_size)
+    num_stages = _check_stages(config, world, problems, only_look)
     _check_directories(config, problems)
     _check_averages(config, problems)
     prompts = _read_prompts(config, problems)
     adapter = _open_model(config, problems)
-    dataset, bounds, plan, start = Dataset([], [], []), [0, 1], None, None
-    eval_sets: dict[str, list[Example]] = {}
+    datasets = Datasets()
+    bounds, plan, start = [0, 1], None, None
     if adapter is not None:
-        dataset, eval_sets = _open_datasets(config, adapter, problems)
+        if world.is_main:
+            datasets = _open_datasets(config, adapter, problems, world, only_look)
         bounds = _check_bounds(config, adapter, num_stages, problems)
         plan, start = _check_adapter(config, adapter, problems)
         problems += [Problem(config.path, key, text) for key, text in export_problems(config.experiment, adapter)]
@@ -121,8 +133,9 @@ def prepare(
     return Experiment(
         config=config,
         adapter=adapter,
-        dataset=dataset,
-        eval_sets=eval_sets,
+        dataset=datasets.training,
+        eval_sets=datasets.eval_sets,
+        memories=datasets.memories,
         prompts=prompts,
         num_stages=num_stages,
         num_replicas=num_replicas,
@@ -180,11 +193,11 @@ def _check_encoder_names(config: Config, adapter: ModelAdapter, problems: list[P
             problems.append(Problem(config.path, f"objective.encoder_dropout_rate.{name}", message))
 
 
-def _check_stages(config: Config, world: World, problems: list[Problem], any_size: bool) -> int:
+def _check_stages(config: Config, world: World, problems: list[Problem], only_look: bool) -> int:
     stages = config.experiment.pipeline.pipeline_stages
     if stages == "auto":
         return world.size
-    if world.size % stages and not (any_size and world.size == 1):
+    if world.size % stages and not (only_look and world.size == 1):
         message = f"= {stages}: must divide the number of processes, {world.size}; start a multiple of {stages} processes"
         problems.append(Problem(config.path, "pipeline.pipeline_stages", message))
     return stages
@@ -200,49 +213,99 @@ def _open_model(config: Config, problems: list[Problem]) -> ModelAdapter | None:
     return adapter
 
 
+@dataclass
+class Datasets:
+    """What is trained on, and by a set's name what is only measured."""
+
+    training: Dataset = field(default_factory=Dataset)
+    eval_sets: dict[str, ExampleTable] = field(default_factory=dict)
+    memories: list[ContentMemory] = field(default_factory=list)
+
+
+def num_readers(world: World) -> int:
+    """Processes that read pictures for a rank: all cores but one for each rank, at least one, and no more than help."""
+    return max(1, min(MAX_READERS, len(os.sched_getaffinity(0)) // world.local_size - 1))
+
+
 def _open_datasets(
-    config: Config, adapter: ModelAdapter, problems: list[Problem]
-) -> tuple[Dataset, dict[str, list[Example]]]:
-    """What is trained on, and by set's name what is only measured."""
-    dataset = _open_dataset(*config.dataset_of(TRAINING), adapter, problems)
+    config: Config, adapter: ModelAdapter, problems: list[Problem], world: World, only_look: bool
+) -> Datasets:
+    with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks are waiting
+        lister = Lister(readers, config.experiment.cache_folder / "files", may_write=not only_look)
+        datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), adapter, problems, lister))
+        datasets.memories.append(datasets.training.memory)
+        _hold_out(config, datasets, problems)
+        for name in config.eval_sets:
+            found = _open_dataset(*config.dataset_of(name), adapter, problems, lister, prefix=f"eval/{name}/")
+            datasets.eval_sets[name] = found.examples
+            datasets.memories.append(found.memory)
+            both = _num_shared(datasets.training.examples, found.examples)
+            if both:
+                warning = f"{both} pictures of the evaluation set {name!r} are trained on too"
+                datasets.training.warnings.append(warning)
+            datasets.training.warnings.extend(found.warnings)
+    return datasets
+
+
+def eval_set_names(config: Config) -> list[str]:
+    """Those of the evaluation sets, in the order in which they are looked at."""
+    held_out = config.experiment.eval is not None and config.experiment.eval.holdout_images > 0
+    return [*([HOLDOUT] if held_out else []), *config.eval_sets]
+
+
+def _hold_out(config: Config, datasets: Datasets, problems: list[Problem]) -> None:
     held_out = config.experiment.eval.holdout_images if config.experiment.eval is not None else 0
-    eval_sets: dict[str, list[Example]] = {}
-    if held_out and dataset.examples:
-        try:
-            examples, eval_sets[HOLDOUT] = hold_out(dataset.examples, held_out, config.experiment.seed)
-            dataset = replace(dataset, examples=examples)
-        except ValueError as error:
-            problems.append(Problem(config.path, "eval.holdout_images", f"= {held_out}: {error}"))
-    for name in config.eval_sets:
-        found = _open_dataset(*config.dataset_of(name), adapter, problems, prefix=f"eval/{name}/")
-        eval_sets[name] = found.examples
-        trained = {example.image.resolve() for example in dataset.examples}
-        both = {example.image.resolve() for example in found.examples} & trained
-        if both:
-            dataset.warnings.append(f"{len(both)} pictures of the evaluation set {name!r} are trained on too")
-        dataset.warnings.extend(found.warnings)
-    return dataset, eval_sets
+    if not held_out or not len(datasets.training.examples):
+        return
+    try:
+        examples, datasets.eval_sets[HOLDOUT] = hold_out(datasets.training.examples, held_out, config.experiment.seed)
+        datasets.training = replace(datasets.training, examples=examples)
+    except ValueError as error:
+        problems.append(Problem(config.path, "eval.holdout_images", f"= {held_out}: {error}"))
+
+
+def _num_shared(table: ExampleTable, other: ExampleTable) -> int:
+    """Files that examples of both tables are of."""
+    first, second = (np.unique(one.pictures.same[one.rows[:, 0]]) for one in (table, other))
+    return len(np.intersect1d(first, second))
 
 
 def _open_dataset(
-    path: Path, table: DatasetConfig, adapter: ModelAdapter, problems: list[Problem], *, prefix: str = ""
+    path: Path, table: DatasetConfig, adapter: ModelAdapter, problems: list[Problem], lister: Lister, *, prefix: str = ""
 ) -> Dataset:
     missing = directory_problems(table)
     found = [Problem(path, key, text) for key, text in resolution_problems(table, adapter.latent)]
     if found:
         problems += found
-        return Dataset([], [], [])
-    dataset = scan(table, adapter.latent.pixel_multiple, prefix=prefix)
-    if dataset.bad_files and table.on_bad_file == "error":
-        problems += [Problem(bad.path, "", bad.reason) for bad in dataset.bad_files[:MAX_BAD_FILES_SHOWN]]
-        rest = len(dataset.bad_files) - MAX_BAD_FILES_SHOWN
-        if rest > 0:
-            problems.append(Problem(path, "", f"{rest} more files cannot be used"))
-        problems.append(Problem(path, "on_bad_file", BAD_FILE_ADVICE))
-    if not dataset.examples and not missing:
+        return Dataset()
+    dataset = scan(table, adapter.latent.pixel_multiple, lister, prefix=prefix)
+    bad_files = [bad for bad in dataset.bad_files if not is_skipped(bad, table)]
+    problems += _shortened(path, bad_files, "on_bad_file", BAD_FILE_ADVICE)
+    problems += _shortened(path, dataset.refused, "upscale", SMALL_PICTURE_ADVICE)
+    if not len(dataset.examples) and not missing:
         folders = ", ".join(str(directory.path) for directory in table.directory)
         problems.append(Problem(path, "directory", f"no usable picture with a caption in {folders}"))
     return dataset
+
+
+def is_skipped(bad: BadFile, table: DatasetConfig) -> bool:
+    """Whether the directory that a bad file is in says on_bad_file = "skip"."""
+    for directory in table.directory:
+        for folder in (directory.path, directory.mask_path, directory.control_path):
+            if folder is not None and (bad.path == folder or folder in bad.path.parents):
+                return directory.on_bad_file == "skip"
+    return table.on_bad_file == "skip"
+
+
+def _shortened(path: Path, bad_files: Sequence[BadFile], key: str, advice: str) -> list[Problem]:
+    """A problem for each of the first files, and one that says what to do."""
+    if not bad_files:
+        return []
+    problems = [Problem(bad.path, "", bad.reason) for bad in bad_files[:MAX_BAD_FILES_SHOWN]]
+    rest = len(bad_files) - MAX_BAD_FILES_SHOWN
+    if rest > 0:
+        problems.append(Problem(path, "", f"{rest} more files cannot be used"))
+    return [*problems, Problem(path, key, advice)]
 
 
 def _check_bounds(config: Config, adapter: ModelAdapter, num_stages: int, problems: list[Problem]) -> list[int]:

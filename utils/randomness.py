@@ -13,13 +13,23 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
+def _number(seed: int, purpose: str, *key: str | int) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=8).digest(), "little")
+
+
 def _generator(seed: int, purpose: str, *key: str | int) -> torch.Generator:
-    digest = hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    return torch.Generator().manual_seed(_number(seed, purpose, *key) & (2**63 - 1))
+
+
+def fraction(seed: int, purpose: str, *key: str | int) -> float:
+    """One number in [0, 1), the hash itself on a grid of 2**-53: ten times as fast as `uniform`, for millions of draws."""
+    return (_number(seed, purpose, *key) >> 11) / 2**53
 
 
 def normal(seed: int, purpose: str, *key: str | int, shape: tuple[int, ...]) -> Tensor:
@@ -38,9 +48,9 @@ def integers(seed: int, purpose: str, *key: str | int, high: int, shape: tuple[i
     return torch.randint(high, shape, generator=_generator(seed, purpose, *key))
 
 
-def permutation(seed: int, purpose: str, *key: str | int, length: int) -> list[int]:
-    """The numbers 0 to length - 1 in random order."""
-    return torch.randperm(length, generator=_generator(seed, purpose, *key)).tolist()
+def permutation(seed: int, purpose: str, *key: str | int, length: int) -> np.ndarray:
+    """The numbers 0 to length - 1 in random order; int64."""
+    return torch.randperm(length, generator=_generator(seed, purpose, *key)).numpy()
 
 
 def kaiming_uniform(seed: int, purpose: str, *key: str | int, shape: tuple[int, ...]) -> Tensor:

@@ -7,14 +7,14 @@ folder's files each time. What there is nothing of is left out, heading and all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from utils.atomic import write_text
 from utils.evaluation.comparison import EvaluationResult, read_evaluations, told
+from utils.html_page import Rows, header_row, html_of, page, plot_figure, table_of, table_row
 from utils.objective import Objective
 
 if TYPE_CHECKING:
@@ -24,26 +24,8 @@ REPORT = "report.html"
 # As log.py, evaluate.py and sampling.py name them; those import DeepSpeed. A test compares.
 METRICS, EVALUATIONS, SAMPLES, LISTING = "metrics.jsonl", "evaluations.jsonl", "samples", "prompts.json"
 NUM_POINTS = 161
-Rows = Sequence[tuple[str, str]]
 
 _CSS = """
-:root { color-scheme: light dark; --ink: #222; --soft: #667; --line: #ccd; --paper: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --soft: #99a; --line: #445; --paper: #16181c; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; white-space: nowrap; }
-caption { text-align: left; padding-bottom: .3rem; }
-.rows td { overflow-wrap: anywhere; }
-.numbers { overflow-x: auto; }
-.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.side { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; align-items: flex-start; }
-figure { margin: 0; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 40rem; overflow-wrap: anywhere; }
-svg { max-width: 100%; height: auto; color: var(--ink); display: block; }
 .previews { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 .pair { display: flex; gap: .3rem; }
 .pair a { flex: 1; max-width: 32rem; color: var(--soft); font-size: .85rem; text-decoration: none; }
@@ -59,40 +41,13 @@ def write_report(folder: Path, summary: Rows, objective_rows: Rows, objective: O
 def render(folder: Path, summary: Rows, objective_rows: Rows, objective: Objective) -> str:
     """The page."""
     sections = [
-        ("Run", _table_of(summary)),
+        ("Run", table_of(summary)),
         ("Objective", _objective_section(objective_rows, objective)),
         ("Loss", _loss_section(folder / METRICS)),
         ("Evaluation", _evaluation_section(read_evaluations(folder / EVALUATIONS))),
         ("Previews", _previews_section(folder)),
     ]
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections if content)
-    title = escape(folder.resolve().name)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_CSS}</style></head>\n<body><main><h1>{title}</h1>\n{body}</main></body></html>\n"
-    )
-
-
-def _table_of(rows: Rows) -> str:
-    if not rows:
-        return ""
-    return '<table class="rows">' + "".join(_row([name, text]) for name, text in rows) + "</table>"
-
-
-def _row(cells: Sequence[str]) -> str:
-    """A row of a table, its first cell the name of the others."""
-    return f"<tr><th>{escape(cells[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells[1:]) + "</tr>"
-
-
-def _plot(name: str, caption: str, draw: Callable[[], Figure]) -> str:
-    from utils import plots  # here: matplotlib takes a second to import
-
-    # The colour of the page's own letters, so that a dark page has light ones.
-    svg = plots.as_svg(name, draw).replace(plots.INK, "currentColor")
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    named = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1)
-    return f"<figure>{named}{below}</figure>"
+    return page(folder.resolve().name, sections, _CSS)
 
 
 # --- objective ---------------------------------------------------------------------------------------------------------
@@ -108,8 +63,8 @@ def _objective_section(rows: Rows, objective: Objective) -> str:
         title = f"How much it counts: weight {config.weighting_scheme}"
         return plots.objective_figure(t, density, config.discrete_flow_shift, weight, title)
 
-    plot = _plot("objective", _objective_caption(objective), draw)
-    return f'<div class="side">{_table_of(rows)}{plot}</div>'
+    plot = plot_figure("objective", _objective_caption(objective), draw)
+    return f'<div class="side">{table_of(rows)}{plot}</div>'
 
 
 def _objective_caption(objective: Objective) -> str:
@@ -156,7 +111,7 @@ def _loss_section(path: Path) -> str:
         return plots.loss_figure(*zip(*entries, strict=True))
 
     step, _, smoothed = entries[-1]
-    return _plot("loss", f"After step {step}: {smoothed:.5f}, smoothed.", draw)
+    return plot_figure("loss", f"After step {step}: {smoothed:.5f}, smoothed.", draw)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -183,7 +138,7 @@ def _evaluation_plot(results: Sequence[EvaluationResult]) -> str:
     ]
     best = min(losses, key=lambda entry: entry[1])
     caption = f"Lowest at step {best[0]}: {best[1]:.5f}."
-    return _plot("evaluation", caption, lambda: plots.evaluation_figure(losses, changes))
+    return plot_figure("evaluation", caption, lambda: plots.evaluation_figure(losses, changes))
 
 
 def _evaluation_table(result: EvaluationResult) -> str:
@@ -199,9 +154,8 @@ def _evaluation_table(result: EvaluationResult) -> str:
         [group.name, str(group.num_pictures), f"{group.loss:.5f}", told(group.to_start), told(group.to_best)][: len(header)]
         for group in result.groups
     ]
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     caption = f"<caption>Step {result.step}: loss{weights}</caption>"
-    return f"<table>{caption}<tr>{head}</tr>{''.join(map(_row, rows))}</table>"
+    return f"<table>{caption}{header_row(header)}{''.join(map(table_row, rows))}</table>"
 
 
 # --- previews ----------------------------------------------------------------------------------------------------------
@@ -242,7 +196,7 @@ def _preview(pictures: Sequence[tuple[int, dict[str, Any]]]) -> str:
     settings = [
         f"{key.replace('_', ' ')} {value}" for key, value in entry.items() if key not in ("prompt", "file") and value != ""
     ]
-    caption = f"{escape(str(entry['prompt']))}<br>{escape(', '.join(settings))}"
+    caption = f"{html_of(str(entry['prompt']))}<br>{html_of(', '.join(settings))}"
     return f'<figure><div class="pair">{links}</div><figcaption>{caption}</figcaption></figure>'
 
 

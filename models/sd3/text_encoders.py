@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import EncodedItem, EncodeFunction, FileTensor, FrozenEncoder
+from models.base import LENGTH, EncodedItem, EncodeFunction, FileTensor, TextEncoder
 from models.sd3.mmdit import MMDiTConfig
 from models.sd3.settings import DTYPES, SD3Settings
 from models.sd3.sources import PREFIXES, Part, what_it_is
@@ -35,7 +35,7 @@ _NEVER_READ = re.compile(r".*position_ids|logit_scale|spiece_model|(vision_model
 Shape = tuple[int, ...]
 
 
-class SD3TextEncoder(FrozenEncoder):
+class SD3TextEncoder(TextEncoder):
     """Captions -> {"sequence": (tokens, width)} and, for CLIP, {"pooled": (width,)}, in the training precision.
 
     Captions are encoded one by one, so that what is cached does not depend on which others were encoded with it.
@@ -49,6 +49,10 @@ class SD3TextEncoder(FrozenEncoder):
         self.dtype = DTYPES[dtype]
         self.files = (*part.files, *tokenizer_files(tokenizer_folder))
         self.settings = {"encoder": part.key, "num_tokens": num_tokens, "dtype": dtype}
+        config = encoder_config(part)
+        self.shapes = {"sequence": (num_tokens, int(config["d_model" if part.key == "t5xxl" else "hidden_size"]))}
+        if part.key != "t5xxl":
+            self.shapes["pooled"] = (_pooled_width(part.key, config),)
 
     def load(self, device: torch.device) -> EncodeFunction:
         tokenizer = self._load_tokenizer()
@@ -60,7 +64,8 @@ class SD3TextEncoder(FrozenEncoder):
             for caption in captions:
                 ids = torch.tensor([self._token_ids(tokenizer, caption)], device=device)
                 tensors = _run_t5(model, ids) if self.name == "t5xxl" else _run_clip(model, ids, self.name == "clip_g")
-                encoded.append({key: value[0].to(self.dtype).cpu() for key, value in tensors.items()})
+                item = {key: value[0].to(self.dtype) for key, value in tensors.items()}
+                encoded.append({**item, LENGTH: torch.tensor(self._length(tokenizer, caption), dtype=torch.int32)})
             return encoded
 
         return encode
@@ -88,6 +93,14 @@ class SD3TextEncoder(FrozenEncoder):
         ids = tokenizer(caption, truncation=True, max_length=self.num_tokens)["input_ids"]
         pad = ids[-1] if self.name == "clip_l" else 0
         return list(ids) + [pad] * (self.num_tokens - len(ids))
+
+    def _length(self, tokenizer: Any, caption: str) -> tuple[int, int]:
+        """(Tokens of the whole caption, characters of it that are read)."""
+        places = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
+        if len(places) <= self.num_tokens:
+            return len(places), len(caption)
+        # The last token read is the end token; before it comes as much of the caption as there is room for.
+        return len(places), max((end for _, end in places[: self.num_tokens - 1]), default=0)
 
 
 def _run_clip(model: Any, ids: Tensor, projects: bool) -> dict[str, Tensor]:

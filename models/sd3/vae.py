@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, FrozenEncoder
+from models.base import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, ImageEncoder
 from models.sd3.sources import PREFIXES, Part, what_it_is
 from models.tensor_files import shape_problems
 
@@ -26,8 +26,8 @@ TILE_OVERLAP = 0.25
 Shape = tuple[int, ...]
 
 
-class SD3ImageEncoder(FrozenEncoder):
-    """Pictures -> {"latents": (C, height/8, width/8) float32}, the mean of the posterior, normalised.
+class SD3ImageEncoder(ImageEncoder):
+    """Pictures -> {"latents", "deviation"}, (C, height/8, width/8) float32 each: the posterior, normalised.
 
     It runs in float32: the released autoencoder loses visible detail below it. Pictures are encoded one by one, so that
     what is cached does not depend on which others happened to be encoded with it.
@@ -38,7 +38,7 @@ class SD3ImageEncoder(FrozenEncoder):
     def __init__(self, part: Part) -> None:
         self.part = part
         self.files = part.files
-        self.settings = {"class": "AutoencoderKL", "posterior": "mean", "dtype": "float32"}
+        self.settings = {"class": "AutoencoderKL", "dtype": "float32"}
 
     def load(self, device: torch.device) -> EncodeFunction:
         autoencoder = _load_autoencoder(self.part, device)
@@ -49,8 +49,8 @@ class SD3ImageEncoder(FrozenEncoder):
             encoded = []
             for picture in pictures:
                 pixels = picture[None].to(device, torch.float32) / 127.5 - 1.0
-                mean = autoencoder.encode(pixels).latent_dist.mean[0]
-                encoded.append({"latents": ((mean - shift) * scale).cpu()})
+                posterior = autoencoder.encode(pixels).latent_dist
+                encoded.append({"latents": ((posterior.mean - shift) * scale)[0], "deviation": (posterior.std * scale)[0]})
             return encoded
 
         return encode

@@ -277,9 +277,24 @@ def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
         for key, places in known_keys(experiment_class(family)).items()
     }
     dataset = check_table(DatasetConfig, raw, path, problems, experiment_keys)
-    if dataset is not None and dataset.min_ar > dataset.max_ar:
-        problems.append(Problem(path, "min_ar", f"= {dataset.min_ar}: must not be above max_ar, {dataset.max_ar}"))
+    if dataset is not None:
+        _check_limits(dataset, path, problems)
     return dataset
+
+
+def _check_limits(dataset: DatasetConfig, path: Path, problems: list[Problem]) -> None:
+    """Pairs of keys of which the one must not be above the other, at the top and in each directory."""
+    pairs = (("min_ar", "max_ar"), ("min_pixels", "max_pixels"))
+    top = dataset.model_dump()
+    for index, directory in enumerate(dataset.directory):
+        values = directory.model_dump()
+        for low, high in pairs:
+            if values[high] is not None and values[low] > values[high]:
+                is_own = (values[low], values[high]) != (top[low], top[high])
+                place = f"directory[{index}].{low}" if is_own else low
+                problem = Problem(path, place, f"= {values[low]}: must not be above {high}, {values[high]}")
+                if problem not in problems:
+                    problems.append(problem)
 
 
 def _eval_paths(raw: Mapping[str, Any]) -> dict[str, Path]:
@@ -294,10 +309,14 @@ def _check_eval_set(path: Path, problems: list[Problem]) -> DatasetConfig | None
     """An evaluation set's dataset file; what only training reads must not be in it."""
     dataset = _check_dataset(path, problems)
     for index, directory in enumerate(dataset.directory if dataset is not None else []):
-        for key in ("horizontal_flip", "loss_weight"):
-            if directory.model_dump()[key] != type(directory).model_fields[key].default:
+        values = directory.model_dump()
+        for key in ("horizontal_flip", "loss_weight", "cache_shuffle_num"):
+            if values[key] != type(directory).model_fields[key].default:
                 place = f"directory[{index}].{key}"
                 problems.append(Problem(path, place, "has no place in an evaluation set, where every picture counts alike"))
+        if values["num_repeats"] % 1:
+            place = f"directory[{index}].num_repeats"
+            problems.append(Problem(path, place, f"= {values['num_repeats']}: an evaluation set takes whole numbers only"))
     return dataset
 
 

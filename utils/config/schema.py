@@ -410,7 +410,19 @@ class ExperimentConfig(Table):
 
     output_dir: Path = Field(description="Folder of all runs of this experiment; each run makes a folder in it.")
     dataset: Path = Field(description="The dataset file.")
-    cache_dir: Path | None = Field(None, description="Where encoded data is kept. Default: `cache` in output_dir.")
+    cache_dir: Path | None = Field(
+        None, description="Where encoded data is kept; several runs may share it. Default: `cache` in output_dir."
+    )
+    cache_posterior: Bool = Field(
+        False,
+        description="Keep what the autoencoder says of each latent pixel's deviation too, and draw latents anew at each "
+        "visit. Takes twice the room. Else: the mean.",
+    )
+    text_cache_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = Field(
+        None,
+        description="Precision of cached text embeddings; `float8_e4m3fn` halves the room and has one scale a token "
+        "(docs/data.md has the error). Unset: that of the network.",
+    )
     seed: Int = Field(0, ge=0, lt=2**63, description="Decides every random draw of the run.")
     epochs: Int | None = Field(None, ge=1, description="Times the dataset is gone through.")
     max_steps: Int | None = Field(None, ge=1, description="Optimizer steps; with `epochs` too, whichever ends first.")
@@ -430,34 +442,89 @@ class ExperimentConfig(Table):
         return self.cache_dir if self.cache_dir is not None else self.output_dir / "cache"
 
 
-class DirectoryConfig(Table):
-    """One `[[directory]]` of captioned pictures."""
-
-    path: Path = Field(description="Folder of pictures, each with a caption in a .txt file of the same name.")
-    num_repeats: Int = Field(1, ge=1, description="Times each picture is shown in an epoch.")
-    mask_path: Path | None = Field(
-        None,
-        description="Folder of grey pictures of the same names: how much each place counts in the loss, white all, black "
-        "nothing. Unset: all of it.",
-    )
-    horizontal_flip: Bool = Field(False, description="Show each picture mirrored at half of its visits.")
-    loss_weight: Float = Field(1.0, gt=0, description="Factor of these pictures' loss.")
-
-
-class DatasetConfig(Table):
-    """The dataset file. Its keys follow diffusion-pipe's."""
+class PictureConfig(Table):
+    """What may be said of all pictures of a dataset file, or in a `[[directory]]` of those in it."""
 
     resolutions: list[Annotated[Int, Field(ge=16)]] = Field(
-        min_length=1, description="Side in pixels of a square of the trained area; each picture is used at every one."
+        default_factory=list,
+        description="Side in pixels of a square of the trained area; each picture is used at every one. Must be given.",
     )
     enable_ar_bucket: Bool = Field(True, description="Keep pictures' shapes, sorted into buckets; else crop all square.")
     min_ar: Float = Field(0.5, gt=0, description="Narrowest width / height of a bucket.")
     max_ar: Float = Field(2.0, gt=0, description="Widest width / height of a bucket.")
     num_ar_buckets: Int = Field(7, ge=1, description="Buckets between the two, evenly spaced in the logarithm.")
+    crop: Literal["center", "random"] = Field(
+        "center",
+        description="What is kept of the side that is too long for the bucket: the middle, or a place drawn for each "
+        "picture and resolution, the same in every run.",
+    )
+    upscale: Literal["allow", "never", "error"] = Field(
+        "allow",
+        description="Of a picture smaller than its bucket: enlarge it, leave it out at that resolution, or refuse to start.",
+    )
+    min_pixels: Int = Field(0, ge=0, description="Pictures of less width x height are left out.")
+    max_pixels: Int | None = Field(None, ge=1, description="Pictures of more width x height are left out.")
+    num_repeats: Float = Field(
+        1.0,
+        gt=0,
+        description="Times each picture is shown in an epoch. Of 2.5, half of the pictures, others in each epoch, are shown "
+        "three times.",
+    )
+    loss_weight: Float = Field(1.0, gt=0, description="Factor of these pictures' loss.")
+    horizontal_flip: Bool = Field(False, description="Show each picture mirrored at half of its visits.")
+    recursive: Bool = Field(False, description="Look into folders in the folder, too.")
+    caption_per_line: Bool = Field(
+        False, description="Each line of a .txt file is a caption of its own; one of them is drawn at each visit."
+    )
+    cache_shuffle_num: Int = Field(
+        1, ge=1, description="Orders of a caption's tags that are encoded, the written one among them; each visit draws one."
+    )
+    cache_shuffle_delimiter: str = Field(", ", min_length=1, description="What stands between tags.")
+    keep_tokens: Int = Field(0, ge=0, description="Tags at the beginning that stay where they are in every order.")
     on_bad_file: Literal["error", "skip"] = Field(
         "error", description="What a picture or caption that cannot be read does: stop the run, or be left out of it."
     )
+
+
+class DirectoryConfig(PictureConfig):
+    """One `[[directory]]` of captioned pictures. Keys of the dataset file's top level hold here unless they are given."""
+
+    path: Path = Field(
+        description="Folder of pictures with captions; of .tar or .parquet files with them; or one such file. "
+        "docs/data.md has every form."
+    )
+    mask_path: Path | None = Field(
+        None,
+        description="Folder of grey pictures of the same names: how much each place counts in the loss, white all, black "
+        "nothing. Unset: all of it.",
+    )
+    control_path: Path | None = Field(
+        None, description="Folder of pictures of the same names that a ControlNet is given; encoded with the pictures."
+    )
+    image_column: str | None = Field(
+        None, min_length=1, description="Column of .parquet files that has pictures or their paths. Unset: by usual names."
+    )
+    caption_column: str | None = Field(
+        None, min_length=1, description="Column of .parquet files that has captions. Unset: by usual names."
+    )
+
+
+class DatasetConfig(PictureConfig):
+    """The dataset file. Its keys follow diffusion-pipe's."""
+
     directory: list[DirectoryConfig] = Field(min_length=1, description="Where the pictures are.")
+
+    @model_validator(mode="after")
+    def _hand_down(self) -> DatasetConfig:
+        """Each directory with everything that holds for it."""
+        given = {name: value for name, value in self if name in self.model_fields_set - {"directory"}}
+        directories = [
+            entry.model_copy(update={name: given[name] for name in given.keys() - entry.model_fields_set})
+            for entry in self.directory
+        ]
+        if not all(entry.resolutions for entry in directories):
+            raise ValueError("resolutions is missing; give it at the top, or in every [[directory]]")
+        return self.model_copy(update={"directory": directories})
 
 
 def experiment_class(family: str) -> type[ExperimentConfig]:

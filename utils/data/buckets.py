@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: which sizes a run trains on, and how a picture is cut to one. Pure arithmetic on pixels.
 
-A picture is scaled until it just covers its bucket, then the centre is cropped; the bucket is the one that loses the
-least of it.
+A picture is scaled until it just covers its bucket, then cropped along the side that is too long, in the centre or where
+the caller says; the bucket is the one that loses the least of it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True, order=True)
@@ -55,16 +57,25 @@ def make_buckets(resolution: int, min_ar: float, max_ar: float, num_ar_buckets: 
     return sorted({bucket_of_ratio(resolution, ratio, multiple) for ratio in ratios})
 
 
-def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest to width / height, in the logarithm; ties go to the first in order."""
-    ratio = math.log(width / height)
-    return min(sorted(buckets), key=lambda bucket: abs(math.log(bucket.width / bucket.height) - ratio))
+def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """Of pictures (n, 2), width and height in pixels, the places (n,) in the list of the buckets of nearest aspect ratio.
+
+    Nearest in the logarithm; ties go to the smaller in order.
+    """
+    order = sorted(range(len(buckets)), key=lambda place: buckets[place])
+    ratios = np.array([math.log(buckets[place].width / buckets[place].height) for place in order])
+    wanted = np.log(sizes[:, 0] / sizes[:, 1])
+    return np.array(order, dtype=np.int32)[np.abs(wanted[:, None] - ratios).argmin(axis=1)]
 
 
-def crop_box(width: int, height: int, bucket: Bucket) -> CropBox:
-    """How a picture of width x height covers the bucket: scaled in proportion, centre cropped."""
+def crop_box(width: int, height: int, bucket: Bucket, place: float | None = None) -> CropBox:
+    """How a picture of width x height covers the bucket: scaled in proportion, then cropped.
+
+    place: where along the side that is too long, in [0, 1); None: in the middle.
+    """
     scale = max(bucket.width / width, bucket.height / height)
     resized_width = max(bucket.width, round(width * scale))
     resized_height = max(bucket.height, round(height * scale))
-    left, top = (resized_width - bucket.width) // 2, (resized_height - bucket.height) // 2
+    spare = resized_width - bucket.width, resized_height - bucket.height
+    left, top = (side // 2 if place is None else int(place * (side + 1)) for side in spare)
     return CropBox(scale, resized_width, resized_height, left, top, bucket)

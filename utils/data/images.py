@@ -1,28 +1,42 @@
 """A picture file to the RGB pixels of its bucket, a mask to the weights of its latent pixels. Only here are they opened.
 
 What is done to every picture, in order: EXIF rotation, 16 bits to 8, transparency over white, conversion to RGB, scaling,
-cropping. Of an animation, the first frame is used. Whatever cannot be read raises `BadFile` with the reason.
+cropping. Of an animation, the first frame is used. Whatever cannot be read raises `BadFile` with the reason. What a file is,
+its content says: a wrong suffix does no harm. Refused are also pictures of more than MAX_PIXELS, and those more than
+MAX_SIDE_RATIO times as long as wide: no bucket is near their shape.
 
 A mask goes the same way up to RGB, then to grey. It may have another size than its picture: scaling stretches it over what
 the picture is scaled to. Scaling, cropping and shrinking to latent pixels are one step, the exact mean of the area that a
 latent pixel covers. Pillow's filters are not used: LANCZOS overshoots at edges, and BOX counts whole pixels only, so that
 edges move when the scale is no integer.
+
+This file is read by processes that must start fast: it imports no torch, and pixels are NumPy arrays.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from utils.data.buckets import CropBox
+from utils.data.picture_files import PictureFile
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"))
+MAX_PIXELS = 178_000_000
+"""Width times height of the largest picture that is read: 13,000 x 13,000, half a gigabyte when decoded. Pillow itself warns
+at half of it and refuses a little above; setting its own limit would change it for the whole process."""
+MAX_SIDE_RATIO = 100
+"""Longest side to shortest. Scaled to cover a square of 1024 pixels, such a picture has 100 of them."""
 _EXIF_ORIENTATION = 274
 _SIDEWAYS = (5, 6, 7, 8)
 _ROTATION_KEYS = ("exif", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -46,71 +60,64 @@ class BadFile(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def read_size(path: Path) -> tuple[int, int]:
+class _Refused(Exception):
+    """A picture that is not even decoded; its text is the reason."""
+
+
+def bad_picture(file: PictureFile, reason: str) -> BadFile:
+    """The error that names a picture which may lie inside another file."""
+    return BadFile(Path(str(file)), reason)
+
+
+def read_size(file: PictureFile) -> tuple[int, int]:
     """Width and height (pixels) as the picture is to be looked at; reads the header, and decodes only if the file's end
     looks cut off. Raises BadFile."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            tail = _tail(path)
-            if not _ends_as_it_should(tail, image.format) or any(mark in tail for mark in _LATE_ROTATION):
-                image.load()
-            # Asked for EXIF data, a PNG file decodes its pixels to look behind them; it was loaded above if there is any.
-            rotated = image.format != "PNG" or any(key in image.info for key in _ROTATION_KEYS)
-            exif = image.getexif() if rotated else {}
-            sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make Pillow's decoders raise whatever they like
-        raise BadFile(path, _reason(error)) from error
+    with _named(file), file.open() as content, _opened(content) as image:
+        width, height = image.size
+        tail = _tail(content)
+        if not _ends_as_it_should(tail, image.format) or any(mark in tail for mark in _LATE_ROTATION):
+            image.load()
+        # Asked for EXIF data, a PNG file decodes its pixels to look behind them; it was loaded above if there is any.
+        rotated = image.format != "PNG" or any(key in image.info for key in _ROTATION_KEYS)
+        exif = image.getexif() if rotated else {}
+        sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
     return (height, width) if sideways else (width, height)
 
 
-def _reason(error: Exception) -> str:
-    text = str(error)
-    return "is not a picture Pillow can read" if text.startswith("cannot identify") else f"cannot be decoded: {text}"
-
-
-def _tail(path: Path) -> bytes:
-    """The file's last bytes: its end mark, and in a PNG file what was put behind the pixels."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        return file.read()
-
-
-def _ends_as_it_should(tail: bytes, image_format: str | None) -> bool:
-    """Whether a file ends with its format's end mark. False also where there is none to look for: decode to know."""
-    marks = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
-    return image_format in marks and tail.endswith(marks[image_format])
-
-
-def read_pixels(path: Path, box: CropBox, *, mirrored: bool = False) -> Tensor:
+def read_pixels(file: PictureFile, box: CropBox, *, mirrored: bool = False) -> np.ndarray:
     """The picture scaled and cropped, then mirrored along its width if asked to: uint8 (3, height, width) of the box's
     bucket. Raises BadFile."""
-    picture = _open_rgb(path)
+    picture = _open_rgb(file)
     if picture.size != (box.resized_width, box.resized_height):
         picture = picture.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
     right, bottom = box.left + box.bucket.width, box.top + box.bucket.height
-    picture = picture.crop((box.left, box.top, right, bottom))
-    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
-    return (pixels.flip(-1) if mirrored else pixels).contiguous()
+    pixels = np.asarray(picture.crop((box.left, box.top, right, bottom)))  # (height, width, 3), not writable
+    return np.array((pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1), order="C")
 
 
-def read_mask(path: Path, box: CropBox, downscale: int) -> Tensor:
+def read_thumbnail(file: PictureFile, max_side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The whole picture, RGB, no side longer than max_side; and its own width and height (pixels). Raises BadFile."""
+    picture = _open_rgb(file)
+    size = picture.size
+    picture.thumbnail((max_side, max_side))
+    return picture, size
+
+
+def read_mask(file: PictureFile, box: CropBox, downscale: int) -> np.ndarray:
     """How much each latent pixel counts: float32 (1, height / downscale, width / downscale) of the box's bucket, in [0, 1].
 
     It is the mean of grey value / 255 over the pixels of the picture that it stands for. Raises BadFile, also for a mask of
     which nothing but black is left.
     """
-    grey = np.asarray(_open_rgb(path).convert("L"))  # (height, width), uint8
+    grey = np.asarray(_open_rgb(file).convert("L"))  # (height, width), uint8
     height, width = grey.shape
     rows = _edges(height, box.resized_height, range(box.top, box.top + box.bucket.height + 1, downscale))
     columns = _edges(width, box.resized_width, range(box.left, box.left + box.bucket.width + 1, downscale))
     means = _means_between(_means_between(grey, rows).T, columns).T
     if not means.any():
         where = f"inside the crop to {box.bucket}" if grey.any() else "everywhere"
-        raise BadFile(path, f"is black {where}: nothing of the picture would count")
-    return torch.from_numpy(means / 255).float().contiguous()[None]
+        raise bad_picture(file, f"is black {where}: nothing of the picture would count")
+    return np.array(means[None] / 255, dtype=np.float32, order="C")
 
 
 def _edges(side: int, resized_side: int, places: range) -> list[float]:
@@ -128,15 +135,86 @@ def _means_between(values: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.stack(means)
 
 
-def _open_rgb(path: Path) -> Image.Image:
+def _open_rgb(file: PictureFile) -> Image.Image:
     """The picture as it is to be looked at. Raises BadFile."""
+    with _named(file), file.open() as content, _opened(content) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _named(file: PictureFile) -> Iterator[None]:
+    """Whatever fails inside is the picture's fault: BadFile; but not that memory is short."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        yield
     except MemoryError:
         raise
+    except Exception as error:  # damaged files make Pillow's decoders raise whatever they like
+        raise bad_picture(file, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Of an error while a picture was opened or decoded, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, _Refused):
+        return text
+    if isinstance(error, Image.DecompressionBombError):
+        announced = re.search(r"\((\d+) pixels\)", text)
+        return _too_large(int(announced[1]) if announced else None)
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    if text.startswith("cannot identify"):
+        return "is not a picture Pillow can read"
+    return "is cut off" if "truncated" in text.lower() else f"cannot be decoded: {text}"
+
+
+@contextmanager
+def _opened(content: BinaryIO) -> Iterator[Image.Image]:
+    """The picture, of which the header has been read, if it is one to decode. Raises _Refused, and what Pillow raises."""
+    size_bytes = content.seek(0, os.SEEK_END)
+    if not size_bytes:
+        raise _Refused("is empty (0 bytes)")
+    content.seek(0)
+    start = content.read(12)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            with Image.open(content) as image:
+                _check(image)
+                yield image
     except Exception as error:
-        raise BadFile(path, _reason(error)) from error
+        if start[8:] == b"WEBP" and size_bytes < 8 + int.from_bytes(start[4:8], "little"):
+            raise _Refused("is cut off") from error  # Pillow does not say so of this format
+        raise
+
+
+def _check(image: Image.Image) -> None:
+    width, height = image.size
+    if image.format == "EPS":
+        raise _Refused("is PostScript: a program, and not run")
+    if width * height > MAX_PIXELS:
+        raise _Refused(_too_large(width * height))
+    if max(width, height) > MAX_SIDE_RATIO * min(width, height):
+        raise _Refused(f"is {width}x{height} pixels: no bucket is near its shape")
+
+
+def _too_large(num_pixels: int | None) -> str:
+    count = "too many" if num_pixels is None else f"{num_pixels:,}"
+    return f"has {count} pixels; the limit is {MAX_PIXELS:,}"
+
+
+def _tail(content: BinaryIO) -> bytes:
+    """The last bytes: the end mark, and in a PNG file what was put behind the pixels. The place in the file is kept."""
+    place = content.tell()
+    content.seek(max(0, content.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    tail = content.read()
+    content.seek(place)
+    return tail
+
+
+def _ends_as_it_should(tail: bytes, image_format: str | None) -> bool:
+    """Whether a file ends with its format's end mark. False also where there is none to look for: decode to know."""
+    marks = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
+    return image_format in marks and tail.endswith(marks[image_format])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

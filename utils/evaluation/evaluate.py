@@ -23,7 +23,7 @@ from tqdm import tqdm
 from models.base import ModelAdapter
 from utils import distributed, rectified_flow
 from utils.config.schema import EvalConfig
-from utils.data.precompute import EncodedData
+from utils.data.encoded import EncodedData
 from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
 from utils.evaluation.panel import PanelEntry, fingerprint, make_rounds, noise_of
 from utils.log import bar_seconds, say
@@ -175,7 +175,7 @@ class Evaluation:
         )
 
     def _inputs(self, batch: Sequence[int], sample: Sample) -> tuple[Tensor, ...]:
-        text = stack_text([self._data.text(self._panel[index].example.caption) for index in batch])
+        text = stack_text([self._data.text(self._panel[index].example.caption()) for index in batch])
         return self._adapter.network_inputs(sample.noisy.to(self._dtype), sample.sigma, text)
 
     def _losses(self, output: Tensor, sample: Sample) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils import randomness, rectified_flow
 from utils.data.buckets import Bucket
-from utils.data.dataset import Example
+from utils.data.examples import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def make_panel(
         _entry(example, set_name, repeat, band, num_t_bands, seed, shift_at)
         for set_name, examples in sets.items()
         for example in examples
-        for repeat in range(example.repeats)
+        for repeat in range(round(example.repeats))
         for band in range(num_t_bands)
     ]
 
@@ -77,7 +77,7 @@ def fingerprint(panel: Sequence[PanelEntry], contents: Callable[[Example], Seque
     digest = hashlib.blake2b(digest_size=6)
     for entry in panel:
         example = entry.example
-        picture = (entry.set_name, example.key, example.caption, example.box.key(), example.mask is not None)
+        picture = (entry.set_name, example.key, example.caption(), example.box.key(), example.mask is not None)
         digest.update(repr((picture, *contents(example), entry.repeat, entry.t, entry.sigma)).encode())
     return digest.hexdigest()
 

@@ -7,7 +7,11 @@ p = (m * replicas + r) * rows + i, whatever the number of stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import collections
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +19,15 @@ from torch import Tensor
 
 from models.base import ModelAdapter
 from utils import randomness, rectified_flow
+from utils.background import ahead
 from utils.data.batches import BatchOrder, Visit
-from utils.data.precompute import EncodedData
+from utils.data.encoded import EncodedData
 from utils.objective import NO_TARGET, NoiseLevel, Objective
 
 MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 EMPTY_CAPTION = ""
+MICRO_BATCHES_AHEAD = 4
+"""Made ready while the network works; each has its latents and embeddings in memory."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,22 @@ def is_flipped(visit: Visit, seed: int) -> bool:
 
 
 def caption_of(visit: Visit, objective: Objective, seed: int) -> str:
-    """The visit's caption, or the empty one when it is dropped."""
+    """One of the visit's captions, in one of the orders of its tags; or the empty one when it is dropped."""
     dropped = _uniform(visit, "caption dropout", seed) < objective.config.caption_dropout_rate
-    return EMPTY_CAPTION if dropped else visit.example.caption
+    if dropped:
+        return EMPTY_CAPTION
+    count = visit.example.num_captions
+    return visit.example.caption(int(_uniform(visit, "caption", seed) * count) if count > 1 else 0)
+
+
+def latents_of(visit: Visit, data: EncodedData, seed: int) -> Tensor:
+    """The visit's latents, float32: a sample of the posterior of its own if the cache has that, else the mean."""
+    flipped = is_flipped(visit, seed)
+    mean, deviation = data.latents(visit.example, flipped=flipped), data.deviation(visit.example, flipped=flipped)
+    if deviation is None:
+        return mean
+    key = (visit.example.key, visit.epoch, visit.occurrence)
+    return mean + deviation * randomness.normal(seed, "posterior", *key, shape=tuple(mean.shape))
 
 
 def drop_encoders(text: dict[str, Tensor], visit: Visit, objective: Objective, seed: int) -> dict[str, Tensor]:
@@ -99,6 +119,23 @@ class Feed:
         self._adapter, self._data, self._order, self._objective = adapter, data, order, objective
         self._seed, self._layout, self._dtype = seed, layout, dtype
 
+    @contextmanager
+    def steps(self, steps: Iterable[int]) -> Iterator[Iterator[Iterator[MicroBatch]]]:
+        """`micro_batches` of each step in turn, made by another thread while the network works on those before.
+
+        The micro-batches of a step must be used before those of the next are asked for; what is left of them is dropped.
+        """
+        everything = ahead((batch for step in steps for batch in self.micro_batches(step)), MICRO_BATCHES_AHEAD)
+
+        def in_turn() -> Iterator[Iterator[MicroBatch]]:
+            for _ in steps:
+                of_step = itertools.islice(everything, self._layout.num_micro_batches)
+                yield of_step
+                collections.deque(of_step, maxlen=0)  # stages in the middle look at none
+
+        with contextlib.closing(everything):
+            yield in_turn()
+
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """(inputs of the first layer, LossTarget) of each micro-batch of a step.
 
@@ -112,7 +149,7 @@ class Feed:
         layout, objective, seed = self._layout, self._objective, self._seed
         if not (layout.is_first_stage or layout.is_last_stage):
             return (), NO_TARGET
-        latents = torch.stack([self._data.latents(visit.example, flipped=is_flipped(visit, seed)) for visit in visits])
+        latents = torch.stack([latents_of(visit, self._data, seed) for visit in visits])
         noise = torch.stack([noise_of(visit, tuple(latents.shape[1:]), seed) for visit in visits])
         levels = [noise_level(visit, objective, seed) for visit in visits]
         sigma = torch.tensor([level.sigma for level in levels])

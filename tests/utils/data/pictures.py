@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.data import images
 from utils.data.buckets import Bucket, CropBox, crop_box
+from utils.data.picture_files import PictureFile
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, WHITE)
@@ -57,6 +60,21 @@ def save_turned(picture: Image.Image, path: Path, orientation: int, **options: A
     turn, exif = TURNS[orientation], Image.Exif()
     exif[274] = orientation
     return save(picture if turn is None else picture.transpose(turn), path, exif=exif, **options)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Of a picture in a file of its own."""
+    return images.read_size(PictureFile(path))
+
+
+def read_pixels(path: Path, box: CropBox, *, mirrored: bool = False) -> Tensor:
+    """Of a picture in a file of its own."""
+    return torch.from_numpy(images.read_pixels(PictureFile(path), box, mirrored=mirrored))
+
+
+def read_mask(path: Path, box: CropBox, downscale: int) -> Tensor:
+    """Of a mask in a file of its own."""
+    return torch.from_numpy(images.read_mask(PictureFile(path), box, downscale))
 
 
 def whole(width: int, height: int) -> CropBox:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.utils.data.pictures import TURNS, left_half, quarters, save, save_turned, whole
+from tests.utils.data.pictures import TURNS, left_half, quarters, read_mask, read_pixels, save, save_turned, whole
 from utils.data.buckets import Bucket, crop_box
-from utils.data.images import BadFile, read_mask, read_pixels
+from utils.data.images import BadFile
 from utils.data.masks import MaskEncoder, mask_of, masks_by_stem, same_shape
 
 DOWNSCALE = 8

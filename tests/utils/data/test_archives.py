@@ -1,0 +1,440 @@
+"""What is found in .tar and .parquet files: places, captions, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.data import archives
+from utils.data.archives import NOT_INSIDE, Found, list_parquet, list_tar
+from utils.data.images import BadFile
+
+LONG = f"{'a folder of a long name/' * 12}fox.png"
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def content_of(name: str) -> bytes:
+    """Any bytes, other ones for each name: listing must not look at them."""
+    return name.encode() * (1 + 7 * len(name))
+
+
+def write_tar(
+    path: Path, members: Sequence[str] | Mapping[str, bytes], tar_format: int = tarfile.PAX_FORMAT, **changes: Any
+) -> Path:
+    with tarfile.open(path, "w:", format=tar_format) as tar:
+        for name in members:
+            info = tarfile.TarInfo(name)
+            content = members[name] if isinstance(members, Mapping) else content_of(name)
+            info.size = len(content)
+            for key, value in changes.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def captions_in(path: Path, *, caption_per_line: bool = False) -> dict[str, list[str] | None]:
+    found, bad, others = list_tar(path, caption_per_line=caption_per_line)
+    assert not bad and not others
+    return {picture.name: picture.captions for picture in found}
+
+
+def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
+    return {str(one.path).removeprefix(f"{path}/"): one.reason for one in bad}
+
+
+# --- .tar --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_a_place_in_a_tar_has_the_bytes_that_were_put_in(tmp_path: Path, tar_format: str) -> None:
+    names = ["fox.jpg", "./000/fox.PNG", "狐/ä.webp", "a.b/fox.jpg", f"{'x' * 90}/{'y' * 80}.gif", "empty.bmp"]
+    names += [LONG] if tar_format != "ustar" else []
+    members = {name: content_of(name) if name != "empty.bmp" else b"" for name in names}
+    path = write_tar(tmp_path / "a.tar", members, FORMATS[tar_format])
+    found, bad, others = list_tar(path, caption_per_line=False)
+    whole = path.read_bytes()
+    assert {one.name: whole[one.start : one.start + one.length] for one in found} == members
+    assert [one.name for one in found] == names and not bad and not others
+
+
+def test_captions_are_found_by_name_and_by_sample_wherever_they_stand(tmp_path: Path) -> None:
+    members = {
+        "b.txt": b"\xef\xbb\xbf text \r\nof b\n",
+        "a.png": b"",
+        "b.seg.png": b"",
+        "x/c.v2.jpg": b"",
+        "x/c.v2.txt": b"of its name",
+        "x/c.txt": b"of its sample",
+        "d.jpg": b"",
+        "d.json": b'{"caption": ["one", " two "]}',
+        "a.TXT": "ä".encode(),
+        "e.jpg": b"",
+        "e.json": b'{"caption": null}',
+        "f.jpg": b"",
+        "f.json": b'[{"caption": "of nobody"}]',
+        "g.jpg": b"",
+        "g.json": b'{"key": 7, "tags": ["a", "b"]}',
+        "h.jpg": b"",
+        "h.txt": b"wins",
+        "h.json": b"is not read {",
+        "i.jpg": b"",
+        "i.txt": b" ",
+    }
+    assert captions_in(write_tar(tmp_path / "a.tar", members)) == {
+        "a.png": ["ä"],
+        "b.seg.png": ["text \nof b"],
+        "x/c.v2.jpg": ["of its name"],
+        "d.jpg": ["one", "two"],
+        "e.jpg": None,
+        "f.jpg": None,
+        "g.jpg": None,
+        "h.jpg": ["wins"],
+        "i.jpg": [""],
+    }
+
+
+def test_lines_of_a_text_are_captions_if_asked_for(tmp_path: Path) -> None:
+    members = {"a.jpg": b"", "a.txt": b"one\n\ntwo\n", "b.jpg": b"", "b.json": b'{"text": "x\\ny"}'}
+    path = write_tar(tmp_path / "a.tar", members)
+    assert captions_in(path, caption_per_line=True) == {"a.jpg": ["one", "two"], "b.jpg": ["x\ny"]}
+    assert captions_in(path)["a.jpg"] == ["one\n\ntwo"]
+
+
+def test_members_of_no_picture_are_named_and_those_of_one_are_not(tmp_path: Path) -> None:
+    names = ["a.jpg", "a.cls", "a.emb.npy", "b.txt", "c/a.cls", "README", ".hidden.jpg", "d/._a.jpg", "e.json"]
+    found, bad, others = list_tar(write_tar(tmp_path / "a.tar", names), caption_per_line=False)
+    assert [one.name for one in found] == ["a.jpg"] and not bad
+    assert others == ["b.txt", "c/a.cls", "README", "e.json"]
+
+
+def test_members_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path) -> None:
+    members = {
+        "a.jpg": b"",
+        "a.seg.png": b"",
+        "b.jpg": b"",
+        "b.txt": b"caf\xe9",
+        "c.jpg": b"",
+        "c.json": b"{",
+        "d.jpg": b"",
+        "d.txt": bytes(2**20 + 1),
+        "../e.jpg": b"",
+        "../e.json": b'{"text": 7}',
+        "/abs/f.png": b"",
+        "/abs/f.txt": b"\xff",
+    }
+    path = write_tar(tmp_path / "a.tar", members)
+    found, bad, others = list_tar(path, caption_per_line=False)
+    assert [one.name for one in found] == ["a.jpg"] and not others
+    assert reasons(bad, path) == {
+        "a.seg.png": "shares its name up to the first dot with 'a.jpg': one sample, one picture",
+        "b.txt": "is not UTF-8: byte 3 is 0xe9",
+        "c.json": "is not JSON: Expecting property name enclosed in double quotes (line 1, column 2)",
+        "d.txt": "has 1048577 bytes: a caption's file may have 1048576",
+        "../e.json": "text is a number: must be a string or a list of strings",
+        "abs/f.txt": "is not UTF-8: byte 0 is 0xff",
+    }
+
+
+def test_a_member_there_twice_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w:") as tar:
+        for name in ("a.jpg", "a.txt", "a.jpg", "a.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    found, bad, _ = list_tar(path, caption_per_line=False)
+    assert len(found) == 1 and [one.path.name for one in bad] == ["a.jpg", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.SYMTYPE, "is a link to 'other.jpg': the archive must have the file itself"),
+        (tarfile.LNKTYPE, "is a link to 'other.jpg': the archive must have the file itself"),
+        (tarfile.FIFOTYPE, "is no file, but a member of type b'6'"),
+        (tarfile.GNUTYPE_SPARSE, "is stored with its zeros left out (sparse) and cannot be read in place"),
+    ],
+)
+def test_members_that_are_no_plain_files_are_refused(tmp_path: Path, kind: bytes, reason: str) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b""}, type=kind, linkname="other.jpg")
+    found, bad, _ = list_tar(path, caption_per_line=False)
+    assert found == [] and reasons(bad, path) == {"a.jpg": reason}
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
+@pytest.mark.parametrize("version", ["gnu", *(f"pax --sparse-version={number}" for number in ("0.0", "0.1", "1.0"))])
+def test_pictures_that_tar_stored_sparse_are_refused_and_those_behind_found(tmp_path: Path, version: str) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        for place in (0, 2**20, 2**22):
+            file.seek(place)
+            file.write(b"a fox")
+        file.truncate(2**23)
+    (tmp_path / "b.jpg").write_bytes(b"whole")
+    path, form = tmp_path / "a.tar", version.split()
+    subprocess.run(["tar", "--sparse", "--format", *form, "-cf", path, "-C", tmp_path, "a.jpg", "b.jpg"], check=True)
+    found, bad, _ = list_tar(path, caption_per_line=False)
+    assert [path.read_bytes()[one.start : one.start + one.length] for one in found] == [b"whole"]
+    assert reasons(bad, path) == {"a.jpg": "is stored with its zeros left out (sparse) and cannot be read in place"}
+
+
+def test_folders_are_no_members_to_name(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"folder.jpg": b"", "b": b""}, type=tarfile.DIRTYPE)
+    assert list_tar(path, caption_per_line=False) == ([], [], [])
+
+
+def test_wherever_a_tar_is_cut_the_pictures_before_are_used(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{index}/{LONG}": b"x" * 700 for index in range(4)}, tarfile.PAX_FORMAT)
+    expected, whole = list_tar(path, caption_per_line=False)[0], path.read_bytes()
+    end = max(one.start + one.length for one in expected)
+    for cut in [*range(512, end + 1200, 64), *(one.start + one.length for one in expected)]:
+        path.write_bytes(whole[:cut])
+        found, bad, _ = list_tar(path, caption_per_line=False)
+        there = [one for one in expected if one.start + one.length <= cut]
+        assert found == there, cut
+        has_end_mark = cut >= -(-end // 512) * 512 + 512
+        assert [one.reason for one in bad] == ([] if has_end_mark else [f"is cut off after {len(there)} pictures"]), cut
+        assert all(one.path == path for one in bad)
+
+
+def test_a_damaged_header_is_told_of(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", ["a.jpg", "b.jpg", "c.jpg"], tarfile.USTAR_FORMAT)
+    place = list_tar(path, caption_per_line=False)[0][1].start - 512
+    damaged = bytearray(path.read_bytes())
+    damaged[place + 3] ^= 1
+    path.write_bytes(damaged)
+    found, bad, _ = list_tar(path, caption_per_line=False)
+    assert [one.name for one in found] == ["a.jpg"]
+    assert [one.reason for one in bad] == [f"is damaged at byte {place} after 1 pictures"]
+
+
+def test_what_stands_behind_the_end_mark_is_told_of(tmp_path: Path) -> None:
+    first, second = write_tar(tmp_path / "a.tar", ["a.jpg"]), write_tar(tmp_path / "b.tar", ["b.jpg"])
+    end = list_tar(first, caption_per_line=False)[0][0].start + 512
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    found, bad, _ = list_tar(first, caption_per_line=False)
+    assert [one.name for one in found] == ["a.jpg"]
+    assert [one.reason for one in bad] == [
+        f"has an end mark at byte {end} and more behind it, which is not read (joined by cat?), after 1 pictures"
+    ]
+
+
+def header_of(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [-512, -1024, -(2**40), 2**40, 2**62])
+def test_impossible_sizes_neither_hang_nor_fill_the_memory(tmp_path: Path, size: int, kind: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(header_of(0) + header_of(size, kind) + header_of(0) + bytes(1024))
+    _, bad, _ = list_tar(path, caption_per_line=False)
+    assert len(bad) >= 1 and all("\n" not in one.reason for one in bad)
+
+
+def test_endless_headers_of_headers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(header_of(0) + header_of(0, tarfile.GNUTYPE_LONGNAME) * 20_000 + bytes(1024))
+    _, bad, _ = list_tar(path, caption_per_line=False)
+    assert [one.reason for one in bad] == ["is damaged at byte 512 after 1 pictures"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"a fox", "is not a .tar file"),
+        (b"a fox" * 1000, "is not a .tar file"),
+        (gzip.compress(b"a fox" * 1000), "is compressed: members cannot be read in place; unpack it"),
+    ],
+)
+def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(BadFile) as caught:
+        list_tar(path, caption_per_line=False)
+    assert (caught.value.path, caught.value.reason) == (path, reason)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_compressed_archives_are_refused_whatever_their_name(tmp_path: Path, mode: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:  # type: ignore[call-overload]
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(BadFile, match="is compressed"):
+        list_tar(tmp_path / "a.tar", caption_per_line=False)
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    for name, reason in (("none", "cannot be read: No such"), ("pipe.tar", "is not a regular"), (".", "is not a regular")):
+        with pytest.raises(BadFile, match=reason):
+            list_tar(tmp_path / name, caption_per_line=False)
+        with pytest.raises(BadFile, match=reason):
+            list_parquet(tmp_path / name, None, None)
+
+
+def test_an_archive_of_nothing_holds_nothing(tmp_path: Path) -> None:
+    assert list_tar(write_tar(tmp_path / "a.tar", []), caption_per_line=False) == ([], [], [])
+
+
+def test_listing_reads_headers_and_captions_and_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_samples, size = 1000, 50 * 2**20  # 50 GB, as holes
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:
+        for index in range(num_samples):
+            for name, content in ((f"{index}.jpg", None), (f"{index}.txt", b"a fox")):
+                info = tarfile.TarInfo(name)
+                info.size = size if content is None else len(content)
+                file.write(info.tobuf(tarfile.USTAR_FORMAT))
+                file.write(content or b"")
+                file.seek(-(-(file.tell() + (size if content is None else 0)) // 512) * 512)
+        file.truncate(file.tell() + 1024)
+    num_read: list[int] = []
+    monkeypatch.setattr(os, "pread", count_bytes(os.pread, num_read))
+    monkeypatch.setattr(archives._HeaderFile, "read", count_bytes(archives._HeaderFile.read, num_read))
+    found, bad, _ = list_tar(path, caption_per_line=False)
+    assert len(found) == num_samples and not bad and found[-1].captions == ["a fox"]
+    assert 2 * num_samples * 512 <= sum(num_read) < 2 * num_samples * 600
+
+
+def count_bytes(function: Any, counts: list[int]) -> Any:
+    def counted(*arguments: Any) -> bytes:
+        content = function(*arguments)
+        counts.append(len(content))
+        return content
+
+    return counted
+
+
+# --- .parquet ----------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=2, **options)
+    return path
+
+
+PICTURES = [{"bytes": content_of(str(row)), "path": f"{row}.png"} for row in range(5)]
+TEXTS = ["zero", " one ", None, "", "four"]
+CAPTIONS: list[list[str] | None] = [["zero"], ["one"], None, [""], ["four"]]
+
+
+@pytest.mark.parametrize("form", ["struct", "only bytes", "plain"])
+def test_every_row_of_a_table_is_a_picture_with_its_caption(tmp_path: Path, form: str) -> None:
+    forms: dict[str, list[Any]] = {
+        "struct": PICTURES,
+        "only bytes": [{"bytes": picture["bytes"]} for picture in PICTURES],
+        "plain": [picture["bytes"] for picture in PICTURES],
+    }
+    path = write_table(tmp_path / "a.parquet", {"seed": range(5), "image": forms[form], "text": TEXTS})
+    found, column, bad = list_parquet(path, None, None)
+    assert found == [Found(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
+    assert column == "image" and bad == []
+
+
+def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
+    pictures = [b"x", b"y"]
+    columns = {"path": ["p", "q"], "image": [1, 2], "bytes": pictures, "jpg": pictures, "prompt": ["a", "b"]}
+    path = write_table(tmp_path / "a.parquet", {**columns, "caption": ["c", "d"], "mine": [["e", "f"], ["g"]]})
+    found, column, _ = list_parquet(path, None, None)
+    assert (column, [one.captions for one in found]) == ("jpg", [["c"], ["d"]])
+    found, column, _ = list_parquet(path, "bytes", "mine")
+    assert (column, [one.captions for one in found]) == ("bytes", [["e", "f"], ["g"]])
+    found, column, _ = list_parquet(path, "path", "prompt")
+    assert (column, found[1]) == ("path", Found("q", NOT_INSIDE, 0, ["b"]))
+    found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": pictures}), None, None)
+    assert [one.captions for one in found] == [None, None]
+
+
+def test_paths_are_told_from_bytes_row_by_row(tmp_path: Path) -> None:
+    only_paths = [{"bytes": None, "path": path} for path in ("sub/1.png", "2.png")]
+    pictures = [PICTURES[0], *only_paths, {"bytes": b"", "path": None}]
+    for statistics in (True, False):
+        path = write_table(tmp_path / "a.parquet", {"image": pictures}, write_statistics=statistics)
+        found, column, bad = list_parquet(path, None, None)
+        assert [(one.name, one.start) for one in found] == [("0", 0), ("sub/1.png", -1), ("2.png", -1), ("3", 3)]
+        assert column == "image" and not bad
+
+
+def test_rows_without_a_usable_picture_or_caption_are_named(tmp_path: Path) -> None:
+    pictures = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "http://a/b.png"}, *PICTURES[:3]]
+    texts = [["a"], ["b"], ["c"], [], ["d", None], ["e"]]
+    for statistics in (True, False):
+        path = write_table(tmp_path / "a.parquet", {"image": pictures, "text": texts}, write_statistics=statistics)
+        found, _, bad = list_parquet(path, None, None)
+        assert found == [Found("5", 5, 0, ["e"])]
+        assert reasons(bad, path) == {
+            "row 0": "has no picture",
+            "row 1": "has no picture",
+            "row 2": "has an address, 'http://a/b.png': pictures are not downloaded",
+            "row 3": "is an empty list: must be a string or a list of at least one",
+            "row 4": "has null: must be a string or a list of strings",
+        }
+    found, _, bad = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": [b"x", None, b"y"]}), None, None)
+    assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no picture"}
+
+
+def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"url": ["a"], "key": [1]})
+    there = "its columns are 'url' (string), 'key' (int64)"
+    for image, caption, problem in (
+        (None, None, f"has no column of pictures; {there}"),
+        ("key", None, f"has no column 'key' with pictures or paths; {there}"),
+        ("url", "text", f"has no column 'text' with strings or lists of strings; {there}"),
+        ("url", "key", f"has no column 'key' with strings or lists of strings; {there}"),
+    ):
+        with pytest.raises(BadFile) as caught:
+            list_parquet(path, image, caption)
+        assert caught.value.reason == problem
+    with pytest.raises(BadFile, match=r"'19' \(int64\) and 980 more$"):
+        list_parquet(write_table(path, {str(number): [number] for number in range(1000)}), None, None)
+
+
+def test_listing_a_table_reads_no_bytes_of_pictures(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"image": PICTURES, "text": TEXTS}, compression="none")
+    from pyarrow import parquet
+
+    expected = list_parquet(path, None, None)
+    content = bytearray(path.read_bytes())
+    with parquet.ParquetFile(path) as table:
+        chunks = [table.metadata.row_group(group).column(0) for group in range(table.num_row_groups)]
+    for chunk in chunks:
+        assert chunk.path_in_schema == "image.bytes"
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    assert list_parquet(path, None, None) == expected
+
+
+def test_a_table_cut_off_or_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"jpg": [b"x"] * 9, "text": ["a fox"] * 9})
+    whole = path.read_bytes()
+    damaged = whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]
+    for content in (whole[:-1], whole[: len(whole) // 2], b"a fox", b"PAR1" * 9, damaged):
+        path.write_bytes(content)
+        with pytest.raises(BadFile, match="cannot be read as a .parquet file: ") as caught:
+            list_parquet(path, None, None)
+        assert "\n" not in caught.value.reason
+    path.write_bytes(b"")
+    with pytest.raises(BadFile, match=r"is empty \(0 bytes\)"):
+        list_parquet(path, None, None)
+
+
+def test_without_pyarrow_a_table_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(json.dumps("any").encode())
+    with pytest.raises(BadFile, match="needs pyarrow to be read: pip install pyarrow"):
+        list_parquet(tmp_path / "a.parquet", None, None)

@@ -1,0 +1,99 @@
+"""Tables in columns, for datasets of millions of pictures: numbers in arrays, strings in one block of bytes.
+
+A Python object for each picture would take a kilobyte; here it takes what its numbers and letters take. A table is kept in
+a safetensors file and read by mapping it: what nobody looks at is never in memory, and processes share what they look at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.atomic import replace_file
+
+_ESCAPE = "surrogateescape"
+"""Names of files may be bytes that are no UTF-8."""
+
+
+class Texts:
+    """Strings, one after the other in a block of bytes; string i is bytes offsets[i] to offsets[i + 1]."""
+
+    def __init__(self, offsets: np.ndarray, block: np.ndarray) -> None:
+        self.offsets, self.block = offsets, block
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Texts:
+        encoded = [text.encode("utf-8", _ESCAPE) for text in strings]
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
+        return cls(offsets, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, stop = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.block[start:stop].tobytes().decode("utf-8", _ESCAPE)
+
+    def __iter__(self) -> Iterator[str]:
+        block, bounds = self.block.tobytes(), self.offsets.tolist()
+        return (block[start:stop].decode("utf-8", _ESCAPE) for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Texts)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.block, other.block)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def where(self, chosen: np.ndarray) -> Texts:
+        """Those of the strings for which `chosen`, a boolean for each, is true."""
+        if chosen.all():
+            return self
+        lengths = np.diff(self.offsets)
+        offsets = np.zeros(int(chosen.sum()) + 1, dtype=np.int64)
+        np.cumsum(lengths[chosen], out=offsets[1:])
+        return Texts(offsets, self.block[: self.offsets[-1]][np.repeat(chosen, lengths)])
+
+    @classmethod
+    def joined(cls, parts: Iterable[Texts]) -> Texts:
+        """All strings of all parts."""
+        offsets, blocks, end = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)], 0
+        for part in parts:
+            offsets.append(part.offsets[1:] + end)
+            blocks.append(part.block)
+            end += len(part.block)
+        return cls(np.concatenate(offsets), np.concatenate(blocks))
+
+
+def save_columns(path: Path, columns: Mapping[str, np.ndarray], header: str) -> None:
+    """Write the columns and a text, or leave the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: torch.from_numpy(np.require(column, requirements=["C", "W"])) for name, column in columns.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, {"header": header})
+    replace_file(temporary, path)
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors, which share the file's pages and hold no file open, and its metadata.
+
+    Raises SafetensorError or OSError when it is none.
+    """
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def map_columns(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """What `save_columns` wrote; the columns are read from the file as they are looked at."""
+    tensors, metadata = map_tensors(path)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata.get("header", "")

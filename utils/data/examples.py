@@ -1,0 +1,412 @@
+"""Examples: each picture at one size with its captions. A million of them as columns; each made an object when asked for.
+
+What examples share is said once: a directory's settings in `Directory`, a picture's facts in one row of `pictures`. An
+example is then a picture's number, a resolution's and a bucket's. The table can be written to a file that other processes
+map, so that one process lists the files and all see the same examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from utils.data.buckets import Bucket, CropBox, crop_box
+from utils.data.captions import TagShuffle
+from utils.data.columns import Texts, map_columns, save_columns
+from utils.data.picture_files import PictureFile
+from utils.data.rows import HASH_BYTES, firsts
+from utils.randomness import fraction
+
+NONE = -1
+"""In a column of numbers of rows: there is none."""
+_NO_HASH = bytes(HASH_BYTES)
+Unhashed = tuple[np.ndarray, int, PictureFile]
+"""A column of hashes, the row in it that is to be filled in, and the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One picture at one size with its captions."""
+
+    key: str
+    """Names the example in every random draw: its directory's place in the file, name, resolution ("0/fox.png@512")."""
+    image: PictureFile
+    captions: tuple[str, ...]
+    """As they are written; `caption` has the other orders of their tags too."""
+    box: CropBox
+    repeats: float = 1
+    mask: PictureFile | None = None
+    control: PictureFile | None = None
+    loss_weight: float = 1.0
+    may_flip: bool = False
+    """Whether it is shown mirrored at some of its visits."""
+    shuffle: TagShuffle | None = None
+    content: bytes = b""
+    """Hash of the picture's bytes; empty until it is known. So for mask and control picture."""
+    mask_content: bytes = b""
+    control_content: bytes = b""
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.box.bucket
+
+    @property
+    def num_captions(self) -> int:
+        """Captions a visit may show: each in each order of its tags."""
+        return len(self.captions) * (self.shuffle.num_orders if self.shuffle is not None else 1)
+
+    def caption(self, number: int = 0) -> str:
+        """One of them. Number 0 is the first as it is written."""
+        if self.shuffle is None:
+            return self.captions[number]
+        order, index = divmod(number, len(self.captions))
+        return self.shuffle.order(self.captions[index], order)
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What the examples of one [[directory]] share."""
+
+    place: str
+    """Its place in the file, "0"; of an evaluation set "eval/faces/0". Keys begin with it."""
+    path: str
+    resolutions: tuple[int, ...]
+    repeats: float
+    loss_weight: float
+    may_flip: bool
+    random_crop: bool
+    skip_bad: bool
+    shuffle: TagShuffle | None
+
+
+@dataclass(frozen=True)
+class Container:
+    """A .tar or .parquet file with pictures."""
+
+    path: str
+    name: str
+    """Below the directory's path; empty when it is that path."""
+    column: str
+    """Of a .parquet file, where its pictures are; empty for a .tar."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Pictures that belong to pictures, masks or control pictures; one row each."""
+
+    paths: Texts
+    content: np.ndarray
+    """(n, 16) uint8: hashes of their bytes, zeros where they are not known yet."""
+
+    def file(self, row: int) -> PictureFile:
+        return PictureFile(Path(self.paths[row]))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Columns of what is known of each picture; one row each."""
+
+    directory: np.ndarray
+    """Number of its directory."""
+    names: Texts
+    """Below the directory's path."""
+    sizes: np.ndarray
+    """(n, 2) int32: width and height in pixels, as it is to be looked at."""
+    same: np.ndarray
+    """Equal numbers: one file under several names."""
+    content: np.ndarray
+    """(n, 16) uint8, zeros where it is not known yet."""
+    captions: Texts
+    first_caption: np.ndarray
+    """(n + 1): picture i has captions first_caption[i] to first_caption[i + 1]."""
+    container: np.ndarray
+    """Number of the file it is in, or NONE. Empty, as the next two, when no picture is in a file with others."""
+    start: np.ndarray
+    length: np.ndarray
+    mask: np.ndarray
+    """Row of its mask, or NONE. Empty when no picture has one. So for control pictures."""
+    control: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.directory)
+
+
+class ExampleTable(Sequence[Example]):
+    """A sequence of examples that holds no Example."""
+
+    def __init__(
+        self,
+        directories: Sequence[Directory],
+        containers: Sequence[Container],
+        buckets: Sequence[Bucket],
+        pictures: Pictures,
+        masks: Companions,
+        controls: Companions,
+        rows: np.ndarray,
+    ) -> None:
+        """rows (n, 3) int32: number of the picture, of the resolution among its directory's, and of the bucket."""
+        self.directories, self.containers, self.buckets = list(directories), list(containers), list(buckets)
+        self.pictures, self.masks, self.controls = pictures, masks, controls
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        picture, resolution, bucket = self.rows[index].tolist()
+        pictures, directory = self.pictures, self.directories[self.pictures.directory[picture]]
+        name = f"{pictures.names[picture]}@{directory.resolutions[resolution]}"
+        mask, mask_content = _companion(pictures.mask, picture, self.masks)
+        control, control_content = _companion(pictures.control, picture, self.controls)
+        first, last = pictures.first_caption[picture : picture + 2].tolist()
+        return Example(
+            key=f"{directory.place}/{name}",
+            image=self.file(picture),
+            captions=tuple(pictures.captions[number] for number in range(first, last)),
+            box=self._box(picture, self.buckets[bucket], directory, name),
+            repeats=directory.repeats,
+            mask=mask,
+            control=control,
+            loss_weight=directory.loss_weight,
+            may_flip=directory.may_flip,
+            shuffle=directory.shuffle,
+            content=_hash_or_nothing(pictures.content[picture]),
+            mask_content=mask_content,
+            control_content=control_content,
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def name_of(self, picture: int) -> str:
+        """What begins the keys of a picture's examples, before their sizes; by its row in `pictures`."""
+        return f"{self.directories[self.pictures.directory[picture]].place}/{self.pictures.names[picture]}"
+
+    def file(self, picture: int) -> PictureFile:
+        """Where the bytes of a picture are; by its row in `pictures`."""
+        pictures = self.pictures
+        path = Path(self.directories[pictures.directory[picture]].path) / pictures.names[picture]
+        number = int(pictures.container[picture]) if len(pictures.container) else NONE
+        if number == NONE:
+            return PictureFile(path)
+        container = self.containers[number]
+        member = container.column or pictures.names[picture].removeprefix(container.name).lstrip("/")
+        return PictureFile(Path(container.path), member, int(pictures.start[picture]), int(pictures.length[picture]))
+
+    def box(self, index: int) -> CropBox:
+        """That of an example, without the rest of it."""
+        picture, resolution, bucket = self.rows[index].tolist()
+        directory = self.directories[self.pictures.directory[picture]]
+        name = f"{self.pictures.names[picture]}@{directory.resolutions[resolution]}" if directory.random_crop else ""
+        return self._box(picture, self.buckets[bucket], directory, name)
+
+    def _box(self, picture: int, bucket: Bucket, directory: Directory, name: str) -> CropBox:
+        width, height = self.pictures.sizes[picture].tolist()
+        # Not by the run's seed: another one would encode every picture anew. Nor by the directory's place in the file.
+        place = fraction(0, "crop", name) if directory.random_crop else None
+        return crop_box(width, height, bucket, place)
+
+    def contents(self, index: int) -> tuple[bytes, bytes, bytes]:
+        """An example's hashes of picture, mask and control picture, without the rest of it; empty where there is none."""
+        picture, pictures = int(self.rows[index, 0]), self.pictures
+        mask, control = (int(column[picture]) if len(column) else NONE for column in (pictures.mask, pictures.control))
+        return (
+            _hash_or_nothing(pictures.content[picture]),
+            _hash_or_nothing(self.masks.content[mask]) if mask != NONE else b"",
+            _hash_or_nothing(self.controls.content[control]) if control != NONE else b"",
+        )
+
+    def directory_of(self, index: int) -> Directory:
+        """An example's directory."""
+        return self.directories[self.pictures.directory[self.rows[index, 0]]]
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """Showings of each example in an epoch, (n,) float64."""
+        of_directory = np.array([directory.repeats for directory in self.directories], dtype=np.float64)
+        return of_directory[self.pictures.directory[self.rows[:, 0]]]
+
+    @property
+    def num_pictures(self) -> int:
+        return len(np.unique(self.rows[:, 0]))
+
+    def bucket_counts(self) -> dict[Bucket, int]:
+        """Number of examples of each bucket that has any."""
+        counts = np.bincount(self.rows[:, 2], minlength=len(self.buckets))
+        return dict(sorted((bucket, int(count)) for bucket, count in zip(self.buckets, counts, strict=True) if count))
+
+    def where(self, chosen: np.ndarray, *, never_mirrored: bool = False) -> ExampleTable:
+        """The examples for which `chosen`, a boolean for each, is true, in their order."""
+        directories = [replace(one, may_flip=one.may_flip and not never_mirrored) for one in self.directories]
+        return ExampleTable(
+            directories, self.containers, self.buckets, self.pictures, self.masks, self.controls, self.rows[chosen]
+        )
+
+    # --- hashes of bytes ---------------------------------------------------------------------------------------------
+
+    def _unhashed_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[int], PictureFile]]]:
+        """(Hashes, rows of them that examples need and that are not known, row -> file) of pictures and companions."""
+        pictures = np.unique(self.rows[:, 0])
+        yield self.pictures.content, _unknown(self.pictures.content, pictures), self.file
+        for column, companions in ((self.pictures.mask, self.masks), (self.pictures.control, self.controls)):
+            if len(column):
+                rows = np.unique(column[pictures])
+                yield companions.content, _unknown(companions.content, rows[rows != NONE]), companions.file
+
+    def num_unhashed(self) -> int:
+        """Files that examples need and whose hash is not known."""
+        return sum(len(rows) for _, rows, _ in self._unhashed_rows())
+
+    def unhashed(self) -> Iterator[Unhashed]:
+        """Each of them."""
+        for content, rows, file_of in self._unhashed_rows():
+            yield from ((content, row, file_of(row)) for row in rows.tolist())
+
+    def incomplete(self) -> np.ndarray:
+        """Which examples need a file whose hash is not known: boolean."""
+        picture = self.rows[:, 0]
+        missing = ~_is_known(self.pictures.content)[picture]
+        for column, companions in ((self.pictures.mask, self.masks), (self.pictures.control, self.controls)):
+            if len(column):
+                row = column[picture]
+                missing |= (row != NONE) & ~_is_known(companions.content)[row]
+        return missing
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_in(self, folder: Path) -> Path:
+        """Write the table to a file that `open` maps, and return it; it is named after its contents."""
+        header = {
+            "directories": [asdict(directory) for directory in self.directories],
+            "containers": [asdict(container) for container in self.containers],
+            "buckets": [(bucket.width, bucket.height) for bucket in self.buckets],
+        }
+        columns = {"rows": self.rows, **_flat("pictures", self.pictures)}
+        columns |= _flat("masks", self.masks) | _flat("controls", self.controls)
+        text = json.dumps(header)
+        digest = hashlib.blake2b(text.encode(), digest_size=HASH_BYTES)
+        for name, column in columns.items():
+            digest.update(f"{name} {column.shape}".encode())
+            digest.update(np.ascontiguousarray(column).data)
+        path = folder / f"{digest.hexdigest()}.safetensors"
+        if not path.is_file():
+            save_columns(path, columns, text)
+        return path
+
+    @classmethod
+    def open(cls, path: Path) -> ExampleTable:
+        columns, text = map_columns(path)
+        header = json.loads(text)
+        return cls(
+            [_directory(entry) for entry in header["directories"]],
+            [Container(**entry) for entry in header["containers"]],
+            [Bucket(*sides) for sides in header["buckets"]],
+            Pictures(**_unflat("pictures", columns)),  # type: ignore[arg-type]
+            Companions(**_unflat("masks", columns)),  # type: ignore[arg-type]
+            Companions(**_unflat("controls", columns)),  # type: ignore[arg-type]
+            columns["rows"],
+        )
+
+
+def _is_known(content: np.ndarray) -> np.ndarray:
+    """Which of the hashes (n, 16) are no zeros: boolean, (n,)."""
+    return np.asarray(content.any(axis=1))
+
+
+def _unknown(content: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return rows[~_is_known(content[rows])]
+
+
+def _companion(column: np.ndarray, picture: int, companions: Companions) -> tuple[PictureFile | None, bytes]:
+    row = int(column[picture]) if len(column) else NONE
+    if row == NONE:
+        return None, b""
+    return companions.file(row), _hash_or_nothing(companions.content[row])
+
+
+def _hash_or_nothing(row: np.ndarray) -> bytes:
+    content = row.tobytes()
+    return content if content != _NO_HASH else b""
+
+
+def _directory(entry: Mapping[str, object]) -> Directory:
+    shuffle = entry["shuffle"]
+    values = {**entry, "resolutions": tuple(entry["resolutions"])}  # type: ignore[arg-type]
+    values["shuffle"] = TagShuffle(**shuffle) if isinstance(shuffle, dict) else None
+    return Directory(**values)  # type: ignore[arg-type]
+
+
+def _flat(prefix: str, table: Pictures | Companions) -> dict[str, np.ndarray]:
+    """Column name -> array; of strings two arrays."""
+    columns: dict[str, np.ndarray] = {}
+    for name, value in vars(table).items():
+        if isinstance(value, Texts):
+            columns |= {f"{prefix}.{name}.offsets": value.offsets, f"{prefix}.{name}.block": value.block}
+        else:
+            columns[f"{prefix}.{name}"] = value
+    return columns
+
+
+def _unflat(prefix: str, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | Texts]:
+    table: dict[str, np.ndarray | Texts] = {}
+    for key, value in columns.items():
+        owner, _, name = key.partition(".")
+        if owner == prefix and name.endswith(".offsets"):
+            name = name.removesuffix(".offsets")
+            table[name] = Texts(value, columns[f"{prefix}.{name}.block"])
+        elif owner == prefix and not name.endswith(".block"):
+            table[name] = value
+    return table
+
+
+def no_companions() -> Companions:
+    return Companions(Texts.of([]), np.zeros((0, HASH_BYTES), np.uint8))
+
+
+def empty_table() -> ExampleTable:
+    """No examples."""
+    return ExampleTable([], [], [], joined_pictures([]), no_companions(), no_companions(), np.zeros((0, 3), np.int32))
+
+
+def _or_empty(column: np.ndarray) -> np.ndarray:
+    return column if (column != NONE).any() else column[:0]
+
+
+def joined_pictures(parts: Iterable[Pictures]) -> Pictures:
+    """All rows of all parts, which have every column; those that say NONE in every row are left away."""
+    parts = list(parts)
+    captions = Texts.joined(part.captions for part in parts)
+    counts = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.first_caption) for part in parts)])
+
+    def column(name: str, dtype: type, width: tuple[int, ...] = ()) -> np.ndarray:
+        return np.concatenate([np.zeros((0, *width), dtype), *(vars(part)[name] for part in parts)])
+
+    container, mask, control = (column(name, np.int32) for name in ("container", "mask", "control"))
+    is_contained = bool((container != NONE).any())
+    return Pictures(
+        directory=column("directory", np.int32),
+        names=Texts.joined(part.names for part in parts),
+        sizes=column("sizes", np.int32, (2,)),
+        same=column("same", np.int64),
+        content=column("content", np.uint8, (HASH_BYTES,)),
+        captions=captions,
+        first_caption=firsts(counts),
+        container=_or_empty(container),
+        start=column("start", np.int64) if is_contained else np.zeros(0, np.int64),
+        length=column("length", np.int64) if is_contained else np.zeros(0, np.int64),
+        mask=_or_empty(mask),
+        control=_or_empty(control),
+    )

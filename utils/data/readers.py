@@ -1,0 +1,424 @@
+"""Processes that read pictures, so that a run neither waits for decoders nor dies of one.
+
+In this process one thread for each reader process hands it a request and waits for the answers; what is asked for comes as
+a Future. A reader process is this file, run as a program: it imports NumPy and Pillow and no torch, so it starts in a
+fraction of a second. multiprocessing's pools were rejected: they import the main module again, may not be started by
+daemonic processes, outlive a parent that was killed, and do not say what a process that died was working on.
+
+Both talk over a socket, the program's standard input: messages of a length and as many bytes, JSON, or the bytes of an
+array. A request names files; the program says that it has taken it, then there is an answer to each file in turn, sent
+before the next file is opened. So when a process dies (a decoder's crash, the kernel short of memory) or takes too long, the
+file that is to blame is the first without answer.
+
+A reader process ends when the socket does, also while it decodes: nothing is left of it when its parent is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from utils.data.buckets import Bucket, CropBox
+from utils.data.images import BadFile, bad_picture, read_mask, read_pixels, read_size
+from utils.data.picture_files import PictureFile
+
+START_SECONDS = 120.0
+"""How long a process may take to start: what it imports may lie on a slow network drive."""
+NICENESS = 5
+"""Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""
+_ROOT = Path(__file__).resolve().parents[2]
+_LENGTH = struct.Struct("!Q")
+_HASH_BYTES = 16
+_BLOCK_BYTES = 2**20
+
+
+class Readers:
+    """Processes that read pictures; started when they are first needed, ended by `close`.
+
+    A future raises BadFile for a picture that cannot be read, also if the process that read it died or took longer than
+    limit_seconds for this file; RuntimeError if processes cannot be started at all; CancelledError after `close`.
+    """
+
+    def __init__(self, num_workers: int, *, limit_seconds: float = 120.0) -> None:
+        self._limit_seconds = limit_seconds
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="readers")
+        self._lock = threading.Lock()
+        self._idle: list[_ReaderProcess] = []
+        self._running: set[_ReaderProcess] = set()
+        self._closed = False
+
+    def pixels(self, file: PictureFile, box: CropBox, *, mirrored: bool = False) -> Future[np.ndarray]:
+        """What `read_pixels` returns."""
+        return self._threads.submit(self._read, file, ["pixels", _packed_box(box), mirrored])
+
+    def mask(self, file: PictureFile, box: CropBox, downscale: int) -> Future[np.ndarray]:
+        """What `read_mask` returns."""
+        return self._threads.submit(self._read, file, ["mask", _packed_box(box), downscale])
+
+    def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int] | str]]:
+        """Of each file what `read_size` returns, or the reason why it has no size. A request should have some hundred."""
+        return self._threads.submit(lambda: [_size(answer) for answer in self._answers(files, ["size"])])
+
+    def hashes(self, files: Sequence[PictureFile]) -> Future[list[bytes | str]]:
+        """Of each file the blake2b digest of its bytes (16 bytes), or the reason why it cannot be read."""
+        return self._threads.submit(lambda: [_digest(answer) for answer in self._answers(files, ["hash"])])
+
+    def close(self) -> None:
+        """End all processes; what has not been read is cancelled."""
+        with self._lock:
+            self._closed = True
+            running = list(self._running)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()  # no more: its thread may be about to read what it says
+        self._threads.shutdown()
+        for process in list(self._running):
+            self._end(process)
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self.close()
+
+    # --- in the threads -----------------------------------------------------------------------------------------------
+
+    def _read(self, file: PictureFile, task: list[Any]) -> np.ndarray:
+        """The array that a task makes of one file."""
+        try:
+            with self._asked(task, [file]) as process:
+                answer = process.answer(self._limit_seconds)
+        except _Lost as lost:
+            raise bad_picture(file, lost.reason) from None
+        if "reason" in answer:
+            raise bad_picture(file, answer["reason"])
+        array: np.ndarray = answer["array"]
+        return array
+
+    def _answers(self, files: Sequence[PictureFile], task: list[Any]) -> list[dict[str, Any]]:
+        """The answer to each file. One at which a process died is tried alone: others may have left it in disorder."""
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(files):
+            try:
+                self._append_answers(answers, files[len(answers) :], task)
+            except _Lost as lost:
+                guilty = files[len(answers)]
+                answers.append({"reason": lost.reason} if lost.too_slow else self._answer_alone(guilty, task))
+        return answers
+
+    def _append_answers(self, answers: list[dict[str, Any]], files: Sequence[PictureFile], task: list[Any]) -> None:
+        with self._asked(task, files) as process:
+            for _ in files:
+                answers.append(process.answer(self._limit_seconds))
+
+    def _answer_alone(self, file: PictureFile, task: list[Any]) -> dict[str, Any]:
+        answers: list[dict[str, Any]] = []
+        try:
+            with self._asked(task, [file], fresh=True) as process:
+                answers.append(process.answer(self._limit_seconds))
+        except _Lost as lost:
+            return {"reason": lost.reason}
+        return answers[0]
+
+    @contextmanager
+    def _asked(self, task: list[Any], files: Sequence[PictureFile], *, fresh: bool = False) -> Iterator[_ReaderProcess]:
+        """A process that works at this task. Whatever is raised inside ends it: it may have more to say."""
+        process = self._ask(task, files, fresh)
+        try:
+            yield process
+        except BaseException:
+            self._end(process)
+            if self._closed:
+                raise CancelledError from None
+            raise
+        with self._lock:
+            self._idle.append(process)
+
+    def _ask(self, task: list[Any], files: Sequence[PictureFile], fresh: bool) -> _ReaderProcess:
+        while True:
+            with self._lock:
+                idle = self._idle.pop() if self._idle and not fresh else None
+            process = idle or self._start()
+            if process.ask(task, files):
+                return process
+            self._end(process)
+            if self._closed:
+                raise CancelledError
+            if idle is None:  # others may have been killed while they did nothing: no picture's fault
+                raise RuntimeError("a process that reads pictures ended before it was given any")
+
+    def _start(self) -> _ReaderProcess:
+        process = _ReaderProcess()
+        with self._lock:
+            self._running.add(process)
+            closed = self._closed
+        try:
+            if closed:
+                raise CancelledError
+            process.wait_until_ready()
+        except BaseException:
+            self._end(process)
+            if self._closed:
+                raise CancelledError from None
+            raise
+        return process
+
+    def _end(self, process: _ReaderProcess) -> None:
+        process.end()
+        with self._lock:
+            self._running.discard(process)
+
+
+class _Lost(Exception):
+    """A process that will not answer, and why."""
+
+    def __init__(self, reason: str, too_slow: bool) -> None:
+        super().__init__(reason, too_slow)
+        self.reason = reason
+        self.too_slow = too_slow
+
+
+class _ReaderProcess:
+    """One reader process, as its parent sees it."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # its standard error until it is ready; from then on it has ours
+        self._socket, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-m", "utils.data.readers"]  # -P: `utils` is ours, not one of the current folder
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=theirs.fileno(),
+                stdout=2,  # the program makes it its standard error
+                stderr=self._errors,
+                env=_environment(),
+                process_group=0,  # Ctrl-C is not for it
+            )
+        except OSError as error:
+            self._socket.close()
+            raise RuntimeError(f"a process that reads pictures could not be started: {error}") from error
+        finally:
+            theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Raises RuntimeError with the last lines it wrote if it ended instead."""
+        try:
+            self._socket.settimeout(START_SECONDS)
+            _receive(self._socket)
+        except (OSError, EOFError) as error:
+            how = self._how_it_ended()
+            self._errors.seek(0)
+            last_lines = self._errors.read().decode(errors="replace").strip().splitlines()[-10:]
+            text = "\n".join([f"a process that reads pictures could not start ({how}):", *last_lines])
+            raise RuntimeError(text) from error
+        self._errors.close()
+
+    def ask(self, task: list[Any], files: Sequence[PictureFile]) -> bool:
+        """Whether it is still there to take the request."""
+        request = {"task": task, "files": [_packed_file(file) for file in files]}
+        try:
+            self._socket.settimeout(START_SECONDS)
+            _send(self._socket, json.dumps(request).encode())
+            _receive(self._socket)
+        except (OSError, EOFError):
+            return False
+        return True
+
+    def answer(self, limit_seconds: float) -> dict[str, Any]:
+        """Of the next file: {"reason": …}, {"value": …} or {"array": …}. Raises _Lost, and RuntimeError for our own bugs."""
+        try:
+            self._socket.settimeout(limit_seconds)
+            answer: dict[str, Any] = json.loads(_receive(self._socket))
+            if "shape" in answer:
+                array = np.empty(answer["shape"], dtype=answer["dtype"])
+                _fill(self._socket, array.data.cast("B"))
+                answer = {"array": array}
+        except TimeoutError:
+            raise _Lost(f"took longer than {limit_seconds:g} s to read", True) from None
+        except (OSError, EOFError):
+            raise _Lost(f"the process that read it died ({self._how_it_ended()})", False) from None
+        if "bug" in answer:
+            raise RuntimeError(f"in a process that reads pictures:\n{answer['bug']}")
+        return answer
+
+    def kill(self) -> None:
+        """May be called from any thread, and again."""
+        self._process.kill()
+
+    def end(self) -> None:
+        """Kill it, if it still runs, and free what belongs to it."""
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
+        self._errors.close()
+
+    def _how_it_ended(self) -> str:
+        """Of a process that closed its socket, which is the last it does."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5.0)
+        self._process.kill()
+        code = self._process.wait()
+        return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def _environment() -> dict[str, str]:
+    """The program finds `utils` wherever it starts; one thread is enough, as there are several processes."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+
+def _send(channel: socket.socket, message: bytes) -> None:
+    channel.sendall(_LENGTH.pack(len(message)))
+    channel.sendall(message)
+
+
+def _receive(channel: socket.socket) -> bytearray:
+    """Raises EOFError when the other end is closed, TimeoutError after the socket's time limit."""
+    header = bytearray(_LENGTH.size)
+    _fill(channel, memoryview(header))
+    message = bytearray(_LENGTH.unpack(header)[0])
+    _fill(channel, memoryview(message))
+    return message
+
+
+def _fill(channel: socket.socket, place: memoryview) -> None:
+    while place:
+        num_bytes = channel.recv_into(place)
+        if not num_bytes:
+            raise EOFError
+        place = place[num_bytes:]
+
+
+def _packed_file(file: PictureFile) -> list[Any]:
+    return [os.path.abspath(file.path), file.member, file.start, file.length]  # the other process has its own folder
+
+
+def _packed_box(box: CropBox) -> list[Any]:
+    return [box.scale, box.resized_width, box.resized_height, box.left, box.top, [box.bucket.width, box.bucket.height]]
+
+
+def _unpacked_file(packed: list[Any]) -> PictureFile:
+    path, member, start, length = packed
+    return PictureFile(Path(path), member, start, length)
+
+
+def _unpacked_box(packed: list[Any]) -> CropBox:
+    scale, resized_width, resized_height, left, top, bucket = packed
+    return CropBox(scale, resized_width, resized_height, left, top, Bucket(*bucket))
+
+
+def _size(answer: dict[str, Any]) -> tuple[int, int] | str:
+    return str(answer["reason"]) if "reason" in answer else (answer["value"][0], answer["value"][1])
+
+
+def _digest(answer: dict[str, Any]) -> bytes | str:
+    return str(answer["reason"]) if "reason" in answer else bytes.fromhex(answer["value"])
+
+
+# --- the program -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """A reader process: answers requests until its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is to end, the parent decides
+    os.nice(NICENESS)
+    warnings.filterwarnings("ignore", module="PIL")  # they name no file; what matters is an answer
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    channel = socket.socket(fileno=sys.stdin.fileno())
+    os.dup2(1, 2)  # to the parent's standard error: that we started is certain now
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, requests), daemon=True).start()
+    with suppress(OSError):  # the parent is gone
+        _send(channel, b"ready")
+        while True:
+            request = requests.get()
+            _send(channel, b"taken")
+            for file in request["files"]:
+                _answer(channel, request["task"], _unpacked_file(file))
+
+
+def _listen(channel: socket.socket, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Pass on requests, and end the process when its parent is gone, whatever it is doing.
+
+    The socket says so, unless another process has inherited the parent's end: then the operating system does.
+    """
+    parent = os.getppid()
+    try:
+        while True:
+            while not select.select([channel], [], [], 1.0)[0]:
+                if os.getppid() != parent:
+                    return
+            requests.put(json.loads(_receive(channel)))
+    except (OSError, EOFError):
+        return
+    finally:
+        os._exit(0)
+
+
+def _answer(channel: socket.socket, task: list[Any], file: PictureFile) -> None:
+    made: Any = None
+    try:
+        made = _work(task, file)
+        head = {"shape": made.shape, "dtype": made.dtype.name} if isinstance(made, np.ndarray) else {"value": made}
+    except BadFile as bad:
+        head = {"reason": bad.reason}
+    except MemoryError:
+        head = {"reason": "needs more memory to be read than there is"}
+    except Exception:
+        head = {"bug": traceback.format_exc()}
+    _send(channel, json.dumps(head).encode())
+    if isinstance(made, np.ndarray):
+        channel.sendall(made.data.cast("B"))
+
+
+def _work(task: list[Any], file: PictureFile) -> Any:
+    """Raises BadFile."""
+    match task:
+        case ["pixels", box, mirrored]:
+            return read_pixels(file, _unpacked_box(box), mirrored=mirrored)
+        case ["mask", box, downscale]:
+            return read_mask(file, _unpacked_box(box), downscale)
+        case ["size"]:
+            return read_size(file)
+        case ["hash"]:
+            return _hash(file)
+    raise ValueError(f"unknown task {task}")
+
+
+def _hash(file: PictureFile) -> str:
+    try:
+        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        with file.open() as content:
+            while block := content.read(_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise bad_picture(file, f"cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The dataset file to the table of training examples: every picture in its bucket at every resolution. Opens no pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from utils.config.schema import DatasetConfig, DirectoryConfig
+from utils.data.buckets import Bucket, nearest_buckets
+from utils.data.caption_sources import some
+from utils.data.captions import TagShuffle
+from utils.data.companions import CONTROL, MASK, CompanionTable, Kind
+from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_problems
+from utils.data.examples import NONE, Container, Directory, ExampleTable, Pictures, joined_pictures
+from utils.data.images import BadFile
+from utils.data.listing import Lister, ListingSettings, Part
+from utils.data.rows import Remembered, Rows
+
+
+def scan(config: DatasetConfig, multiple: int, lister: Lister, *, prefix: str = "") -> Dataset:
+    """Every usable example of every directory, in order of directories and names; and what could not be used.
+
+    Keys begin with the prefix: several datasets of one run need different ones. Directories that are not there are passed
+    over; directory_problems tells of them.
+    """
+    scanner = _Scanner(config, multiple, lister)
+    broken = {key.partition(".")[0] for key, _ in directory_problems(config)}
+    for index, directory in enumerate(config.directory):
+        if f"directory[{index}]" not in broken:
+            scanner.add(directory, f"{prefix}{index}")
+    return scanner.dataset()
+
+
+class _Scanner:
+    """Builds the table, a directory at a time."""
+
+    def __init__(self, config: DatasetConfig, multiple: int, lister: Lister) -> None:
+        self._multiple, self._lister = multiple, lister
+        self._found = Dataset()
+        self._directories: list[Directory] = []
+        self._containers: list[Container] = []
+        self._buckets: dict[Bucket, int] = {}
+        self._parts: list[Pictures] = []
+        self._rows: list[np.ndarray] = []
+        self._num_pictures = 0
+        self._remembered: list[Remembered] = []
+        self._companions = {kind: CompanionTable(kind, lister) for kind in (MASK, CONTROL)}
+        self._enlarged: list[np.ndarray] = []
+
+    def add(self, directory: DirectoryConfig, place: str) -> None:
+        settings = ListingSettings(
+            directory.recursive,
+            directory.caption_per_line,
+            image_column=directory.image_column,
+            caption_column=directory.caption_column,
+        )
+        inner = [path for path in (directory.mask_path, directory.control_path) if path is not None]
+        listing = self._lister.look_at(directory.path, settings, excluded=inner)
+        self._found.bad_files.extend(listing.bad_files)
+        self._found.warnings.extend(listing.warnings)
+        number = len(self._directories)
+        self._directories.append(_facts(directory, place))
+        before = sum(map(len, self._rows))
+        for part in listing.parts:
+            self._add_part(part, number, directory)
+        if sum(map(len, self._rows)) == before:
+            self._found.warnings.append(f"{directory.path} has no usable picture")
+
+    def _add_part(self, part: Part, number: int, directory: DirectoryConfig) -> None:
+        rows, count = part.rows, len(part.rows)
+        container = NONE
+        if part.container is not None:
+            container = len(self._containers)
+            self._containers.append(part.container)
+        mask = self._companions_of(MASK, directory.mask_path, directory, rows)
+        control = self._companions_of(CONTROL, directory.control_path, directory, rows)
+        self._parts.append(
+            Pictures(
+                directory=np.full(count, number, np.int32),
+                names=rows.names,
+                sizes=rows.sizes,
+                same=rows.same,
+                content=rows.content,
+                captions=rows.captions,
+                first_caption=rows.first_caption,
+                container=np.full(count, container, np.int32),
+                start=rows.start,
+                length=rows.length,
+                mask=mask,
+                control=control,
+            )
+        )
+        usable = self._in_size(rows, directory)
+        usable &= (mask != NONE) | (directory.mask_path is None)
+        usable &= (control != NONE) | (directory.control_path is None)
+        for index, resolution in enumerate(directory.resolutions):
+            self._sort_into_buckets(rows, np.flatnonzero(usable), index, resolution, directory)
+        self._remembered.append(Remembered(part.memory, part.usable, self._num_pictures))
+        self._num_pictures += count
+
+    def _companions_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: Rows) -> np.ndarray:
+        if folder is None:
+            return np.full(len(rows), NONE, np.int32)
+
+        def shown(row: int) -> Path:
+            return directory.path / rows.names[row]
+
+        found, bad_files = self._companions[kind].find(folder, directory.recursive, rows, shown)
+        self._found.bad_files.extend(bad_files)
+        return found
+
+    def _in_size(self, rows: Rows, directory: DirectoryConfig) -> np.ndarray:
+        """Which pictures min_pixels and max_pixels leave."""
+        pixels = rows.sizes[:, 0].astype(np.int64) * rows.sizes[:, 1]
+        left = np.ones(len(rows), bool)
+        for key, limit, wrong in (
+            ("min_pixels", directory.min_pixels, pixels < directory.min_pixels),
+            ("max_pixels", directory.max_pixels, pixels > (directory.max_pixels or np.inf)),
+        ):
+            for row in np.flatnonzero(wrong).tolist():
+                width, height = rows.sizes[row].tolist()
+                reason = f"is {width}x{height} pixels; {key} = {limit}"
+                self._found.left_out.append(BadFile(directory.path / rows.names[row], reason))
+            left &= ~wrong
+        return left
+
+    def _sort_into_buckets(
+        self, rows: Rows, chosen: np.ndarray, index: int, resolution: int, directory: DirectoryConfig
+    ) -> None:
+        """Add an example for each chosen row at the resolution, which is the directory's number `index`."""
+        buckets = dataset_buckets(directory, resolution, self._multiple)
+        numbers = np.array([self._buckets.setdefault(bucket, len(self._buckets)) for bucket in buckets], np.int32)
+        sizes = rows.sizes[chosen].astype(np.float64)
+        nearest = nearest_buckets(sizes, buckets)
+        sides = np.array([(bucket.width, bucket.height) for bucket in buckets], np.float64)[nearest]
+        is_small = (sides > sizes).any(axis=1)
+        if directory.upscale == "allow":
+            self._enlarged.append(chosen[is_small] + self._num_pictures)
+        else:
+            self._leave_out_small(rows, chosen[is_small], sides[is_small], directory)
+            chosen, nearest = chosen[~is_small], nearest[~is_small]
+        columns = [chosen + self._num_pictures, np.full(len(chosen), index), numbers[nearest]]
+        self._rows.append(np.stack(columns, axis=1).astype(np.int32))
+
+    def _leave_out_small(self, rows: Rows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
+        told = self._found.refused if directory.upscale == "error" else self._found.left_out
+        for row, (bucket_width, bucket_height) in zip(chosen.tolist(), sides.astype(int).tolist(), strict=True):
+            width, height = rows.sizes[row].tolist()
+            reason = f"is {width}x{height} pixels, smaller than its bucket {bucket_width}x{bucket_height}"
+            told.append(BadFile(directory.path / rows.names[row], f'{reason}; upscale = "{directory.upscale}"'))
+
+    def dataset(self) -> Dataset:
+        """What was found in all directories."""
+        masks, controls = self._companions[MASK], self._companions[CONTROL]
+        # A directory is listed picture by picture, and each picture has its resolutions side by side.
+        rows = np.concatenate([np.zeros((0, 3), np.int32), *self._rows])
+        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+        pictures = joined_pictures(self._parts)
+        table = ExampleTable(
+            self._directories, self._containers, list(self._buckets), pictures, masks.columns(), controls.columns(), rows
+        )
+        warnings = [*self._found.warnings, *masks.warnings(), *controls.warnings()]
+        enlarged = np.unique(np.concatenate([np.zeros(0, np.int64), *self._enlarged]))
+        if len(enlarged):
+            shown = some([pictures.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
+            warnings.append(f"{len(enlarged)} pictures are smaller than their bucket and enlarged: {shown}")
+        memory = [(pictures.content, part) for part in self._remembered]
+        memory += [(table.masks.content, part) for part in masks.remembered()]
+        memory += [(table.controls.content, part) for part in controls.remembered()]
+        return replace(self._found, examples=table, warnings=warnings, memory=ContentMemory(tuple(memory)))
+
+
+def _facts(directory: DirectoryConfig, place: str) -> Directory:
+    """What the examples of a directory share."""
+    shuffle = None
+    if directory.cache_shuffle_num > 1:
+        shuffle = TagShuffle(directory.cache_shuffle_num, directory.cache_shuffle_delimiter, directory.keep_tokens)
+    return Directory(
+        place=place,
+        path=str(directory.path),
+        resolutions=tuple(directory.resolutions),
+        repeats=directory.num_repeats,
+        loss_weight=directory.loss_weight,
+        may_flip=directory.horizontal_flip,
+        random_crop=directory.crop == "random",
+        skip_bad=directory.on_bad_file == "skip",
+        shuffle=shuffle,
+    )
