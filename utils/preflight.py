@@ -1,6 +1,7 @@
 """Everything that can be wrong with a run, found before any process group starts.
 
-Each rank checks for itself and comes to the same answer; nothing here talks to another rank or changes a file.
+Each rank checks for itself and comes to the same answer; nothing here talks to another rank, or changes a file but those in
+which rank 0 remembers what it found in the dataset's folders.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def prepare(
     bounds, plan, start = [0, 1], None, None
     if adapter is not None:
         if world.is_main:
-            datasets = _open_datasets(config, adapter, problems, world, only_look)
+            datasets = _open_datasets(config, adapter, problems, world, may_write=not only_look and not problems)
         bounds = _check_bounds(config, adapter, num_stages, problems)
         plan, start = _check_adapter(config, adapter, problems)
         problems += [Problem(config.path, key, text) for key, text in export_problems(config.experiment, adapter)]
@@ -228,10 +229,11 @@ def num_readers(world: World) -> int:
 
 
 def _open_datasets(
-    config: Config, adapter: ModelAdapter, problems: list[Problem], world: World, only_look: bool
+    config: Config, adapter: ModelAdapter, problems: list[Problem], world: World, *, may_write: bool
 ) -> Datasets:
+    """may_write: whether what was found in folders may be remembered in the cache."""
     with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks are waiting
-        lister = Lister(readers, config.experiment.cache_folder / "files", may_write=not only_look)
+        lister = Lister(readers, config.experiment.cache_folder / "files", may_write=may_write)
         datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), adapter, problems, lister))
         datasets.memories.append(datasets.training.memory)
         _hold_out(config, datasets, problems)
@@ -279,22 +281,12 @@ def _open_dataset(
         problems += found
         return Dataset()
     dataset = scan(table, adapter.latent.pixel_multiple, lister, prefix=prefix)
-    bad_files = [bad for bad in dataset.bad_files if not is_skipped(bad, table)]
-    problems += _shortened(path, bad_files, "on_bad_file", BAD_FILE_ADVICE)
+    problems += _shortened(path, dataset.fatal_files, "on_bad_file", BAD_FILE_ADVICE)
     problems += _shortened(path, dataset.refused, "upscale", SMALL_PICTURE_ADVICE)
     if not len(dataset.examples) and not missing:
         folders = ", ".join(str(directory.path) for directory in table.directory)
         problems.append(Problem(path, "directory", f"no usable picture with a caption in {folders}"))
     return dataset
-
-
-def is_skipped(bad: BadFile, table: DatasetConfig) -> bool:
-    """Whether the directory that a bad file is in says on_bad_file = "skip"."""
-    for directory in table.directory:
-        for folder in (directory.path, directory.mask_path, directory.control_path):
-            if folder is not None and (bad.path == folder or folder in bad.path.parents):
-                return directory.on_bad_file == "skip"
-    return table.on_bad_file == "skip"
 
 
 def _shortened(path: Path, bad_files: Sequence[BadFile], key: str, advice: str) -> list[Problem]:

@@ -6,12 +6,13 @@ which variant of the example. Texts that belong to no example, such as prompts, 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -20,11 +21,12 @@ from models.base import FrozenEncoder, ModelAdapter, TextEncoder
 from utils.data.cache.keys import KEY_BYTES, FileHashes, content_key
 from utils.data.cache.store import Store
 from utils.data.encoded import CacheFolders, caption_key, latents_key, mask_key
-from utils.data.examples import ExampleTable
+from utils.data.examples import NONE, ExampleTable
 from utils.data.masks import MaskEncoder
 from utils.data.text_storage import TextCacheDtype, packed_bytes
 from utils.log import bar_seconds, bytes_in_words
 
+T = TypeVar("T")
 TEXTS = -1
 """In place of a table's number: the texts of no example."""
 PLAIN, MIRRORED, CONTROL, CONTROL_MIRRORED = range(4)
@@ -166,24 +168,23 @@ def wanted_latents(tables: Sequence[ExampleTable]) -> Wanted:
     """Of pictures and control pictures, each mirrored too where its directory asks for it."""
     wanting = _Wanting()
     for number, table in enumerate(tables):
-        for row in _with_bar(len(table), "planning"):
-            geometry, mirrored = table.box(row).key(), table.directory_of(row).may_flip
-            content, _, control = table.contents(row)
-            for source, plain in ((content, PLAIN), (control, CONTROL)):
+        for row, outline in enumerate(_with_bar(table.outlines(), len(table))):
+            for source, plain in ((outline.content, PLAIN), (outline.control_content, CONTROL)):
                 if source:
-                    wanting.add(number, row, plain, latents_key(source, geometry))
-                if source and mirrored:
-                    wanting.add(number, row, plain + MIRRORED, latents_key(source, geometry, mirrored=True))
+                    wanting.add(number, row, plain, latents_key(source, outline.geometry))
+                if source and outline.may_flip:
+                    wanting.add(number, row, plain + MIRRORED, latents_key(source, outline.geometry, mirrored=True))
     return wanting.all()
 
 
 def wanted_masks(tables: Sequence[ExampleTable]) -> Wanted:
     wanting = _Wanting()
     for number, table in enumerate(tables):
-        for row in _with_bar(len(table) if len(table.masks.paths) else 0, "planning"):
-            _, mask, _ = table.contents(row)
-            if mask:
-                wanting.add(number, row, PLAIN, mask_key(mask, table.box(row).key()))
+        if not len(table.masks.paths):
+            continue
+        for row, outline in enumerate(_with_bar(table.outlines(), len(table))):
+            if outline.mask_content:
+                wanting.add(number, row, PLAIN, mask_key(outline.mask_content, outline.geometry))
     return wanting.all()
 
 
@@ -193,22 +194,23 @@ def wanted_captions(tables: Sequence[ExampleTable], texts: Sequence[str]) -> Wan
     for index, text in enumerate(texts):
         wanting.add(TEXTS, index, 0, caption_key(text))
     for number, table in enumerate(tables):
-        pictures, rows = np.unique(table.rows[:, 0], return_index=True)
-        first, captions = table.pictures.first_caption, table.pictures.captions
-        for picture, row in zip(pictures.tolist(), rows.tolist(), strict=True):
-            start, stop = int(first[picture]), int(first[picture + 1])
-            if table.directory_of(row).shuffle is None:
-                for place in range(start, stop):
-                    wanting.add(number, row, place - start, caption_key(captions[place]))
-            else:
-                example = table[row]
-                for variant in range(example.num_captions):
-                    wanting.add(number, row, variant, caption_key(example.caption(variant)))
+        counts = np.diff(table.pictures.first_caption)
+        first_row = np.full(len(counts), NONE, np.int32)  # the first example of each picture that has any
+        first_row[table.rows[::-1, 0]] = np.arange(len(table) - 1, -1, -1)
+        captions = iter(table.pictures.captions)
+        for row, count in _with_bar(zip(first_row.tolist(), counts.tolist(), strict=True), len(counts)):
+            own = list(itertools.islice(captions, count))
+            if row == NONE:
+                continue
+            shuffle = table.directory_of(row).shuffle
+            variants = own if shuffle is None else [shuffle.order(one, order) for order in range(shuffle.num_orders) for one in own]
+            for variant, caption in enumerate(variants):
+                wanting.add(number, row, variant, caption_key(caption))
     return wanting.all()
 
 
-def _with_bar(count: int, title: str) -> Iterable[int]:
-    return tqdm(range(count), desc=title, leave=False, delay=2.0, mininterval=bar_seconds())
+def _with_bar(items: Iterable[T], count: int) -> Iterable[T]:
+    return tqdm(items, total=count, desc="planning", leave=False, delay=2.0, mininterval=bar_seconds())
 
 
 # --- what is missing ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ a safetensors file and read by mapping it: what nobody looks at is never in memo
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,12 +22,32 @@ from utils.atomic import replace_file
 
 _ESCAPE = "surrogateescape"
 """Names of files may be bytes that are no UTF-8."""
+_DAY_SECONDS = 86400.0
+
+
+class FileBlock:
+    """Bytes of a file, read each time they are asked for: unlike a mapping's, they never stay in memory."""
+
+    def __init__(self, path: Path, start: int, stop: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._start, self._stop = start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        return np.frombuffer(os.pread(self._file.fileno(), stop - start, self._start + start), dtype=np.uint8)
+
+    def tobytes(self) -> bytes:
+        """All of them."""
+        return self[:].tobytes()
 
 
 class Texts:
     """Strings, one after the other in a block of bytes; string i is bytes offsets[i] to offsets[i + 1]."""
 
-    def __init__(self, offsets: np.ndarray, block: np.ndarray) -> None:
+    def __init__(self, offsets: np.ndarray, block: np.ndarray | FileBlock) -> None:
         self.offsets, self.block = offsets, block
 
     @classmethod
@@ -50,7 +72,7 @@ class Texts:
         return (
             isinstance(other, Texts)
             and np.array_equal(self.offsets, other.offsets)
-            and np.array_equal(self.block, other.block)
+            and np.array_equal(self.block[:], other.block[:])
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -62,7 +84,7 @@ class Texts:
         lengths = np.diff(self.offsets)
         offsets = np.zeros(int(chosen.sum()) + 1, dtype=np.int64)
         np.cumsum(lengths[chosen], out=offsets[1:])
-        return Texts(offsets, self.block[: self.offsets[-1]][np.repeat(chosen, lengths)])
+        return Texts(offsets, self.block[:][np.repeat(chosen, lengths)])
 
     @classmethod
     def joined(cls, parts: Iterable[Texts]) -> Texts:
@@ -70,7 +92,7 @@ class Texts:
         offsets, blocks, end = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)], 0
         for part in parts:
             offsets.append(part.offsets[1:] + end)
-            blocks.append(part.block)
+            blocks.append(part.block[:])
             end += len(part.block)
         return cls(np.concatenate(offsets), np.concatenate(blocks))
 
@@ -93,7 +115,25 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def tensor_place(path: Path, name: str) -> tuple[int, int]:
+    """Where in a safetensors file the bytes of a tensor begin and end."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(header_bytes))[name]["data_offsets"]
+    return 8 + header_bytes + start, 8 + header_bytes + stop
+
+
+def mark_used(path: Path) -> None:
+    """Note that a file of the cache was used today; `prune` goes by it."""
+    try:
+        if time.time() - path.stat().st_mtime > _DAY_SECONDS:
+            os.utime(path)
+    except OSError:
+        pass  # somebody else's cache, to read only
+
+
 def map_columns(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """What `save_columns` wrote; the columns are read from the file as they are looked at."""
+    """What `save_columns` wrote; the columns are read from the file as they are looked at. Marks it as used."""
+    mark_used(path)
     tensors, metadata = map_tensors(path)
     return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata.get("header", "")

@@ -36,6 +36,8 @@ class Dataset:
 
     examples: ExampleTable = field(default_factory=empty_table)
     bad_files: list[BadFile] = field(default_factory=list)
+    fatal_files: list[BadFile] = field(default_factory=list)
+    """Those of the bad files that are of directories with on_bad_file = "error"."""
     warnings: list[str] = field(default_factory=list)
     left_out: list[BadFile] = field(default_factory=list)
     """Pictures that could be used and, by keys of the dataset file, are not; and why."""

@@ -131,7 +131,8 @@ class Lister:
             listing.bad_files += captions.bad_tables
             listing.warnings += captions.warnings(files.names) + _unused(folder, found)
         if found_any or old is None or not same_tables or not _same_files(rows, old):
-            nameless = captions.nameless(files.names)
+            same_names = same_tables and old is not None and rows.names == old.names
+            nameless = header["nameless"] if same_names else captions.nameless(files.names)
             # A table that cannot be read is tried anew at the next start.
             header = {"tables": None if captions.bad_tables else tables, "elsewhere": elsewhere, "nameless": nameless}
             memory.save(rows, header)

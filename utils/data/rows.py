@@ -106,7 +106,7 @@ def carry_over(fresh: Rows, old: Rows, *, captions_too: bool) -> Rows:
     fresh.content[same_file] = old.content[sources[same_file]]
     same_text = known & (old.caption_stamps[sources] == fresh.caption_stamps).all(axis=1)
     same_text &= fresh.caption_stamps.any(axis=1) | captions_too
-    if same_text.all() and (sources == np.arange(len(old))).all():
+    if same_text.all() and np.array_equal(sources, np.arange(len(old))):
         fresh.captions, fresh.first_caption = old.captions, old.first_caption
         return fresh
     texts, bounds = list(old.captions), old.first_caption.tolist()
@@ -162,7 +162,7 @@ class Memory:
         for field in fields(Rows):
             value = getattr(rows, field.name)
             if isinstance(value, Texts):
-                columns |= {f"{field.name}.offsets": value.offsets, f"{field.name}.block": value.block}
+                columns |= {f"{field.name}.offsets": value.offsets, f"{field.name}.block": value.block[:]}
             else:
                 columns[field.name] = value
         save_columns(self.path, columns, json.dumps(header))

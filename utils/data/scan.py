@@ -56,6 +56,7 @@ class _Scanner:
             image_column=directory.image_column,
             caption_column=directory.caption_column,
         )
+        num_bad = len(self._found.bad_files)
         inner = [path for path in (directory.mask_path, directory.control_path) if path is not None]
         listing = self._lister.look_at(directory.path, settings, excluded=inner)
         self._found.bad_files.extend(listing.bad_files)
@@ -65,6 +66,8 @@ class _Scanner:
         before = sum(map(len, self._rows))
         for part in listing.parts:
             self._add_part(part, number, directory)
+        if directory.on_bad_file == "error":
+            self._found.fatal_files.extend(self._found.bad_files[num_bad:])
         if sum(map(len, self._rows)) == before:
             self._found.warnings.append(f"{directory.path} has no usable picture")
 

@@ -45,7 +45,7 @@ def _to_float8(sequence: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens, width) to float8 of that shape and float32 scales (tokens, 1)."""
     values = sequence.float()
     largest = values.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
+    scale = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)  # never zero, by which nothing can be divided
     return (values / scale).to(torch.float8_e4m3fn), scale
 
 

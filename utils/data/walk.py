@@ -95,9 +95,11 @@ class _Walker:
     """A walk under way."""
 
     def __init__(self, folder: Path, recursive: bool, excluded: Collection[tuple[int, int]]) -> None:
-        self.folder, self.recursive = folder, recursive
-        self.seen = set(excluded)
-        """(device, inode) of folders not to go into."""
+        self.folder, self.recursive, self.excluded = folder, recursive, excluded
+        """excluded: (device, inode) of folders that are none of this one's."""
+        self.seen: set[tuple[int, int]] = set()
+        self.links: list[tuple[str, tuple[int, int]]] = []
+        """Links to folders, and the folders' identities."""
         self.picture_names: list[str] = []
         self.text_names: list[str] = []
         self.picture_numbers, self.text_numbers = array("q"), array("q")
@@ -128,19 +130,35 @@ class _Walker:
 
     def _folder(self, name: str, status: os.stat_result) -> list[str]:
         identity = (status.st_dev, status.st_ino)
-        if identity in self.seen:
-            if self.recursive and os.path.islink(self.folder / name):
-                reason = "is a link to a folder that is looked into already"
-                self.found.bad_files.append(BadFile(self.folder / name, reason))
+        if identity in self.excluded:
             return []
         if not self.recursive:
             self.found.folders.append(name)
+            return []
+        if os.path.islink(self.folder / name):
+            self.links.append((name, identity))
+            return []
+        return self._not_seen(name, identity)
+
+    def follow_link(self) -> list[str]:
+        """The folder behind a link, unless it is looked into anyway. To be called when no other folder is left: what has a
+        name of its own is called by that, in whatever order the file system lists."""
+        name, identity = min(self.links)
+        self.links.remove((name, identity))
+        deeper = self._not_seen(name, identity)
+        if not deeper:
+            reason = "is a link to a folder that is looked into already"
+            self.found.bad_files.append(BadFile(self.folder / name, reason))
+        return deeper
+
+    def _not_seen(self, name: str, identity: tuple[int, int]) -> list[str]:
+        if identity in self.seen:
             return []
         self.seen.add(identity)
         return [f"{name}/"]
 
     def _take(self, name: str, status: os.stat_result) -> None:
-        suffix = os.path.splitext(name)[1].lower()
+        suffix = name[name.rfind(".") :].lower()
         if suffix in IMAGE_SUFFIXES:
             self.picture_names.append(name)
             self.picture_numbers.extend(_numbers(status))
@@ -165,13 +183,17 @@ def walk(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> W
     """Everything in the folder, in order of names; `excluded`: folders in it that belong to something else."""
     here = os.stat(folder)
     identities = {(status.st_dev, status.st_ino) for path in excluded if path.is_dir() for status in [os.stat(path)]}
-    walker = _Walker(folder, recursive, {(here.st_dev, here.st_ino), *identities})
+    walker = _Walker(folder, recursive, identities)
+    walker.seen.add((here.st_dev, here.st_ino))
     todo = [""]
     while todo:
         todo += walker.look_into(todo.pop())
+        while not todo and walker.links:
+            todo += walker.follow_link()
     found = walker.found
     found.pictures = Files(walker.picture_names, _table(walker.picture_numbers))
     found.texts = Files(walker.text_names, _table(walker.text_numbers))
     for names in (found.archives, found.tables, found.others, found.folders):
         names.sort()
+    found.bad_files.sort(key=lambda bad: bad.path)
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.data.cache.locks import exclusive_use, remove_leftovers
-from utils.data.cache.shards import CHECKSUMS, KEYS, DamagedShard, checksum, entry_of, map_shard
+from utils.data.cache.shards import CHECKSUMS, KEYS, DamagedShard, checksum, entry_of, map_shard, shard_name
 from utils.log import bytes_in_words
 
 DAY_SECONDS = 86400.0
@@ -46,6 +46,8 @@ def look_at_shards(cache_folder: Path, *, checksums: bool) -> Iterator[ShardFact
             if checksums:
                 bad = [row for row in range(num_entries) if not _is_as_written(tensors, row)]
                 damage = f"{len(bad)} of {num_entries} entries are not what was written" if bad else None
+                if shard_name(key.numpy().tobytes() for key in tensors[KEYS]) != path.stem:
+                    damage = "its keys are not those that gave it its name"
         except DamagedShard as error:
             damage = str(error)
         yield ShardFacts(path, num_entries, status.st_size, (time.time() - status.st_mtime) / DAY_SECONDS, damage)
@@ -70,24 +72,37 @@ def verify(cache_folder: Path) -> int:
     return num_damaged
 
 
+@dataclass
+class _Group:
+    """The shards of one encoder and one size."""
+
+    num_shards: int = 0
+    num_entries: int = 0
+    num_bytes: int = 0
+    unused_days: float = float("inf")
+
+    def add(self, facts: ShardFacts) -> None:
+        self.num_shards += 1
+        self.num_entries += facts.num_entries
+        self.num_bytes += facts.num_bytes
+        self.unused_days = min(self.unused_days, facts.unused_days)
+
+    def cells(self) -> tuple[str, ...]:
+        used = "today" if self.unused_days < 1 else f"{self.unused_days:.0f} days ago"
+        return f"{self.num_shards:,}", f"{self.num_entries:,}", bytes_in_words(self.num_bytes), used
+
+
 def stats(cache_folder: Path) -> None:
     """Say what is in the cache: by encoder and by size of what was encoded."""
-    counts: dict[tuple[str, str], list[float]] = {}
+    groups: dict[tuple[str, str], _Group] = {}
     for facts in look_at_shards(cache_folder, checksums=False):
-        row = counts.setdefault((facts.encoder, facts.path.parent.name), [0, 0, 0, float("inf")])
-        row[0] += 1
-        row[1] += facts.num_entries
-        row[2] += facts.num_bytes
-        row[3] = min(row[3], facts.unused_days)
-    rows = [("encoder", "of", "shards", "entries", "room", "used")]
-    for (encoder, group), (shards, entries, num_bytes, days) in counts.items():
-        used = "today" if days < 1 else f"{days:.0f} days ago"
-        rows.append((encoder, group, f"{shards:,.0f}", f"{entries:,.0f}", bytes_in_words(int(num_bytes)), used))
+        groups.setdefault((facts.encoder, facts.path.parent.name), _Group()).add(facts)
+    rows: list[tuple[str, ...]] = [("encoder", "of", "shards", "entries", "room", "used")]
+    rows += [(*names, *group.cells()) for names, group in groups.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    total = sum(row[2] for row in counts.values())
-    print(f"{len(counts)} groups, {bytes_in_words(int(total))} in all")
+    print(f"{len(groups)} groups, {bytes_in_words(sum(group.num_bytes for group in groups.values()))} in all")
 
 
 def prune(cache_folder: Path, *, unused_days: float, dry_run: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +50,19 @@ def map_shard(path: Path) -> dict[str, Tensor]:
         if metadata != _FORMAT:
             raise ValueError("it has another format")
         count = len(tensors[KEYS])
+        if CHECKSUMS not in tensors:
+            raise ValueError("it has no checksums")
         if tensors[KEYS].shape != (count, KEY_BYTES) or any(len(tensor) != count for tensor in tensors.values()):
             raise ValueError("its tensors have different lengths")
     except (SafetensorError, ValueError, KeyError) as error:
         advice = f"`python -m utils.data.cache prune {path.parents[2]}` removes it; the next run encodes it anew"
         raise DamagedShard(f"{path} is damaged ({error}); {advice}") from error
     return tensors
+
+
+def shard_name(keys: Iterable[bytes]) -> str:
+    """The name, without its suffix, of the shard that has the entries with these keys."""
+    return content_key(*(key.hex() for key in sorted(keys))).hex()
 
 
 def entry_of(tensors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -110,7 +117,7 @@ class ShardWriter:
         tensors = {name: torch.stack([entry[name] for entry in entries.values()]) for name in names}
         tensors[KEYS] = _as_rows(list(entries))
         tensors[CHECKSUMS] = _as_rows([checksum(entry) for entry in entries.values()])
-        name = content_key(*(key.hex() for key in sorted(entries))).hex()
+        name = shard_name(entries)
         temporary = folder / f".{name}.{self._writer}.tmp"
         save_file(tensors, temporary, _FORMAT)
         replace_file(temporary, folder / f"{name}.safetensors")

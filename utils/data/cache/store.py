@@ -6,9 +6,7 @@ it shards. Opening a store reads the keys of its shards only: 12 bytes of memory
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from utils.data.cache.shards import KEYS, entry_of, map_shard
+from utils.data.columns import mark_used
 
 MAX_MAPPED_SHARDS = 512
 """A process may have some ten thousands of mappings; tensors that were handed out keep theirs."""
-_DAY_SECONDS = 86400.0
 
 
 class Store:
@@ -40,7 +38,7 @@ class Store:
 
     def refresh(self) -> None:
         """Take notice of shards written since the store was opened. Raises DamagedShard."""
-        known = set(self._shards)
+        known, shards = set(self._shards), list(self._shards)
         prefixes, numbers, end = [self._prefixes], [self._numbers], int(self._starts[-1])
         starts = self._starts.tolist()
         for path in sorted(self.folder.glob("*/*.safetensors")):
@@ -51,13 +49,13 @@ class Store:
             numbers.append(np.arange(end, end + len(keys), dtype=np.int32))
             end += len(keys)
             starts.append(end)
-            self._shards.append(path)
+            shards.append(path)
         if len(prefixes) == 1:
             return
         joined = np.concatenate(prefixes)
         order = np.argsort(joined, kind="stable")
         self._prefixes, self._numbers = joined[order], np.concatenate(numbers)[order]
-        self._starts = np.array(starts, np.int64)
+        self._shards, self._starts = shards, np.array(starts, np.int64)
 
     def __len__(self) -> int:
         """Entries; one that several runs have written counts several times."""
@@ -75,7 +73,7 @@ class Store:
             return np.full(len(keys), -1, np.int64)
         wanted = prefixes_of(keys)
         places = np.minimum(np.searchsorted(self._prefixes, wanted), len(self._prefixes) - 1)
-        return np.where(self._prefixes[places] == wanted, self._numbers[places], -1)
+        return np.where(self._prefixes[places] == wanted, self._numbers[places], np.int64(-1))
 
     def get(self, key: bytes) -> dict[str, Tensor]:
         """The tensors of one entry, on the CPU; they share the file's memory, so don't write to them.
@@ -125,14 +123,8 @@ class Store:
 
     def mark_used(self, numbers: np.ndarray) -> None:
         """Note on the shards of these entries that they were used today; `prune` goes by it."""
-        now = time.time()
         for shard in np.unique(np.searchsorted(self._starts, numbers, side="right") - 1).tolist():
-            path = self._shards[shard]
-            try:
-                if now - path.stat().st_mtime > _DAY_SECONDS:
-                    os.utime(path)
-            except OSError:
-                continue  # somebody else's cache, to read only
+            mark_used(self._shards[shard])
 
 
 def prefixes_of(keys: np.ndarray) -> np.ndarray:

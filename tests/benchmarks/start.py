@@ -1,0 +1,107 @@
+"""How long a run takes to start when everything is cached:  python -m tests.benchmarks.start [--pictures 100000]
+
+Makes that many pictures and captions, all different, and a complete cache of made-up tensors of the right shapes; then times
+`train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every header,
+caption and byte; the second finds that nothing has changed. What such a command costs with 12 pictures is told beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.tiny_model import make_tiny_dataset, make_tiny_model, write_experiment
+from utils.data.cache.shards import ShardWriter
+from utils.data.cache_plan import CacheSettings, make_plan
+from utils.data.encoded import caption_key, latents_key
+from utils.data.examples import ExampleTable
+from utils.distributed import World
+from utils.preflight import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES_A_FOLDER = 10_000
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """Pictures of 16 x 16, no two alike, in folders of ten thousand, with captions."""
+    for index in range(count):
+        inner = folder / f"{index // PICTURES_A_FOLDER:03d}"
+        if index % PICTURES_A_FOLDER == 0:
+            inner.mkdir(parents=True)
+        colour = (index % 256, index // 256 % 256, index // 65536)
+        Image.new("RGB", (16, 16), colour).save(inner / f"{index:07d}.png")
+        (inner / f"{index:07d}.txt").write_text(f"picture number {index}, of a colour that no other picture has in this set")
+
+
+def fill_cache(experiment_path: Path) -> None:
+    """Entries of zeros for all that a run would encode. The second start has hashed the pictures."""
+    experiment = prepare(experiment_path, [], None, World(0, 0, 1, 1))
+    config, adapter = experiment.config.experiment, experiment.adapter
+    settings = CacheSettings(config.cache_folder, False, None)
+    newest = max((config.cache_folder / "datasets").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    table = ExampleTable.open(newest)
+    plan = make_plan(adapter, [table], [""], settings)
+    writer = ShardWriter(plan.latents.folder, "benchmark", max_seconds=1e9)
+    for _, row, _ in plan.latents.items.tolist():
+        example = table[row]
+        latents = torch.zeros(adapter.latent.channels, example.bucket.height // 8, example.bucket.width // 8)
+        writer.add(str(example.bucket), latents_key(example.content, example.box.key()), {"latents": latents})
+    writer.flush()
+    for encoder in adapter.text_encoders:
+        writer = ShardWriter(plan.texts[encoder.name].folder, "benchmark", max_seconds=1e9)
+        entry: dict[str, Tensor] = {name: torch.zeros(shape, dtype=encoder.dtype) for name, shape in encoder.shapes.items()}
+        entry["length"] = torch.tensor([5, 5], dtype=torch.int32)
+        for table_number, row, number in plan.texts[encoder.name].items.tolist():
+            writer.add("captions", caption_key("" if table_number < 0 else table[row].caption(number)), entry)
+        writer.flush()
+
+
+def seconds_of(experiment: Path, *arguments: str, stop_at: str = "") -> float:
+    """Of the whole command; or until it says something."""
+    began = time.monotonic()
+    command = [sys.executable, "train.py", "--config", str(experiment), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if stop_at and stop_at in line:
+            process.kill()
+            return time.monotonic() - began
+    if process.wait() or stop_at:
+        raise RuntimeError("".join(output))
+    return time.monotonic() - began
+
+
+def measure(folder: Path, count: int) -> None:
+    model = make_tiny_model(folder / "model")
+    few = write_experiment(folder / "few", model, make_tiny_dataset(folder / "twelve"))
+    seconds_of(few, "--cache-only")
+    print(f"12 pictures, complete cache: {min(seconds_of(few, '--cache-only') for _ in range(3)):.2f} s")
+    began = time.monotonic()
+    make_pictures(folder / "pictures", count)
+    print(f"(making {count:,} pictures: {time.monotonic() - began:.0f} s)")
+    changes = {"resolutions": [16], "directory": [{"path": str(folder / "pictures"), "recursive": True}]}
+    many = write_experiment(folder / "many", model, folder / "pictures", dataset_file=changes)
+    first = seconds_of(many, "--cache-only", stop_at="cache: to encode")
+    print(f"{count:,} pictures, first start, until encoding begins (headers, captions, hashes): {first:.2f} s")
+    fill_cache(many)
+    print(f"{count:,} pictures, complete cache, with the page on the dataset: {seconds_of(many, '--cache-only'):.2f} s")
+    print(f"{count:,} pictures, complete cache: {min(seconds_of(many, '--cache-only') for _ in range(3)):.2f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=100_000)
+    with tempfile.TemporaryDirectory() as made:
+        measure(Path(made), parser.parse_args().pictures)
