@@ -181,7 +181,8 @@ def encode_dataset(
 def report_dataset(experiment: Experiment, cached: Cached, device: torch.device) -> None:
     """Rank 0: write the page on the training set, and say what of its captions is not read."""
     order, output_dir = order_of(experiment), experiment.config.experiment.output_dir
-    gatherer = Gatherer(experiment.adapter, cached.data, experiment.dataset.examples, order)
+    tile_pixels = experiment.config.experiment.sampling.decode_tile_pixels
+    gatherer = Gatherer(experiment.adapter, cached.data, experiment.dataset.examples, order, tile_pixels)
     bad_files = [*experiment.dataset.bad_files, *cached.unusable.bad_files]
     title = f"Dataset {experiment.config.dataset_path}"
     facts = gatherer.facts(title, experiment.dataset, bad_files, experiment.num_steps(order), device)

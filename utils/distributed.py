@@ -126,17 +126,19 @@ def wait_for_all(name: str, seconds: float = WAIT_SECONDS) -> None:
     the others then, but not all do.
     """
     here, store = world(), _store()
-    store.set(f"wait/{name}/{here.rank}", "here")
     deadline = time.monotonic() + seconds
     pulses = _Pulses()
     missing = [rank for rank in range(here.size) if rank != here.rank]
-    while missing := [rank for rank in missing if not store.check([f"wait/{name}/{rank}"])]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {missing} did not reach '{name}' within {seconds:.0f} s")
-        pulses.check(missing)
-        # Comes back early when the rank is there.
-        with contextlib.suppress(RuntimeError, dist.DistError):
-            store.wait([f"wait/{name}/{missing[0]}"], timedelta(seconds=min(PULSE_SECONDS, seconds)))
+    try:
+        store.set(f"wait/{name}/{here.rank}", "here")
+        while missing := [rank for rank in missing if not store.check([f"wait/{name}/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {missing} did not reach '{name}' within {seconds:.0f} s")
+            pulses.check(missing)
+            with contextlib.suppress(dist.DistStoreError):  # the rank is not there yet; if it is, this comes back early
+                store.wait([f"wait/{name}/{missing[0]}"], timedelta(seconds=min(PULSE_SECONDS, seconds)))
+    except dist.DistNetworkError:  # the store is in rank 0's process
+        raise RankDied("rank 0 has ended") from None
 
 
 class RankDied(RuntimeError):
@@ -144,7 +146,7 @@ class RankDied(RuntimeError):
 
 
 class _Pulses:
-    """Whether other ranks are alive: each counts up a number in the store, and a count that stands still is a dead rank's."""
+    """Whether other ranks are alive: each counts up a number in the store; one that stands still is a dead rank's."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}

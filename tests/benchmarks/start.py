@@ -1,7 +1,7 @@
 """How long a run takes to start when everything is cached:  python -m tests.benchmarks.start [--pictures 100000]
 
-Makes that many pictures and captions, all different, and a complete cache of made-up tensors of the right shapes; then times
-`train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every header,
+Makes that many pictures and captions, all different, and a complete cache of made-up tensors of the right shapes; then
+times `train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every header,
 caption and byte; the second finds that nothing has changed. What such a command costs with 12 pictures is told beside it.
 """
 
@@ -70,7 +70,8 @@ def seconds_of(experiment: Path, *arguments: str, stop_at: str = "") -> float:
     began = time.monotonic()
     command = [sys.executable, "train.py", "--config", str(experiment), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
     assert process.stdout is not None
     output = []
     for line in process.stdout:

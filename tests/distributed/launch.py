@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -156,14 +156,20 @@ class Ranks:
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
 
-def start_ranks(num_processes: int, arguments: Sequence[str], log: Path, module: str = "train") -> Ranks:
+def start_ranks(
+    num_processes: int,
+    arguments: Sequence[str],
+    log: Path,
+    module: str = "train",
+    environment: Mapping[str, str] | None = None,
+) -> Ranks:
     """Forked ranks of `train.py ARGUMENTS`, or of another module's `main()`, with their output in `log`."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     size = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     processes: list[BaseProcess] = []
     with _environment(child_environment()):
         for rank in range(num_processes):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **address}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **address, **(environment or {})}
             process = _FORKS.Process(target=_be_rank, args=(module, list(arguments), place, str(log)), daemon=True)
             process.start()
             processes.append(process)

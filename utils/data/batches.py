@@ -44,9 +44,9 @@ class _Share:
 
     @property
     def num_extra(self) -> int:
-        """Members that have one slot more than the others: as many in each epoch."""
+        """Members that have one slot more than the others: as many in each epoch, and one at least if others have none."""
         part = self.repeats - math.floor(self.repeats)
-        return round(part * len(self.members)) or math.ceil(part)
+        return max(round(part * len(self.members)), 1 if self.repeats < 1 else 0)
 
     @property
     def num_slots(self) -> int:

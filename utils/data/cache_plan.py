@@ -96,8 +96,8 @@ class CachePlan:
             return None
         return (
             f"{self.folders.cache} has {bytes_in_words(free)} left, and what is to be encoded takes "
-            f"{bytes_in_words(self.num_bytes)}; give another cache_dir, make room (python -m utils.data.cache prune), or set "
-            'text_cache_dtype = "float8_e4m3fn"'
+            f"{bytes_in_words(self.num_bytes)}; give another cache_dir, make room with `python -m utils.data.cache prune`, or "
+            'set text_cache_dtype = "float8_e4m3fn"'
         )
 
 
@@ -203,8 +203,9 @@ def wanted_captions(tables: Sequence[ExampleTable], texts: Sequence[str]) -> Wan
             if row == NONE:
                 continue
             shuffle = table.directory_of(row).shuffle
-            variants = own if shuffle is None else [shuffle.order(one, order) for order in range(shuffle.num_orders) for one in own]
-            for variant, caption in enumerate(variants):
+            if shuffle is not None:  # in the order of their numbers, as Example.caption has them
+                own = [shuffle.order(caption, order) for order in range(shuffle.num_orders) for caption in own]
+            for variant, caption in enumerate(own):
                 wanting.add(number, row, variant, caption_key(caption))
     return wanting.all()
 

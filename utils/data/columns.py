@@ -6,6 +6,7 @@ a safetensors file and read by mapping it: what nobody looks at is never in memo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -37,7 +38,13 @@ class FileBlock:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(len(self))
-        return np.frombuffer(os.pread(self._file.fileno(), stop - start, self._start + start), dtype=np.uint8)
+        found = b""
+        while len(found) < stop - start:  # once, but for more than 2 GiB
+            more = os.pread(self._file.fileno(), stop - start - len(found), self._start + start + len(found))
+            if not more:
+                raise OSError(errno.EIO, "is cut off", self._file.name)
+            found += more
+        return np.frombuffer(found, dtype=np.uint8)
 
     def tobytes(self) -> bytes:
         """All of them."""

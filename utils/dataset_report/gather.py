@@ -23,10 +23,11 @@ from utils.data.dataset import Dataset
 from utils.data.encoded import EncodedData
 from utils.data.examples import Example, ExampleTable
 from utils.data.images import BadFile, read_thumbnail
+from utils.data.picture_files import PictureFile
 from utils.dataset_report.facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts, Thumbnail
 from utils.dataset_report.page import render
 from utils.log import bytes_in_words, say
-from utils.randomness import fraction
+from utils.randomness import permutation
 
 DATASET_REPORT = "dataset_report.html"
 BAD_FILES = "bad_files.jsonl"
@@ -55,8 +56,12 @@ def write_bad_files(folder: Path, dataset: Dataset, unusable: Sequence[BadFile])
 class Gatherer:
     """Looks at one dataset as it will be trained."""
 
-    def __init__(self, adapter: ModelAdapter, data: EncodedData, table: ExampleTable, order: BatchOrder) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, data: EncodedData, table: ExampleTable, order: BatchOrder, tile_pixels: int
+    ) -> None:
+        """tile_pixels: as of `load_decoder`."""
         self._adapter, self._data, self._table, self._order = adapter, data, table, order
+        self._tile_pixels = tile_pixels
         self._captions = wanted_captions([table], ())
 
     def facts(
@@ -126,11 +131,15 @@ class Gatherer:
         repeated = np.flatnonzero(counts > 1)
         order = np.argsort(groups.reshape(-1), kind="stable")
         ends = np.cumsum(counts)
-        shown = []
-        for group in repeated[:NUM_DUPLICATES_SHOWN].tolist():
+        shown: list[list[str]] = []
+        num_groups = 0
+        for group in repeated.tolist():
             members = pictures[order[ends[group] - counts[group] : ends[group]]]
-            shown.append([str(table.file(picture)) for picture in members.tolist()])
-        return shown, len(repeated)
+            files = {_identity(file): str(file) for file in map(table.file, members.tolist())}
+            num_groups += len(files) > 1
+            if len(files) > 1 and len(shown) < NUM_DUPLICATES_SHOWN:
+                shown.append(list(files.values()))
+        return shown, num_groups
 
     # --- captions ----------------------------------------------------------------------------------------------------
 
@@ -157,11 +166,10 @@ class Gatherer:
         buckets = list(table.bucket_counts())
         each = max(1, NUM_THUMBNAILS // len(buckets))
         for bucket in buckets[:NUM_THUMBNAILS]:
-            members = np.flatnonzero(table.rows[:, 2] == table.buckets.index(bucket)).tolist()
-            chosen += sorted(members, key=lambda row: fraction(0, "thumbnail", table.name_of(int(table.rows[row, 0]))))[:each]
-        # Drawn in one tile: a page shows what the network sees, not what saving memory makes of it.
-        largest = max(max(table.buckets[table.rows[row, 2]].width, table.buckets[table.rows[row, 2]].height) for row in chosen)
-        decode = self._adapter.load_decoder(device, -(-largest // _TILE) * _TILE)
+            members = np.flatnonzero(table.rows[:, 2] == table.buckets.index(bucket))
+            places = permutation(0, "thumbnails", str(bucket), length=len(members))[:each]
+            chosen += np.sort(members[places]).tolist()
+        decode = self._adapter.load_decoder(device, self._tile_pixels)
         return [thumbnail for row in chosen if (thumbnail := self._thumbnail(table[row], decode)) is not None]
 
     def _thumbnail(self, example: Example, decode: DecodeFunction) -> Thumbnail | None:
@@ -187,7 +195,13 @@ class Gatherer:
         )
 
 
-_TILE = 32
+def _identity(file: PictureFile) -> tuple[object, ...]:
+    """Equal for two names of one file."""
+    try:
+        status = file.path.stat()
+    except OSError:
+        return (file,)  # it has gone since it was encoded
+    return status.st_dev, status.st_ino, file.start
 
 
 def _as_numbers(keys: np.ndarray) -> np.ndarray:

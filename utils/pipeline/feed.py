@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -120,7 +120,7 @@ class Feed:
         self._seed, self._layout, self._dtype = seed, layout, dtype
 
     @contextmanager
-    def steps(self, steps: Iterable[int]) -> Iterator[Iterator[Iterator[MicroBatch]]]:
+    def steps(self, steps: Sequence[int]) -> Iterator[Iterator[Iterator[MicroBatch]]]:
         """`micro_batches` of each step in turn, made by another thread while the network works on those before.
 
         The micro-batches of a step must be used before those of the next are asked for; what is left of them is dropped.

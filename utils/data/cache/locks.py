@@ -36,8 +36,10 @@ class SharedUse:
 
     def __init__(self, cache_folder: Path) -> None:
         cache_folder.mkdir(parents=True, exist_ok=True)
-        self._file = (cache_folder / _USE).open("a")
+        path = cache_folder / _USE
         try:
+            # Of somebody else's cache one may only read.
+            self._file = path.open("r" if path.exists() else "a")
             if not _try_lock(self._file.fileno(), fcntl.LOCK_SH):
                 raise CacheInUse(f"{cache_folder} is being pruned; start again when that has ended")
         except OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from utils.data.cache.locks import exclusive_use, remove_leftovers
+from utils.data.cache.locks import WRITERS, exclusive_use, remove_leftovers
 from utils.data.cache.shards import CHECKSUMS, KEYS, DamagedShard, checksum, entry_of, map_shard, shard_name
 from utils.log import bytes_in_words
 
@@ -122,6 +122,8 @@ def prune(cache_folder: Path, *, unused_days: float, dry_run: bool) -> None:
             for path in sorted((cache_folder / name).glob("*.safetensors")):
                 if time.time() - path.stat().st_mtime > unused_days * DAY_SECONDS:
                     doomed[path] = "not used any more"
+        for name in (*_REMADE, WRITERS):  # whoever wrote them is not here any more
+            doomed |= {path: "left by a run that was killed" for path in (cache_folder / name).glob(".*.tmp")}
         total = sum(path.stat().st_size for path in doomed)
         for path, reason in doomed.items():
             print(f"{'would delete' if dry_run else 'deleted'} {path}: {reason}")

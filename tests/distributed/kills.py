@@ -1,0 +1,110 @@
+"""Caching passes of two ranks that are killed, and what a second start makes of them. For a test and a benchmark."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed.cache_ranks import LOG
+from tests.distributed.launch import Ranks, start_ranks
+from tests.tiny_model import write_experiment
+from utils.data.cache.shards import CHECKSUMS, KEYS, map_shard
+
+NUM_RANKS = 2
+Entries = dict[tuple[str, bytes], bytes]
+"""(Encoder's folder, key) -> checksum of all the entry's bytes."""
+
+
+def entries_of(cache: Path) -> Entries:
+    """Every entry of every shard that is there."""
+    entries: Entries = {}
+    for path in cache.glob("*/*/*.safetensors"):
+        tensors = map_shard(path)
+        for key, checksum in zip(tensors[KEYS].numpy(), tensors[CHECKSUMS].numpy(), strict=True):
+            entries[path.parents[1].name, key.tobytes()] = checksum.tobytes()
+    return entries
+
+
+@dataclass(frozen=True)
+class Pass:
+    """An experiment whose caching pass is run again and again."""
+
+    experiment: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.experiment.parent / "output" / "cache"
+
+    def start(self, name: str) -> Ranks:
+        """`--cache-only` of two ranks; what they encode is written into the file of that name."""
+        log = self.experiment.parent / f"{name}.txt"
+        log.touch()
+        return start_ranks(
+            NUM_RANKS,
+            ["--config", str(self.experiment), "--cache-only"],
+            self.experiment.parent / f"{name}_output.txt",
+            "tests.distributed.cache_ranks",
+            {LOG: str(log)},
+        )
+
+    def encoded(self, name: str) -> Counter[tuple[str, bytes]]:
+        """What a start has encoded, and how often."""
+        lines = (self.experiment.parent / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        parts = (line.split(" ") for line in lines if line.count(" ") == 1 and len(line.split(" ")[1]) == 32)
+        return Counter((folder, bytes.fromhex(key)) for folder, key in parts)
+
+
+def make_pass(folder: Path, model: Path, pictures: Path) -> Pass:
+    changes = {"resolutions": [32, 48], "directory": [{"path": str(pictures), "horizontal_flip": True}]}
+    return Pass(write_experiment(folder, model, pictures, dataset_file=changes))
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A pass nobody has killed."""
+
+    entries: Entries
+    seconds: float
+    """How long it encoded."""
+
+
+def undisturbed(work: Pass) -> Undisturbed:
+    ranks = work.start("undisturbed")
+    log = work.experiment.parent / "undisturbed.txt"
+    while not log.stat().st_size:
+        time.sleep(0.005)
+    began = time.time()
+    finished = ranks.wait()
+    assert finished.exit_code == 0, finished.output
+    seconds = log.stat().st_mtime - began
+    entries = entries_of(work.cache)
+    counts = work.encoded("undisturbed")
+    assert set(counts) == set(entries) and set(counts.values()) == {1}
+    return Undisturbed(entries, seconds)
+
+
+def kill_and_go_on(work: Pass, whole: Undisturbed, seconds: float) -> str:
+    """Kill both ranks so many seconds after the first entry, start again, and compare. Returns what happened, in words."""
+    shutil.rmtree(work.cache, ignore_errors=True)
+    for name in ("killed", "second"):
+        (work.experiment.parent / f"{name}.txt").unlink(missing_ok=True)
+    ranks = work.start("killed")
+    log = work.experiment.parent / "killed.txt"
+    while not log.stat().st_size:
+        time.sleep(0.002)
+    time.sleep(seconds)
+    ranks.kill()
+    kept = entries_of(work.cache)
+    finished = work.start("second").wait()
+    assert finished.exit_code == 0, finished.output
+    assert entries_of(work.cache) == whole.entries, "other entries than those of an undisturbed pass"
+    again = work.encoded("second")
+    assert set(again.values()) <= {1}
+    assert not set(again) & set(kept), "encoded again though a whole shard had it"
+    assert set(again) | set(kept) == set(whole.entries)
+    assert not list(work.cache.rglob(".*.tmp")), "left by the killed pass"
+    lost = sum(work.encoded("killed").values()) - len(kept)
+    return f"killed after {seconds:.2f} s: {len(kept)} of {len(whole.entries)} kept, {lost} encoded twice"
