@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 OURS = {"models", "utils", "examples", "tests", "train", "docs"}
-BROUGHT_BY_OTHERS = {"pydantic_core", "packaging"}
+BROUGHT_BY_OTHERS = {"pydantic_core", "packaging", "psutil"}
 
 
 def pins() -> dict[str, str]:
