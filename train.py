@@ -27,7 +27,6 @@ from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.cache.locks import CacheInUse
 from utils.data.cache.shards import DamagedShard
-from utils.data.cache_plan import CacheSettings
 from utils.data.encoded import EncodedData
 from utils.data.examples import ExampleTable
 from utils.data.precompute import Cached, CacheError, RunData, cache_dataset
@@ -163,10 +162,9 @@ def encode_dataset(
     config, world = experiment.config.experiment, distributed.world()
     texts = {EMPTY_CAPTION, *(text for prompt in experiment.prompts for text in (prompt.text, prompt.negative))}
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
-    settings = CacheSettings(config.cache_folder, config.cache_posterior, config.text_cache_dtype)
     run_data = RunData(tables, sorted(texts), experiment.memories)
     try:
-        cached = cache_dataset(experiment.adapter, run_data, settings, device, num_readers(world))
+        cached = cache_dataset(experiment.adapter, run_data, experiment.cache_settings, device, num_readers(world))
     except (CacheError, CacheInUse, DamagedShard) as error:
         raise ConfigError([Problem(experiment.config.path, "cache_dir", str(error))]) from error
     if world.is_main:

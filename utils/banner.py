@@ -8,7 +8,8 @@ from models.base import PipelineLayer
 from utils.config.presets import PRESETS
 from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder
-from utils.log import table
+from utils.data.cache_plan import room_for
+from utils.log import bytes_in_words, table
 from utils.objective import keys_in_use, unread_keys
 from utils.preflight import Experiment
 from utils.targets import some
@@ -53,7 +54,7 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
         ),
         ("steps", f"{num_steps}, {order.steps_per_epoch} an epoch{fillers}"),
         ("pipeline idle", _bubble(experiment)),
-        ("cache", str(config.cache_folder)),
+        ("cache", f"{config.cache_folder}; all of this takes {bytes_in_words(_room(experiment))} at most"),
     ]
 
 
@@ -155,6 +156,11 @@ def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
         text = f"{layers[0].name} to {layers[-1].name}: {_millions(total)} parameters, {_millions(trained)} trained"
         rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))
     return rows
+
+
+def _room(experiment: Experiment) -> int:
+    tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
+    return room_for(experiment.adapter, tables, experiment.cache_settings)
 
 
 def _bubble(experiment: Experiment) -> str:

@@ -23,6 +23,7 @@ from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_ch
 from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
 from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
+from utils.data.cache_plan import CacheSettings
 from utils.data.dataset import ContentMemory, Dataset, directory_problems, hold_out, resolution_problems
 from utils.data.examples import ExampleTable
 from utils.data.images import BadFile
@@ -74,6 +75,11 @@ class Experiment:
     identity: dict[str, Any]
     """What two runs must share for one to go on from the other's checkpoint."""
 
+    @property
+    def cache_settings(self) -> CacheSettings:
+        config = self.config.experiment
+        return CacheSettings(config.cache_folder, config.cache_posterior, config.text_cache_dtype)
+
     def num_steps(self, order: BatchOrder) -> int:
         """Optimizer steps of the whole run."""
         experiment = self.config.experiment
@@ -116,14 +122,14 @@ def prepare(
     datasets = Datasets()
     bounds, plan, start = [0, 1], None, None
     if adapter is not None:
-        if world.is_main:
-            datasets = _open_datasets(config, adapter, problems, world, may_write=not only_look and not problems)
         bounds = _check_bounds(config, adapter, num_stages, problems)
         plan, start = _check_adapter(config, adapter, problems)
         problems += [Problem(config.path, key, text) for key, text in export_problems(config.experiment, adapter)]
         found = prompt_problems(prompts, config.experiment.sampling, adapter.latent, adapter.num_blocks)
         problems += [Problem(config.path, key, text) for key, text in found]
         _check_encoder_names(config, adapter, problems)
+        if world.is_main:
+            datasets = _open_datasets(config, adapter, problems, world, may_write=not only_look and not problems)
     num_replicas = max(1, world.size // num_stages)
     run = _find_run(config, resume, problems)
     if problems or adapter is None:

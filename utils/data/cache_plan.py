@@ -96,9 +96,33 @@ class CachePlan:
             return None
         return (
             f"{self.folders.cache} has {bytes_in_words(free)} left, and what is to be encoded takes "
-            f"{bytes_in_words(self.num_bytes)}; give another cache_dir, make room with `python -m utils.data.cache prune`, or "
+            f"{bytes_in_words(self.num_bytes)}; give another cache_dir, make room (`python -m utils.data.cache prune`), or "
             'set text_cache_dtype = "float8_e4m3fn"'
         )
+
+
+def room_for(adapter: ModelAdapter, tables: Sequence[ExampleTable], settings: CacheSettings) -> int:
+    """Bytes that everything a run reads would take at most: captions and pictures that are equal are counted each."""
+    total = 0
+    kept = adapter.latent.channels * (2 if settings.posterior else 1)
+    for table in tables:
+        has_mask, has_control = bool(len(table.masks.paths)), bool(len(table.controls.paths))
+        flips = np.array([2 if directory.may_flip else 1 for directory in table.directories], np.int64)
+        pixels = np.array([bucket.width * bucket.height for bucket in table.buckets], np.int64)[table.rows[:, 2]]
+        of_latents = int((pixels * flips[table.pictures.directory[table.rows[:, 0]]]).sum()) * kept * (1 + has_control)
+        total += (of_latents + int(pixels.sum()) * has_mask) * _FLOAT_BYTES // adapter.latent.downscale**2
+        num_captions = sum(
+            int(np.diff(table.pictures.first_caption)[chosen].sum()) * (one.shuffle.num_orders if one.shuffle else 1)
+            for number, one in enumerate(table.directories)
+            for chosen in [np.unique(table.rows[table.pictures.directory[table.rows[:, 0]] == number, 0])]
+        )
+        total += num_captions * sum(_caption_bytes(encoder, settings) for encoder in adapter.text_encoders)
+    return total
+
+
+def _caption_bytes(encoder: TextEncoder, settings: CacheSettings) -> int:
+    """Of one entry."""
+    return packed_bytes(encoder.shapes, settings.text_dtype, encoder.dtype) + _LENGTH_BYTES + _BESIDES
 
 
 def make_plan(
@@ -257,5 +281,4 @@ def _bucket_ranks(items: np.ndarray, tables: Sequence[ExampleTable]) -> np.ndarr
 
 def _captions_work(folder: Path, wanted: Wanted, encoder: TextEncoder, settings: CacheSettings) -> Work:
     items, num_there = _missing(folder, wanted)
-    each = packed_bytes(encoder.shapes, settings.text_dtype, encoder.dtype) + _LENGTH_BYTES + _BESIDES
-    return Work(folder, items, each * len(items), num_there)
+    return Work(folder, items, _caption_bytes(encoder, settings) * len(items), num_there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,15 +42,19 @@ class CaptionSources:
         """Name or stem -> captions, of all tables; the first that has a picture counts."""
         joined: dict[str, list[str]] = {}
         for table in self.tables:
-            inner = table.path.parent.relative_to(self._folder).as_posix()
+            inner = table.path.parent.relative_to(self._folder)
             try:
                 entries = table.read()
             except BadFile as bad:
                 self.bad_tables.append(bad)
                 continue
             for name, captions in entries.items():
-                joined.setdefault(name if inner == "." else f"{inner}/{name}", list(captions))
+                joined.setdefault(self._below(inner, name), list(captions))
         return joined
+
+    def _below(self, inner: Path, name: str) -> str:
+        """A name in a table of the folder `inner`, below this folder; some programs write "./fox.png", or whole paths."""
+        return os.path.normpath(os.path.join(inner, name)).removeprefix(f"{self._folder.absolute()}/")
 
     def stamps_of(self, names: Sequence[str]) -> np.ndarray:
         """The stamp of each picture's text file, zeros for those that have none: (n, 3)."""

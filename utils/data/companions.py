@@ -11,9 +11,9 @@ import numpy as np
 from utils.data.caption_sources import some, stem_of
 from utils.data.columns import Texts
 from utils.data.examples import NONE, Companions
-from utils.data.images import BadFile
+from utils.data.images import CONTENT_BYTES, BadFile
 from utils.data.listing import Lister, Listing, ListingSettings
-from utils.data.rows import HASH_BYTES, Remembered, Rows
+from utils.data.rows import Remembered, Rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CompanionTable:
 
     def columns(self) -> Companions:
         rows = [listing.parts[0].rows for listing in self._listings.values()]
-        content = np.concatenate([np.zeros((0, HASH_BYTES), np.uint8), *(part.content for part in rows)])
+        content = np.concatenate([np.zeros((0, CONTENT_BYTES), np.uint8), *(part.content for part in rows)])
         paths = (str(folder / name) for folder, part in zip(self._listings, rows, strict=True) for name in part.names)
         return Companions(Texts.of(paths), content)
 

@@ -19,15 +19,16 @@ import numpy as np
 from utils.data.buckets import Bucket, CropBox, crop_box
 from utils.data.captions import TagShuffle
 from utils.data.columns import FileBlock, Texts, map_columns, save_columns, tensor_place
+from utils.data.images import CONTENT_BYTES
 from utils.data.picture_files import PictureFile
-from utils.data.rows import HASH_BYTES, firsts
+from utils.data.rows import firsts
 from utils.randomness import fraction
 
 NONE = -1
 """In a column of numbers of rows: there is none."""
 CHUNK_ROWS = 65536
 """Of a table, taken out of the columns at once when all are gone through."""
-_NO_HASH = bytes(HASH_BYTES)
+_NO_HASH = bytes(CONTENT_BYTES)
 Unhashed = tuple[np.ndarray, int, PictureFile]
 """A column of hashes, the row in it that is to be filled in, and the file."""
 
@@ -329,7 +330,7 @@ class ExampleTable(Sequence[Example]):
         columns = {"rows": self.rows, **_flat("pictures", pictures)}
         columns |= _flat("masks", self.masks) | _flat("controls", self.controls)
         text = json.dumps(header)
-        digest = hashlib.blake2b(text.encode(), digest_size=HASH_BYTES)
+        digest = hashlib.blake2b(text.encode(), digest_size=CONTENT_BYTES)
         for name, column in columns.items():
             digest.update(f"{name} {column.shape}".encode())
             digest.update(np.ascontiguousarray(column).data)
@@ -365,7 +366,7 @@ def _unknown(content: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _hashes(content: np.ndarray) -> list[bytes]:
     """Rows (n, 16) as bytes; empty where a hash is not known."""
     block = content.tobytes()
-    hashes = (block[start : start + HASH_BYTES] for start in range(0, len(block), HASH_BYTES))
+    hashes = (block[start : start + CONTENT_BYTES] for start in range(0, len(block), CONTENT_BYTES))
     return [one if one != _NO_HASH else b"" for one in hashes]
 
 
@@ -423,7 +424,7 @@ def _unflat(prefix: str, columns: Mapping[str, np.ndarray], path: Path) -> dict[
 
 
 def no_companions() -> Companions:
-    return Companions(Texts.of([]), np.zeros((0, HASH_BYTES), np.uint8))
+    return Companions(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
 
 
 def empty_table() -> ExampleTable:
@@ -451,7 +452,7 @@ def joined_pictures(parts: Iterable[Pictures]) -> Pictures:
         names=Texts.joined(part.names for part in parts),
         sizes=column("sizes", np.int32, (2,)),
         same=column("same", np.int64),
-        content=column("content", np.uint8, (HASH_BYTES,)),
+        content=column("content", np.uint8, (CONTENT_BYTES,)),
         captions=captions,
         first_caption=firsts(counts),
         container=_or_empty(container),

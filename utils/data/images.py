@@ -15,12 +15,14 @@ This file is read by processes that must start fast: it imports no torch, and pi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +48,10 @@ PIXELS_VERSION = 1
 """Part of every cached picture's key: raise it when `read_pixels` makes other pixels of the same file."""
 MASK_VERSION = 1
 """The same of `read_mask`."""
+
+
+CONTENT_BYTES = 16
+"""Of the hash of a file's bytes."""
 
 
 class BadFile(Exception):
@@ -84,10 +90,10 @@ def read_size(file: PictureFile) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
-def read_pixels(file: PictureFile, box: CropBox, *, mirrored: bool = False) -> np.ndarray:
+def read_pixels(file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b"") -> np.ndarray:
     """The picture scaled and cropped, then mirrored along its width if asked to: uint8 (3, height, width) of the box's
-    bucket. Raises BadFile."""
-    picture = _open_rgb(file)
+    bucket. `content`: what its bytes must have as their hash. Raises BadFile, also when they have another."""
+    picture = _open_rgb(file, content)
     if picture.size != (box.resized_width, box.resized_height):
         picture = picture.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
     right, bottom = box.left + box.bucket.width, box.top + box.bucket.height
@@ -103,13 +109,13 @@ def read_thumbnail(file: PictureFile, max_side: int) -> tuple[Image.Image, tuple
     return picture, size
 
 
-def read_mask(file: PictureFile, box: CropBox, downscale: int) -> np.ndarray:
+def read_mask(file: PictureFile, box: CropBox, downscale: int, *, content: bytes = b"") -> np.ndarray:
     """How much each latent pixel counts: float32 (1, height / downscale, width / downscale) of the box's bucket, in [0, 1].
 
-    It is the mean of grey value / 255 over the pixels of the picture that it stands for. Raises BadFile, also for a mask of
-    which nothing but black is left.
+    It is the mean of grey value / 255 over the pixels of the picture that it stands for. `content` is as in `read_pixels`.
+    Raises BadFile, also for a mask of which nothing but black is left.
     """
-    grey = np.asarray(_open_rgb(file).convert("L"))  # (height, width), uint8
+    grey = np.asarray(_open_rgb(file, content).convert("L"))  # (height, width), uint8
     height, width = grey.shape
     rows = _edges(height, box.resized_height, range(box.top, box.top + box.bucket.height + 1, downscale))
     columns = _edges(width, box.resized_width, range(box.left, box.left + box.bucket.width + 1, downscale))
@@ -135,10 +141,25 @@ def _means_between(values: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.stack(means)
 
 
-def _open_rgb(file: PictureFile) -> Image.Image:
+def _open_rgb(file: PictureFile, content: bytes = b"") -> Image.Image:
     """The picture as it is to be looked at. Raises BadFile."""
-    with _named(file), file.open() as content, _opened(content) as image:
+    with _named(file), _unchanged(file, content) as stream, _opened(stream) as image:
         return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _unchanged(file: PictureFile, content: bytes) -> BinaryIO:
+    """The picture's bytes, which must have this hash if there is one: what is cached under it must be made of them."""
+    if not content:
+        return file.open()
+    data = file.read()
+    if content_hash(data) != content:
+        raise _Refused("has changed since the run began; start again")
+    return BytesIO(data)
+
+
+def content_hash(data: bytes) -> bytes:
+    """What a picture's bytes are called in the cache."""
+    return hashlib.blake2b(data, digest_size=CONTENT_BYTES).digest()
 
 
 @contextmanager

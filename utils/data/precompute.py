@@ -126,7 +126,8 @@ def cache_dataset(
         decision = distributed.broadcast(decided)
         assert decision is not None
         plan, texts = decision.plan, decision.texts
-        say(plan.describe(), is_main=is_main)
+        for line in (*decision.notes, plan.describe()):
+            say(line, is_main=is_main)
         if decision.problem is not None:
             raise CacheError(decision.problem)
         tables = [ExampleTable.open(path) for path in decision.table_files]
@@ -150,6 +151,7 @@ class _Decision:
     """Rank 0's."""
 
     plan: CachePlan
+    notes: list[str]
     table_files: list[Path]
     texts: list[str]
     unread: list[BadFile]
@@ -162,7 +164,15 @@ def _decide(adapter: ModelAdapter, run_data: RunData, settings: CacheSettings, r
     unread = _read_hashes(run_data.tables, run_data.memories, readers)
     plan = make_plan(adapter, run_data.tables, run_data.texts, settings)
     files = [table.save_in(settings.folder / "datasets") for table in run_data.tables]
-    return _Decision(plan, files, list(run_data.texts), unread, plan.room_problem())
+    return _Decision(plan, _copies(run_data.tables), files, list(run_data.texts), unread, plan.room_problem())
+
+
+def _copies(tables: Sequence[ExampleTable]) -> list[str]:
+    """Whether pictures of later tables, which are only measured, are byte for byte in the first, which is trained on."""
+    trained, *measured = (map(bytes, table.pictures.content[np.unique(table.rows[:, 0])]) for table in tables)
+    wanted = {content for contents in measured for content in contents}
+    both = {content for content in trained if content in wanted} if wanted else ()
+    return [f"note: {len(both)} pictures of evaluation sets are copies of pictures that are trained on"] if both else []
 
 
 def _read_hashes(tables: Sequence[ExampleTable], memories: Sequence[ContentMemory], readers: Readers) -> list[BadFile]:
@@ -231,7 +241,8 @@ class _Sources:
             example = self._example(item)
             file = example.control if is_control(item) else example.image
             assert file is not None
-            return self._readers.pixels(file, example.box, mirrored=is_mirrored(item))
+            content = example.control_content if is_control(item) else example.content
+            return self._readers.pixels(file, example.box, mirrored=is_mirrored(item), content=content)
 
         def key(item: Item) -> bytes:
             example = self._example(item)
@@ -247,7 +258,7 @@ class _Sources:
         def read(item: Item) -> Future[Any]:
             example = self._example(item)
             assert example.mask is not None
-            return self._readers.mask(example.mask, example.box, self._downscale)
+            return self._readers.mask(example.mask, example.box, self._downscale, content=example.mask_content)
 
         def key(item: Item) -> bytes:
             example = self._example(item)

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox
-from utils.data.images import BadFile, bad_picture, read_mask, read_pixels, read_size
+from utils.data.images import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
 from utils.data.picture_files import PictureFile
 
 START_SECONDS = 120.0
@@ -49,7 +49,6 @@ NICENESS = 5
 """Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""
 _ROOT = Path(__file__).resolve().parents[2]
 _LENGTH = struct.Struct("!Q")
-_HASH_BYTES = 16
 _BLOCK_BYTES = 2**20
 
 
@@ -68,13 +67,15 @@ class Readers:
         self._running: set[_ReaderProcess] = set()
         self._closed = False
 
-    def pixels(self, file: PictureFile, box: CropBox, *, mirrored: bool = False) -> Future[np.ndarray]:
+    def pixels(
+        self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b""
+    ) -> Future[np.ndarray]:
         """What `read_pixels` returns."""
-        return self._threads.submit(self._read, file, ["pixels", _packed_box(box), mirrored])
+        return self._threads.submit(self._read, file, ["pixels", _packed_box(box), mirrored, content.hex()])
 
-    def mask(self, file: PictureFile, box: CropBox, downscale: int) -> Future[np.ndarray]:
+    def mask(self, file: PictureFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
         """What `read_mask` returns."""
-        return self._threads.submit(self._read, file, ["mask", _packed_box(box), downscale])
+        return self._threads.submit(self._read, file, ["mask", _packed_box(box), downscale, content.hex()])
 
     def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int] | str]]:
         """Of each file what `read_size` returns, or the reason why it has no size. A request should have some hundred."""
@@ -398,10 +399,10 @@ def _answer(channel: socket.socket, task: list[Any], file: PictureFile) -> None:
 def _work(task: list[Any], file: PictureFile) -> Any:
     """Raises BadFile."""
     match task:
-        case ["pixels", box, mirrored]:
-            return read_pixels(file, _unpacked_box(box), mirrored=mirrored)
-        case ["mask", box, downscale]:
-            return read_mask(file, _unpacked_box(box), downscale)
+        case ["pixels", box, mirrored, content]:
+            return read_pixels(file, _unpacked_box(box), mirrored=mirrored, content=bytes.fromhex(content))
+        case ["mask", box, downscale, content]:
+            return read_mask(file, _unpacked_box(box), downscale, content=bytes.fromhex(content))
         case ["size"]:
             return read_size(file)
         case ["hash"]:
@@ -411,7 +412,7 @@ def _work(task: list[Any], file: PictureFile) -> Any:
 
 def _hash(file: PictureFile) -> str:
     try:
-        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        digest = hashlib.blake2b(digest_size=CONTENT_BYTES)  # as content_hash, of files of any size
         with file.open() as content:
             while block := content.read(_BLOCK_BYTES):
                 digest.update(block)

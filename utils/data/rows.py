@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from utils.data.columns import Texts, map_columns, save_columns
+from utils.data.images import CONTENT_BYTES
 
-HASH_BYTES = 16
 UNREAD = 0
 """A width that is not known."""
 
@@ -80,7 +80,7 @@ def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, sa
         caption_stamps=caption_stamps,
         same=same,
         sizes=np.full((count, 2), UNREAD, np.int32),
-        content=np.zeros((count, HASH_BYTES), np.uint8),
+        content=np.zeros((count, CONTENT_BYTES), np.uint8),
         start=np.zeros(count, np.int64),
         length=np.zeros(count, np.int64),
         captions=Texts.of([]),

@@ -1,0 +1,415 @@
+"""The table of examples: it gives what was put in, in this process and in those that map its file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.utils.data.pictures import noise, save
+from tests.utils.data.scanning import Scan
+from tests.utils.data.tables import DIRECTORY, Shown, pictures_of, table_of
+from utils.data.buckets import Bucket, crop_box
+from utils.data.captions import TagShuffle
+from utils.data.columns import Texts
+from utils.data.examples import (
+    NONE,
+    Companions,
+    Container,
+    Directory,
+    Example,
+    ExampleTable,
+    Pictures,
+    empty_table,
+    joined_pictures,
+    no_companions,
+)
+from utils.data.picture_files import PictureFile
+from utils.data.images import CONTENT_BYTES
+from utils.randomness import fraction
+
+SQUARE, WIDE, LARGE = Bucket(32, 32), Bucket(48, 16), Bucket(64, 64)
+NO_UTF8 = os.fsdecode(b"caf\xe9/\xff.png")
+SHUFFLE = TagShuffle(2, ", ", 1)
+PLAIN = replace(DIRECTORY, path="/data/plain", resolutions=(32, 64))
+ODD = replace(
+    DIRECTORY,
+    place="eval/faces/1",
+    path=f"/data/{os.fsdecode(bytes([0xFE]))}",
+    repeats=2.5,
+    loss_weight=0.5,
+    may_flip=True,
+    random_crop=True,
+    skip_bad=True,
+    shuffle=SHUFFLE,
+)
+ALONE = replace(DIRECTORY, place="2", path="/data/zoo.tar")
+
+
+def digest(number: int) -> bytes:
+    return bytes([number]) * CONTENT_BYTES
+
+
+def hashes(*numbers: int) -> np.ndarray:
+    """(n, 16) uint8; 0 is a hash that is not known."""
+    return np.frombuffer(b"".join(map(digest, numbers)), np.uint8).reshape(-1, CONTENT_BYTES).copy()
+
+
+def mixed_table() -> ExampleTable:
+    """Pictures in files of their own, in .tar and .parquet files, with masks and control pictures and without."""
+    pictures = Pictures(
+        directory=np.array([0, 0, 1, 1, 2], np.int32),
+        names=Texts.of(["fox.png", "rows.parquet/owl.png", NO_UTF8, "a/zoo.tar/b/hen.png", "b/cow.png"]),
+        sizes=np.array([(40, 40), (80, 64), (100, 16), (48, 16), (32, 32)], np.int32),
+        same=np.arange(5),
+        content=hashes(1, 2, 0, 4, 5),
+        captions=Texts.of(["a fox", "owl, night", "an owl", "x, y, z", "", "Kühe"]),
+        first_caption=np.array([0, 1, 3, 4, 5, 6]),
+        container=np.array([NONE, 0, NONE, 1, 2], np.int32),
+        start=np.array([0, 7, 0, 512, 1024]),
+        length=np.array([0, 0, 0, 99, 100]),
+        mask=np.array([1, NONE, 0, NONE, NONE], np.int32),
+        control=np.array([NONE, NONE, 0, NONE, NONE], np.int32),
+    )
+    containers = [
+        Container("/data/plain/rows.parquet", "rows.parquet", "image"),
+        Container(f"{ODD.path}/a/zoo.tar", "a/zoo.tar", ""),
+        Container("/data/zoo.tar", "", ""),
+    ]
+    masks = Companions(Texts.of([f"/masks/{NO_UTF8}", "/masks/fox.jpg"]), hashes(21, 22))
+    controls = Companions(Texts.of(["/control/c.png"]), hashes(0))
+    rows = np.array([(0, 0, 0), (0, 1, 2), (1, 1, 2), (2, 0, 1), (3, 0, 1), (4, 0, 0)], np.int32)
+    return ExampleTable([PLAIN, ODD, ALONE], containers, [SQUARE, WIDE, LARGE], pictures, masks, controls, rows)
+
+
+def by_hand() -> list[Example]:
+    """The examples of `mixed_table`."""
+    fox = Example(
+        "0/fox.png@32",
+        PictureFile(Path("/data/plain/fox.png")),
+        ("a fox",),
+        crop_box(40, 40, SQUARE),
+        mask=PictureFile(Path("/masks/fox.jpg")),
+        content=digest(1),
+        mask_content=digest(22),
+    )
+    place = fraction(0, "crop", f"{NO_UTF8}@32")
+    odd = Example(
+        f"eval/faces/1/{NO_UTF8}@32",
+        PictureFile(Path(ODD.path) / NO_UTF8),
+        ("x, y, z",),
+        crop_box(100, 16, WIDE, place),
+        repeats=2.5,
+        mask=PictureFile(Path(f"/masks/{NO_UTF8}")),
+        control=PictureFile(Path("/control/c.png")),
+        loss_weight=0.5,
+        may_flip=True,
+        shuffle=SHUFFLE,
+        mask_content=digest(21),
+    )
+    return [
+        fox,
+        replace(fox, key="0/fox.png@64", box=crop_box(40, 40, LARGE)),
+        Example(
+            "0/rows.parquet/owl.png@64",
+            PictureFile(Path("/data/plain/rows.parquet"), "image", 7, 0),
+            ("owl, night", "an owl"),
+            crop_box(80, 64, LARGE),
+            content=digest(2),
+        ),
+        odd,
+        replace(
+            odd,
+            key="eval/faces/1/a/zoo.tar/b/hen.png@32",
+            image=PictureFile(Path(ODD.path) / "a/zoo.tar", "b/hen.png", 512, 99),
+            captions=("",),
+            box=crop_box(48, 16, WIDE),
+            mask=None,
+            control=None,
+            content=digest(4),
+            mask_content=b"",
+        ),
+        Example(
+            "2/b/cow.png@32",
+            PictureFile(Path("/data/zoo.tar"), "b/cow.png", 1024, 100),
+            ("Kühe",),
+            crop_box(32, 32, SQUARE),
+            content=digest(5),
+        ),
+    ]
+
+
+def test_a_table_gives_the_examples_made_by_hand() -> None:
+    table, examples = mixed_table(), by_hand()
+    assert list(table) == examples
+    assert [table[index] for index in range(len(table))] == examples
+    assert table[-1] == examples[-1]
+    assert table[1:4] == examples[1:4]
+    assert table[::-2] == examples[::-2]
+    with pytest.raises(IndexError):
+        table[len(examples)]
+
+
+def test_what_is_asked_for_without_the_rest_is_the_same() -> None:
+    table, examples = mixed_table(), by_hand()
+    assert [table.box(index) for index in range(len(table))] == [example.box for example in examples]
+    assert table.repeats.tolist() == [example.repeats for example in examples]
+    assert [table.directory_of(index).place for index in range(len(table))] == ["0", "0", "0", *["eval/faces/1"] * 2, "2"]
+    assert [table.name_of(picture) for picture in (0, 2, 4)] == ["0/fox.png", f"eval/faces/1/{NO_UTF8}", "2/b/cow.png"]
+    assert table.num_pictures == 5
+    assert table.bucket_counts() == {SQUARE: 2, WIDE: 2, LARGE: 2}
+    assert list(table.bucket_counts()) == [SQUARE, WIDE, LARGE]
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 65536])
+def test_outlines_are_the_examples_own(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    monkeypatch.setattr("utils.data.examples.CHUNK_ROWS", chunk_rows)
+    drawn = Shown(size=(33, 90), directory=replace(DIRECTORY, random_crop=True))
+    many = table_of([*pictures_of({SQUARE: 5, LARGE: 3}), drawn])
+    for table in (mixed_table(), mixed_table().where(np.arange(6) % 2 == 1), many, empty_table()):
+        expected = [
+            (example.box.key(), example.content, example.mask_content, example.control_content, example.may_flip)
+            for example in table
+        ]
+        assert [tuple(outline) for outline in table.outlines()] == expected
+
+
+def test_a_table_holds_no_example() -> None:
+    """A million of them take what their columns take: hundreds of bytes, not thousands."""
+    table = table_of(pictures_of({SQUARE: 1000}))
+    columns = [column for column in vars(table.pictures).values() if isinstance(column, np.ndarray)]
+    for texts in (table.pictures.names, table.pictures.captions):
+        columns += [texts.offsets, texts.block[:]]
+    assert table.rows.nbytes + sum(column.nbytes for column in columns) < 150 * len(table)
+    assert table[3] == table[3]
+    assert table[3] is not table[3]
+
+
+def test_the_table_of_nothing_is_empty() -> None:
+    table = empty_table()
+    assert len(table) == table.num_pictures == table.num_unhashed() == 0
+    assert list(table) == list(table.unhashed()) == []
+    assert table.bucket_counts() == {}
+    assert table.repeats.tolist() == table.incomplete().tolist() == []
+
+
+# --- captions ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_has_each_caption_in_each_order_of_its_tags() -> None:
+    example = replace(by_hand()[3], captions=("a, b, c, d", "e, f"))
+    assert example.num_captions == 4
+    assert [example.caption(number) for number in range(2)] == ["a, b, c, d", "e, f"]
+    assert example.caption() == "a, b, c, d"
+    shuffled = example.caption(2)
+    assert shuffled.startswith("a, ")
+    assert sorted(shuffled.split(", ")) == ["a", "b", "c", "d"]
+    assert example.caption(3) == "e, f"
+
+
+def test_without_shuffling_there_are_as_many_captions_as_are_written() -> None:
+    example = by_hand()[2]
+    assert example.num_captions == 2
+    assert [example.caption(number) for number in range(2)] == ["owl, night", "an owl"]
+
+
+# --- crops -------------------------------------------------------------------------------------------------------------
+
+
+def crops(directory: Directory, count: int = 200) -> list[int]:
+    """Where the pictures of a directory, thrice as wide as their bucket, are cut out."""
+    pictures = [Shown(f"{number}.png", size=(96, 32), directory=directory) for number in range(count)]
+    return [example.box.left for example in table_of(pictures)]
+
+
+def test_random_crops_are_anywhere_and_the_others_in_the_middle() -> None:
+    assert set(crops(DIRECTORY)) == {32}
+    lefts = crops(replace(DIRECTORY, random_crop=True))
+    assert min(lefts) < 4
+    assert max(lefts) > 60
+    assert abs(sum(lefts) / len(lefts) - 32) < 5
+
+
+def test_a_random_crop_is_a_function_of_name_and_resolution_alone() -> None:
+    """A directory that moves, in its file or on the disk, is not encoded anew."""
+    lefts = crops(replace(DIRECTORY, random_crop=True))
+    assert crops(replace(DIRECTORY, random_crop=True, place="7", path="/elsewhere", repeats=3)) == lefts
+    both = table_of([Shown(size=(96, 32), directory=replace(DIRECTORY, random_crop=True, resolutions=(32, 48)))])
+    assert both[0].box != both[1].box
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_has_the_chosen_examples_in_their_order() -> None:
+    table, examples = mixed_table(), by_hand()
+    chosen = np.array([True, False, True, True, False, True])
+    part = table.where(chosen)
+    assert list(part) == [examples[index] for index in (0, 2, 3, 5)]
+    assert part.num_pictures == 4
+    assert part.bucket_counts() == {SQUARE: 2, WIDE: 1, LARGE: 1}
+    assert list(part.where(np.array([False, True, False, True]))) == [examples[2], examples[5]]
+    assert list(table) == examples, "the table itself stays as it is"
+
+
+def test_a_choice_may_be_of_pictures_that_are_never_mirrored() -> None:
+    table, examples = mixed_table(), by_hand()
+    part = table.where(np.ones(6, bool), never_mirrored=True)
+    assert list(part) == [replace(example, may_flip=False) for example in examples]
+    assert table[3].may_flip
+
+
+# --- hashes ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_without_hash_are_named_once_and_filled_in_for_all_their_examples() -> None:
+    table = mixed_table()
+    assert table.incomplete().tolist() == [False, False, False, True, False, False]
+    assert table.num_unhashed() == 2
+    entries = list(table.unhashed())
+    assert [file for _, _, file in entries] == [by_hand()[3].image, by_hand()[3].control]
+    for number, (content, row, _) in enumerate(entries, start=31):
+        content[row] = np.frombuffer(digest(number), np.uint8)
+    assert (table[3].content, table[3].control_content) == (digest(31), digest(32))
+    assert not table.incomplete().any()
+    assert table.num_unhashed() == 0
+
+
+@pytest.mark.parametrize("part", ["content", "mask", "control"])
+def test_an_example_lacks_what_any_of_its_files_lacks(part: str) -> None:
+    of_two_sizes = Shown("c.png", directory=replace(DIRECTORY, resolutions=(32, 64)))
+    table = table_of([Shown("a.png"), Shown("b.png", mask="b", control="b"), of_two_sizes])
+    for content in (table.pictures.content, table.masks.content, table.controls.content):
+        content[:] = 1
+    assert not table.incomplete().any()
+    columns = {"content": table.pictures.content, "mask": table.masks.content, "control": table.controls.content}
+    columns[part][-1] = 0
+    assert table.incomplete().tolist() == ([False, False, True, True] if part == "content" else [False, True, False, False])
+    assert table.num_unhashed() == 1
+
+
+def test_files_that_no_example_needs_are_not_hashed() -> None:
+    table = table_of([Shown("a.png", mask="a"), Shown("b.png", mask="b")])
+    part = table.where(np.array([False, True]))
+    assert [str(file) for _, _, file in part.unhashed()] == ["pictures/b.png", "b"]
+    assert part.num_unhashed() == 2
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[], ExampleTable]] = {
+    "mixed": mixed_table,
+    "part": lambda: mixed_table().where(np.arange(6) > 1, never_mirrored=True),
+    "plain": lambda: table_of(pictures_of({SQUARE: 3, WIDE: 1})),
+    "with empty captions": lambda: table_of([Shown(captions=("",)), Shown("b", captions=("", "b"))]),
+    "empty": empty_table,
+    "of no example": lambda: mixed_table().where(np.zeros(6, bool)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
+    table = TABLES[name]()
+    path = table.save_in(tmp_path / "datasets")
+    opened = ExampleTable.open(path)
+    assert list(opened) == list(table)
+    assert opened.directories == table.directories
+    assert opened.bucket_counts() == table.bucket_counts()
+    assert opened.repeats.tolist() == table.repeats.tolist()
+    assert opened.incomplete().tolist() == table.incomplete().tolist()
+    assert list(opened.outlines()) == list(table.outlines())
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_an_opened_table_leads_to_the_bytes_of_every_picture(tmp_path: Path, scan_folders: Scan) -> None:
+    """In files with names that are no UTF-8, and in archives that are the directory or in one."""
+    folder, masks = tmp_path / os.fsdecode(b"\xff folder"), tmp_path / os.fsdecode(b"\xfe masks")
+    for inner in (folder, masks, masks / "zoo.tar"):
+        inner.mkdir()
+    contents = []
+    for number, name in enumerate((b"caf\xe9.png", b"fox.png")):
+        picture = save(noise(40 + 8 * number, 40), folder / os.fsdecode(name))
+        picture.with_suffix(".txt").write_text(f"caption {number}")
+        contents.append(picture.read_bytes())
+        shutil.copy(picture, masks)
+    with tarfile.open(folder / "zoo.tar", "w") as tar:
+        for member in ("fox.png", "fox.txt"):
+            tar.add(folder / member, member)
+    shutil.copy(folder / "fox.png", masks / "zoo.tar")
+    shutil.copy(folder / "zoo.tar", tmp_path / "alone.tar")
+    directories = [{"path": folder, "mask_path": masks, "recursive": True}, {"path": tmp_path / "alone.tar"}]
+    dataset = scan_folders(directory=directories)
+    assert dataset.bad_files == []
+    opened = ExampleTable.open(dataset.examples.save_in(tmp_path))
+    assert list(opened) == list(dataset.examples)
+    found = [(example.image.read(), example.captions, example.mask and example.mask.read()) for example in opened]
+    odd, fox = [(content, (f"caption {number}",), content) for number, content in enumerate(contents)]
+    assert sorted(found[:3]) == sorted([odd, fox, fox])
+    assert found[3:] == [(contents[1], ("caption 1",), None)]
+    assert [row for _, row, _ in opened.unhashed()] == [0, 1, 2, 3, 0, 1, 2]
+
+
+def test_a_part_of_a_table_that_was_opened_can_be_saved(tmp_path: Path) -> None:
+    opened = ExampleTable.open(mixed_table().save_in(tmp_path))
+    part = opened.where(np.arange(6) < 4)
+    assert list(ExampleTable.open(part.save_in(tmp_path))) == by_hand()[:4]
+    assert list(opened) == by_hand()
+
+
+def test_hashes_found_after_a_table_was_opened_change_its_file_for_nobody(tmp_path: Path) -> None:
+    path = mixed_table().save_in(tmp_path)
+    opened = ExampleTable.open(path)
+    opened.pictures.content[:] = 9
+    assert list(ExampleTable.open(path)) == by_hand()
+
+
+def test_a_file_is_named_after_all_that_is_in_it(tmp_path: Path) -> None:
+    changed = mixed_table()
+    changed.pictures.content[4] = 1
+    tables = [
+        *(make() for make in TABLES.values()),
+        changed,
+        table_of([Shown("ab", captions=("c",))]),
+        table_of([Shown("a", captions=("bc",))]),
+        table_of([Shown("a", captions=("bc",), directory=replace(DIRECTORY, repeats=1.5))]),
+        table_of([Shown("a", captions=("b", "c"))]),
+    ]
+    paths = [table.save_in(tmp_path) for table in tables]
+    assert len(set(paths)) == len(tables)
+    assert mixed_table().save_in(tmp_path) == paths[0]
+
+
+def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    before = mixed_table().save_in(tmp_path).stat()
+    after = mixed_table().save_in(tmp_path).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+# --- joining -----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_that_no_picture_needs_are_left_away() -> None:
+    plain = table_of([Shown("a.png"), Shown("b.png")]).pictures
+    for column in (plain.container, plain.start, plain.length, plain.mask, plain.control):
+        assert len(column) == 0
+    masked = table_of([Shown("a.png"), Shown("b.png", mask="b")]).pictures
+    assert masked.mask.tolist() == [NONE, 0]
+    assert len(masked.control) == 0
+
+
+def test_parts_are_joined_row_by_row() -> None:
+    whole = mixed_table().pictures
+    joined = joined_pictures([whole, whole])
+    assert len(joined) == 10
+    assert list(joined.names) == 2 * list(whole.names)
+    assert list(joined.captions) == 2 * list(whole.captions)
+    assert joined.first_caption.tolist() == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    assert joined.mask.tolist() == 2 * whole.mask.tolist()
+    assert len(joined_pictures([])) == 0
+    assert len(no_companions().paths) == 0
