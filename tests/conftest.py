@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_model import make_tiny_dataset, make_tiny_model
+from utils.data.readers import Readers
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of twelve captioned pictures. Read only: tests that change files write their own."""
     return make_tiny_dataset(tmp_path_factory.mktemp("tiny_dataset"))
+
+
+@pytest.fixture(scope="session")
+def readers() -> Iterator[Readers]:
+    """One process that reads pictures, started when it is first asked for one."""
+    with Readers(1) as started:
+        yield started

@@ -5,6 +5,7 @@ Most cases call `train.main()` here, with its exit caught and with a process gro
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,9 +20,10 @@ from safetensors.torch import save_file
 
 import train
 from tests.distributed.lab import Lab
-from tests.distributed.launch import newest_run, run_alone, run_deepspeed, run_torchrun
+from tests.distributed.launch import newest_run, run_alone, run_deepspeed, run_torchrun, start_ranks
 from tests.tiny_model import make_tiny_dataset, random_weights, tiny_shapes, write_experiment
 from utils.config.load import load_config
+from utils.dataset_report.gather import DATASET_REPORT
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,14 @@ class Bench:
         return Refusal(caught.value.code, self._capture.readouterr().err)
 
     def refused(self, experiment: Path, *arguments: str, world_size: int = 1) -> list[str]:
-        """The problems main() names; it must exit with 1 and leave no trace."""
+        """The problems main() names; it must exit with 1, and leave no trace unless it had to look at pictures: what it
+        found, the next start need not look for."""
         before = tree(self.folder)
         refusal = self.main("--config", str(experiment), *arguments, world_size=world_size)
         assert refusal.exit_code == 1, refusal.error
-        assert tree(self.folder) == before
+        memory = self.folder / "output" / "cache" / "files"
+        remembered = {str(path) for path in (memory, *memory.parents, *memory.glob("*.safetensors"))}
+        assert set(tree(self.folder)) - remembered == set(before) - remembered
         count = len(refusal.problems)
         assert f"This run cannot start; {count} problem{'s' if count > 1 else ''}:" in refusal.error
         return refusal.problems
@@ -397,7 +402,8 @@ def test_empty_dataset_folder_is_named(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_bad_file", ["error", "skip"])
 def test_missing_dataset_folder_is_refused_whatever_bad_files_do(bench: Bench, tmp_path: Path, on_bad_file: str) -> None:
     experiment = bench.experiment(pictures=tmp_path / "none", dataset_file={"on_bad_file": on_bad_file})
-    message = f"{experiment.with_name('dataset.toml')}: directory[0].path: {tmp_path / 'none'} is not a folder"
+    message = f"{experiment.with_name('dataset.toml')}: directory[0].path: {tmp_path / 'none'} is not a folder, "
+    message += "and no .tar or .parquet file"
     assert bench.only_problem(experiment) == message
 
 
@@ -420,7 +426,7 @@ def remove_caption(folder: Path) -> Path:
     ("spoil", "reason"),
     [
         (spoil_caption, "is not UTF-8: byte 3 is 0xe9"),
-        (cut_off, "cannot be decoded: "),
+        (cut_off, "is cut off"),
         (remove_caption, "has no caption: picture_004.txt is missing"),
     ],
 )
@@ -448,6 +454,9 @@ def test_bad_files_are_left_out_when_told_so(lab: Lab, pictures: Path) -> None:
     run = lab.run(2, experiment)
     for path in bad:
         assert run.output.count(f"left out: {path}: ") == 1
+    listed = [json.loads(line) for line in (experiment.parent / "output" / "bad_files.jsonl").read_text().splitlines()]
+    assert sorted(entry["path"] for entry in listed) == sorted(map(str, bad))
+    assert {entry["kind"] for entry in listed} == {"bad"}
     # Pictures 0, 4 and 5 are of three shapes, so each makes a step, filled up with itself.
     assert run.last_step == 3
 
@@ -520,7 +529,7 @@ def test_bad_input_exits_with_1(bench: Bench) -> None:
 def test_help_and_wrong_usage_exit_as_usual() -> None:
     shown = run_alone("--help")
     assert shown.exit_code == 0
-    assert all(option in shown.output for option in ("--config", "--check", "--resume", "--set"))
+    assert all(option in shown.output for option in ("--config", "--check", "--cache-only", "--report", "--resume", "--set"))
     assert "local_rank" not in shown.output
     wrong = run_alone("--confg", "x.toml")
     assert wrong.exit_code == 2
@@ -541,6 +550,56 @@ def test_check_says_what_would_happen_and_writes_nothing(bench: Bench) -> None:
 
 def test_check_of_a_wrong_experiment_exits_with_1(bench: Bench) -> None:
     assert len(bench.refused(bench.experiment(sead=1), "--check")) == 1
+
+
+# --- only the cache ----------------------------------------------------------------------------------------------------
+
+
+def shards(cache: Path) -> dict[Path, int]:
+    """Every shard with its time of change."""
+    return {path: path.stat().st_mtime_ns for path in cache.glob("*/*/*.safetensors")}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("option", ["--cache-only", "--report"])
+def test_the_cache_alone_is_filled_and_a_run_after_it_encodes_nothing(lab: Lab, option: str) -> None:
+    experiment = lab.experiment({"cache_dir": None, "max_steps": 2})
+    output = experiment.parent / "output"
+    finished = lab.finish(2, experiment, option)
+    assert finished.exit_code == 0, finished.output
+    assert {path.name for path in output.iterdir()} == {"cache", DATASET_REPORT}, "and no run folder"
+    assert "a yellow circle" in (output / DATASET_REPORT).read_text(encoding="utf-8")
+    before = shards(output / "cache")
+    assert {path.parents[1].name.rpartition("-")[0] for path in before} == {"vae", "clip_l", "clip_g", "t5xxl"}
+    run = lab.run(2, experiment)
+    assert "cache: everything is there" in run.output
+    assert "caching " not in run.output
+    assert shards(output / "cache") == before
+    assert run.last_step == 2
+
+
+@pytest.mark.distributed
+def test_a_report_that_is_asked_for_is_written_anew_though_everything_is_there(lab: Lab) -> None:
+    experiment = lab.experiment({"cache_dir": None, "max_steps": 2})
+    page = experiment.parent / "output" / DATASET_REPORT
+    assert lab.finish(1, experiment, "--cache-only").exit_code == 0
+    page.write_text("an old page")
+    assert lab.finish(1, experiment, "--cache-only").exit_code == 0
+    assert page.read_text() == "an old page", "nothing has changed since"
+    assert lab.finish(1, experiment, "--report").exit_code == 0
+    assert page.read_text() != "an old page"
+
+
+@pytest.mark.distributed
+def test_a_cache_without_room_refuses_the_run_by_name(lab: Lab) -> None:
+    experiment = lab.experiment({"cache_dir": None, "max_steps": 2})
+    log = experiment.parent / "log.txt"
+    finished = start_ranks(2, ["--config", str(experiment)], log, "tests.distributed.full_disk_ranks").wait()
+    assert finished.exit_code == 1
+    assert finished.output.count("what is to be encoded takes") == 1
+    assert f"{experiment}, line" in finished.output or f"{experiment}: cache_dir: " in finished.output
+    assert "Traceback" not in finished.output
+    assert not shards(experiment.parent / "output" / "cache")
 
 
 # --- what a run leaves -------------------------------------------------------------------------------------------------

@@ -99,8 +99,10 @@ class SD3TextEncoder(TextEncoder):
         places = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
         if len(places) <= self.num_tokens:
             return len(places), len(caption)
-        # The last token read is the end token; before it comes as much of the caption as there is room for.
-        return len(places), max((end for _, end in places[: self.num_tokens - 1]), default=0)
+        # The last token read is the end token; before it comes as much of the caption as there is room for. T5's token of
+        # a space alone claims the letter behind it, which is the next token's.
+        first_unread = places[self.num_tokens - 1][0]
+        return len(places), min(first_unread, max((end for _, end in places[: self.num_tokens - 1]), default=0))
 
 
 def _run_clip(model: Any, ids: Tensor, projects: bool) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import make_tiny_dataset, write_picture
 from utils import rectified_flow
 from utils.checkpoint import step_folder
-from utils.data.precompute import EncodedData, make_plan
+from utils.data.cache_plan import CacheSettings, make_plan
+from utils.data.encoded import EncodedData
 from utils.distributed import World
 from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
@@ -84,14 +85,14 @@ def file_of(run: Run) -> str:
 
 def panel_of(run: Run, *overrides: str) -> tuple[ModelAdapter, EncodedData, list[PanelEntry]]:
     """The run's network, or another with overrides; its cache; its panel."""
-    experiment = prepare(run.experiment, overrides, None, World(0, 0, 1, 1), any_size=True)
+    experiment = prepare(run.experiment, overrides, None, World(0, 0, 1, 1), only_look=True)
     config = experiment.config.experiment
-    examples = [example for members in experiment.eval_sets.values() for example in members]
-    captions = sorted({example.caption for example in examples})
-    plan = make_plan(experiment.adapter, examples, captions, config.cache_folder)
-    assert not plan.images.missing
+    tables = list(experiment.eval_sets.values())
+    assert not any(table.num_unhashed() for table in tables), "the run remembers them"
+    plan = make_plan(experiment.adapter, tables, [], CacheSettings(config.cache_folder, posterior=False, text_dtype=None))
+    assert plan.num_bytes == 0, "everything is there"
     panel = make_panel(experiment.eval_sets, NUM_BANDS, config.seed, Objective(config.objective).shift_at)
-    return experiment.adapter, EncodedData(plan), panel
+    return experiment.adapter, EncodedData(plan.folders), panel
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def direct_losses(run: Run, network: Path, seed: int = 7, additive: bool = False
         noise = noise_of(entry, tuple(latents.shape[1:]), seed)[None]
         sigma = torch.tensor([entry.sigma])
         noisy = rectified_flow.add_noise(latents, noise, sigma)
-        text = {name: tensor[None] for name, tensor in data.text(entry.example.caption).items()}
+        text = {name: tensor[None] for name, tensor in data.text(entry.example.caption()).items()}
         carried: Any = adapter.network_inputs(noisy, sigma, text)
         for layer in layers:
             carried = layer(carried)

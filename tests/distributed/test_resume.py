@@ -17,6 +17,7 @@ from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert
 from tests.tiny_model import make_tiny_dataset
 from utils.checkpoint import find_checkpoints
 from utils.config.load import ConfigError
+from utils.data.cache.shards import KEYS
 from utils.distributed import World
 from utils.preflight import Experiment, prepare
 
@@ -120,11 +121,15 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(lab: Lab) -> None:
 
 
 def cached(cache: Path) -> dict[str, Tensor]:
-    """Everything in the cache: folder/name -> tensor. An entry may stand in one shard only."""
+    """Everything in the cache: encoder/size/key/name -> tensor. An entry may stand in one shard only."""
     tensors: dict[str, Tensor] = {}
-    for shard in cache.glob("*/*.safetensors"):
-        for name, tensor in load_file(shard).items():
-            assert tensors.setdefault(f"{shard.parent.name}/{name}", tensor) is tensor, "encoded twice"
+    for shard in cache.glob("*/*/*.safetensors"):
+        stacked = load_file(shard)
+        for row, key in enumerate(stacked.pop(KEYS)):
+            for name, column in stacked.items():
+                place = f"{shard.parent.relative_to(cache)}/{key.numpy().tobytes().hex()}/{name}"
+                assert place not in tensors, "encoded twice"
+                tensors[place] = column[row]
     return tensors
 
 
@@ -135,8 +140,8 @@ def test_killed_caching_pass_goes_on_as_if_nothing_had_happened(lab: Lab, tmp_pa
     experiment = lab.experiment(own_cache, dataset)
     cache = experiment.parent / "output" / "cache"
 
-    lab.start(2, experiment).kill_when(lambda: bool(list(cache.glob("vae-*"))))
-    lab.start(2, experiment, "--resume").kill_when(lambda: bool(list(cache.glob("vae-*/*.safetensors"))))
+    lab.start(2, experiment).kill_when(lambda: bool(list(cache.glob("writers/*.lock"))))
+    lab.start(2, experiment, "--resume").kill_when(lambda: bool(list(cache.glob("vae-*/*/*.safetensors"))))
     assert len(list(cache.glob("*-*"))) < 4, "some encoder's turn had not come"
     resumed = lab.run(2, experiment, "--resume")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ def as_tensor(value: object) -> Tensor:
 DRAWS: dict[str, Draw] = {
     "normal": lambda seed, *key: randomness.normal(seed, *key, shape=(5,)),
     "uniform": lambda seed, *key: as_tensor(randomness.uniform(seed, *key)),
+    "fraction": lambda seed, *key: as_tensor(randomness.fraction(seed, *key)),
     "integers": lambda seed, *key: randomness.integers(seed, *key, high=1000, shape=(5,)),
     "permutation": lambda seed, *key: as_tensor(randomness.permutation(seed, *key, length=20)),
     "kaiming_uniform": lambda seed, *key: randomness.kaiming_uniform(seed, *key, shape=(3, 4)),
@@ -65,22 +68,26 @@ def test_draws_neither_read_nor_move_torch_s_generator(name: str) -> None:
 
 def test_known_draws_stay_what_they_are() -> None:
     """A change here silently changes every run and every resumed one."""
-    assert randomness.permutation(7, "example order", 0, "32x32", 0, length=6) == GOLDEN_PERMUTATION
+    assert randomness.permutation(7, "example order", 0, "32x32", 0, length=6).tolist() == GOLDEN_PERMUTATION
+    assert randomness.fraction(7, "hold out", "0/a.png") == GOLDEN_FRACTION
     assert randomness.uniform(7, "time", "0/a.png@32", 0, 0) == GOLDEN_UNIFORM
     torch.testing.assert_close(
         randomness.normal(7, "noise", "0/a.png@32", 0, 0, shape=(3,)), torch.tensor(GOLDEN_NORMAL), rtol=0, atol=1e-6
     )
 
 
-# python -c "from utils.randomness import *; print(permutation(7, 'example order', 0, '32x32', 0, length=6),
-#   uniform(7, 'time', '0/a.png@32', 0, 0), normal(7, 'noise', '0/a.png@32', 0, 0, shape=(3,)).tolist())"
+# python -c "from utils.randomness import *; print(permutation(7, 'example order', 0, '32x32', 0, length=6).tolist(),
+#   fraction(7, 'hold out', '0/a.png'), uniform(7, 'time', '0/a.png@32', 0, 0),
+#   normal(7, 'noise', '0/a.png@32', 0, 0, shape=(3,)).tolist())"
 GOLDEN_PERMUTATION = [4, 5, 0, 3, 1, 2]
+GOLDEN_FRACTION = 0.1898770381548328
 GOLDEN_UNIFORM = 0.6501398288577676
 GOLDEN_NORMAL = [0.19407208263874054, -1.4029022455215454, -1.0226882696151733]
 
 
-def test_uniform_draws_lie_strictly_inside_their_range_and_fill_it() -> None:
-    drawn = torch.tensor([randomness.uniform(0, "time", index) for index in range(4000)], dtype=torch.float64)
+@pytest.mark.parametrize("draw", [randomness.uniform, randomness.fraction])
+def test_uniform_draws_lie_strictly_inside_their_range_and_fill_it(draw: Callable[..., float]) -> None:
+    drawn = torch.tensor([draw(0, "time", index) for index in range(4000)], dtype=torch.float64)
     assert ((drawn > 0) & (drawn < 1)).all()
     expected = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     assert (drawn.sort().values - expected).abs().max() < 1.63 / math.sqrt(4000)
@@ -96,6 +103,18 @@ def test_the_ends_of_a_uniform_draw_cannot_be_reached(monkeypatch: pytest.Monkey
     assert 0 < randomness.uniform(0, "time") < 1
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0, 0.0), (2**64 - 1, 1 - 2**-53), (2**63, 0.5), (2**11, 2**-53)])
+def test_a_fraction_can_be_zero_and_never_one(monkeypatch: pytest.MonkeyPatch, number: int, expected: float) -> None:
+    monkeypatch.setattr(randomness, "_number", lambda *_key: number)
+    assert randomness.fraction(0, "hold out") == expected
+
+
+def test_a_key_may_be_a_name_that_is_no_utf8() -> None:
+    names = [os.fsdecode(name) for name in (b"\xff.png", b"\xfe.png")]
+    assert len({randomness.fraction(0, "crop", name) for name in names}) == 2
+    assert len({randomness.uniform(0, "time", name) for name in names}) == 2
+
+
 def test_normal_draws_have_mean_zero_and_variance_one() -> None:
     drawn = randomness.normal(0, "noise", shape=(100_000,))
     assert drawn.dtype == torch.float32
@@ -105,7 +124,9 @@ def test_normal_draws_have_mean_zero_and_variance_one() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 17])
 def test_a_permutation_has_every_number_once(length: int) -> None:
-    assert sorted(randomness.permutation(0, "order", length=length)) == list(range(length))
+    drawn = randomness.permutation(0, "order", length=length)
+    assert drawn.dtype == np.int64
+    assert sorted(drawn.tolist()) == list(range(length))
 
 
 def test_kaiming_uniform_has_the_spread_of_a_fresh_linear() -> None:

@@ -48,7 +48,7 @@ from utils.data.cache_plan import (
 from utils.data.dataset import ContentMemory
 from utils.data.encoded import EncodedData, caption_key, latents_key, mask_key
 from utils.data.examples import Example, ExampleTable, Unhashed
-from utils.data.images import BadFile
+from utils.data.images import CONTENT_BYTES, BadFile
 from utils.data.masks import MaskEncoder
 from utils.data.readers import Readers
 from utils.data.text_storage import pack
@@ -170,7 +170,7 @@ def _decide(adapter: ModelAdapter, run_data: RunData, settings: CacheSettings, r
 def _copies(tables: Sequence[ExampleTable]) -> list[str]:
     """Whether pictures of later tables, which are only measured, are byte for byte in the first, which is trained on."""
     trained, *measured = (map(bytes, table.pictures.content[np.unique(table.rows[:, 0])]) for table in tables)
-    wanted = {content for contents in measured for content in contents}
+    wanted = {content for contents in measured for content in contents} - {bytes(CONTENT_BYTES)}  # of files that are unread
     both = {content for content in trained if content in wanted} if wanted else ()
     return [f"note: {len(both)} pictures of evaluation sets are copies of pictures that are trained on"] if both else []
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import EncodedItem
+from models.base import LENGTH, EncodedItem
 from models.sd3 import text_encoders
 from models.sd3.adapter import SD3Adapter
 from models.sd3.settings import SD3Settings
@@ -171,11 +171,61 @@ def test_padding_length_changes_what_is_encoded_so_it_is_part_of_the_identity(ti
 
 def test_encoded_tensors_have_the_training_precision(tiny_model: Path) -> None:
     for encoder in encoders_of(settings_for(tiny_model, dtype="bfloat16")):
-        for tensor in encoder.load(CPU)(["a red fox"])[0].values():
+        item = encoder.load(CPU)(["a red fox"])[0]
+        assert encoder.dtype == torch.bfloat16
+        for tensor in (value for name, value in item.items() if name != LENGTH):
             assert tensor.dtype == torch.bfloat16
             assert tensor.isfinite().all()
             assert tensor.device == CPU
             assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize(("clip_length", "t5_length"), [(77, 64), (8, 16)])
+def test_shapes_are_those_of_what_comes_out(tiny_model: Path, clip_length: int, t5_length: int) -> None:
+    settings = settings_for(tiny_model, clip_max_token_length=clip_length, t5xxl_max_token_length=t5_length)
+    for encoder in encoders_of(settings):
+        assert encoder.num_tokens == (t5_length if encoder.name == "t5xxl" else clip_length)
+        for item in encoder.load(CPU)(CAPTIONS):
+            assert {name: tuple(value.shape) for name, value in item.items() if name != LENGTH} == encoder.shapes
+            assert (item[LENGTH].dtype, item[LENGTH].shape) == (torch.int32, (2,))
+
+
+def lengths(encoder: SD3TextEncoder, *captions: str) -> list[list[int]]:
+    """Of each caption [tokens, characters that are read]."""
+    return [item[LENGTH].tolist() for item in encoder.load(CPU)(captions)]
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_caption_s_length_is_its_tokens_special_ones_included(tiny_model: Path, index: int) -> None:
+    """Counted by the tokenizer's own words, cut or not."""
+    for num_tokens in (77, 5):
+        settings = settings_for(tiny_model, clip_max_token_length=num_tokens, t5xxl_max_token_length=num_tokens)
+        encoder = encoders_of(settings)[index]
+        tokenizer = encoder._load_tokenizer()
+        for caption, (tokens, characters) in zip(CAPTIONS, lengths(encoder, *CAPTIONS), strict=True):
+            assert tokens == len(tokenizer(caption)["input_ids"])
+            assert 0 <= characters <= len(caption)
+            assert (characters == len(caption)) == (tokens <= num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 6, 7, 10, 15, 17])
+def test_what_is_read_of_a_long_caption_is_what_its_tokens_stand_for(tiny_model: Path, num_tokens: int) -> None:
+    """Decoded, they are its beginning, also where a word is cut in two."""
+    caption = "a photograph of an extraordinarily fluffy fox, sitting on a mossy boulder in the rain; quite alone, at noon"
+    settings = settings_for(tiny_model, clip_max_token_length=num_tokens, t5xxl_max_token_length=num_tokens)
+    for encoder in encoders_of(settings):
+        tokenizer = encoder._load_tokenizer()
+        tokens, characters = encoder._length(tokenizer, caption)
+        assert tokens > num_tokens
+        read = encoder._token_ids(tokenizer, caption)[: num_tokens - 1]
+        decoded = tokenizer.decode(read, skip_special_tokens=True)
+        assert "".join(decoded.split()) == "".join(caption[:characters].split())
+
+
+def test_where_there_is_room_for_the_end_token_only_nothing_is_read(tiny_model: Path) -> None:
+    settings = settings_for(tiny_model, clip_max_token_length=3, t5xxl_max_token_length=1)
+    *_, t5xxl = encoders_of(settings)
+    assert lengths(t5xxl, "a fox", "") == [[len(t5xxl._load_tokenizer()("a fox")["input_ids"]), 0], [1, 0]]
 
 
 def test_identity_names_weights_config_and_tokenizer(tiny_model: Path) -> None:

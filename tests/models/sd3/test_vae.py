@@ -49,6 +49,32 @@ def test_latents_are_the_shifted_and_scaled_mean(tiny_model: Path, autoencoder: 
     assert torch.equal(item["latents"], (mean - SHIFT) * SCALE)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
+def test_the_deviation_is_the_posterior_s_in_the_scale_of_the_latents(
+    tiny_model: Path, autoencoder: Any, height: int, width: int
+) -> None:
+    pixels = picture(height, width)
+    (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
+    with torch.no_grad():
+        posterior = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist
+    assert set(item) == {"latents", "deviation"}
+    assert item["deviation"].shape == item["latents"].shape
+    assert item["deviation"].dtype == torch.float32
+    assert torch.equal(item["deviation"], posterior.std[0] * SCALE)
+    assert item["deviation"].min() > 0
+
+
+def test_a_sample_of_mean_and_deviation_is_diffusers_sample(tiny_model: Path, autoencoder: Any) -> None:
+    """Of the same normal numbers."""
+    pixels = picture(32, 32)
+    (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
+    with torch.no_grad():
+        posterior = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist
+    expected = (posterior.sample(torch.Generator().manual_seed(3))[0] - SHIFT) * SCALE
+    noise = torch.randn((1, NUM_CHANNELS, 4, 4), generator=torch.Generator().manual_seed(3))[0]
+    torch.testing.assert_close(item["latents"] + item["deviation"] * noise, expected)
+
+
 def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_path: Path) -> None:
     config = (tiny_model / "vae" / "config.json").read_text()
     folder = linked_copy(tiny_model / "vae", tmp_path / "vae")
@@ -59,6 +85,7 @@ def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_pat
     )
     mean = released["latents"] / SCALE + SHIFT
     torch.testing.assert_close(ours["latents"], (mean + 0.25) * 0.75)
+    torch.testing.assert_close(ours["deviation"], released["deviation"] / SCALE * 0.75)
 
 
 def test_a_picture_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> None:
@@ -66,7 +93,7 @@ def test_a_picture_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> N
     pictures = [picture(16, 32, seed) for seed in range(3)]
     together = encode(pictures)
     for ours, single in zip(together, (encode([one])[0] for one in pictures), strict=True):
-        assert torch.equal(ours["latents"], single["latents"])
+        assert all(torch.equal(ours[name], single[name]) for name in ("latents", "deviation"))
 
 
 def test_decoded_pixels_are_the_inverse_chain(tiny_model: Path, autoencoder: Any) -> None:

@@ -148,7 +148,7 @@ def test_the_new_tables_survive_the_resolved_copy(tmp_path: Path) -> None:
     sets = [{"name": "other", "dataset": str(tmp_path / "dataset.toml")}]
     objective = {"preset": "sd3_paper", "encoder_dropout_rate": {"clip_l": 0.2}}
     config = load(tmp_path, sampling=sampling, objective=objective, eval={"holdout_images": 3, "sets": sets}).experiment
-    other = DatasetConfig(**toml.loads((tmp_path / "dataset.toml").read_text()))
+    other = DatasetConfig.model_validate(toml.loads((tmp_path / "dataset.toml").read_text()))
     (tmp_path / "dataset.toml").write_text(dump_toml(other))
     assert load(tmp_path, eval={"sets": sets}, dataset_file=toml.loads(dump_toml(other))).eval_sets == {"other": other}
     copied = toml.loads(dump_toml(config))

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
+from tests.utils.data.tables import DIRECTORY, pictures_of, table_of
+from utils.data import batches as batches_module
 from utils.data.batches import BatchOrder, Visit
-from utils.data.buckets import Bucket, crop_box
-from utils.data.dataset import Example
+from utils.data.buckets import Bucket
+from utils.data.examples import Example, ExampleTable, empty_table
 
 SQUARE, WIDE, TALL = Bucket(32, 32), Bucket(48, 16), Bucket(16, 48)
 
 
-def make_examples(counts: dict[Bucket, int], repeats: int = 1) -> list[Example]:
-    return [
-        Example(f"0/{bucket}-{index}.png@32", Path(f"{bucket}-{index}.png"), "a fox", crop_box(40, 40, bucket), repeats)
-        for bucket, count in counts.items()
-        for index in range(count)
-    ]
+def make_examples(counts: dict[Bucket, int], repeats: float = 1) -> ExampleTable:
+    return table_of(pictures_of(counts, replace(DIRECTORY, repeats=repeats)))
 
 
-EXAMPLES = make_examples({SQUARE: 13, WIDE: 5, TALL: 1})
+COUNTS = {SQUARE: 13, WIDE: 5, TALL: 1}
+EXAMPLES = make_examples(COUNTS)
 
 
 def epoch_of(order: BatchOrder, epoch: int) -> list[list[Visit]]:
@@ -33,6 +32,11 @@ def epoch_of(order: BatchOrder, epoch: int) -> list[list[Visit]]:
 
 def keys(batches: list[list[Visit]]) -> list[str]:
     return [visit.example.key for batch in batches for visit in batch]
+
+
+def showings(order: BatchOrder, num_epochs: int) -> Counter[str]:
+    """How often each example is shown in the first epochs."""
+    return Counter(key for epoch in range(num_epochs) for key in keys(epoch_of(order, epoch)))
 
 
 @pytest.mark.parametrize("global_batch", [1, 2, 4, 7, 32])
@@ -49,6 +53,17 @@ def test_an_epoch_holds_whole_batches_and_as_many_fillers_as_announced(global_ba
     assert {len(batch) for batch in batches} == {global_batch}
     assert len(keys(batches)) - len(EXAMPLES) == order.num_fillers
     assert order.steps_per_epoch == sum(-(-count // global_batch) for count in (13, 5, 1))
+
+
+@pytest.mark.parametrize("repeats", [1, 2.5])
+def test_each_bucket_s_showings_and_fillers_are_what_is_announced(repeats: float) -> None:
+    order = BatchOrder(make_examples(COUNTS, repeats), 4, seed=3)
+    shown = Counter(visit.example.bucket for batch in epoch_of(order, 1) for visit in batch)
+    assert {bucket: count for bucket, (count, _) in order.bucket_showings().items()} == shown
+    fillers = {bucket: count for bucket, (_, count) in order.bucket_showings().items()}
+    assert sum(fillers.values()) == order.num_fillers
+    slots = {1: {SQUARE: 13, WIDE: 5, TALL: 1}, 2.5: {SQUARE: 32, WIDE: 12, TALL: 2}}[repeats]
+    assert fillers == {bucket: shown[bucket] - slots[bucket] for bucket in COUNTS}
 
 
 @pytest.mark.parametrize("global_batch", [2, 4, 7, 32])
@@ -88,20 +103,70 @@ def test_buckets_come_in_another_order_in_every_epoch() -> None:
     assert len(set(shapes)) == 4
 
 
-def test_order_is_a_function_of_seed_and_step() -> None:
-    straight = BatchOrder(EXAMPLES, 4, seed=3)
-    wanted = [straight.global_batch(step) for step in range(20)]
-    jumping = BatchOrder(EXAMPLES, 4, seed=3)
-    for step in (17, 2, 9, 0, 19, 5):
+@pytest.mark.parametrize("repeats", [1, 2.5])
+def test_order_is_a_function_of_seed_and_step(repeats: float) -> None:
+    examples = make_examples(COUNTS, repeats)
+    straight = BatchOrder(examples, 4, seed=3)
+    wanted = [straight.global_batch(step) for step in range(30)]
+    jumping = BatchOrder(examples, 4, seed=3)
+    for step in (17, 2, 29, 9, 0, 19, 5):
         assert jumping.global_batch(step) == wanted[step]
-    assert [BatchOrder(EXAMPLES, 4, seed=4).global_batch(step) for step in range(20)] != wanted
+    assert [BatchOrder(examples, 4, seed=4).global_batch(step) for step in range(30)] != wanted
 
 
-def test_order_does_not_depend_on_the_order_of_buckets() -> None:
+@pytest.mark.parametrize("repeats", [1, 2.5])
+def test_order_does_not_depend_on_the_order_of_buckets(repeats: float) -> None:
     """Examples of one bucket keep their order; a new folder of another shape does not reshuffle it."""
-    again = sorted(EXAMPLES, key=lambda example: example.bucket != TALL)
-    first, second = BatchOrder(EXAMPLES, 4, seed=3), BatchOrder(again, 4, seed=3)
-    assert [first.global_batch(step) for step in range(8)] == [second.global_batch(step) for step in range(8)]
+    pictures = pictures_of(COUNTS, replace(DIRECTORY, repeats=repeats))
+    again = sorted(pictures, key=lambda picture: picture.bucket != TALL)
+    assert again != pictures
+    first, second = BatchOrder(table_of(pictures), 4, seed=3), BatchOrder(table_of(again), 4, seed=3)
+    assert [first.global_batch(step) for step in range(30)] == [second.global_batch(step) for step in range(30)]
+
+
+def test_a_bucket_without_examples_changes_nothing() -> None:
+    """The table has those of every resolution, whether a picture fits or not."""
+    table = table_of(pictures_of({SQUARE: 3}))
+    wider = ExampleTable(
+        table.directories, [], [WIDE, *table.buckets], table.pictures, table.masks, table.controls, table.rows + [0, 0, 1]
+    )
+    first, second = BatchOrder(table, 2, seed=3), BatchOrder(wider, 2, seed=3)
+    assert [first.global_batch(step) for step in range(6)] == [second.global_batch(step) for step in range(6)]
+
+
+@pytest.mark.parametrize("num_pictures", [40, 4000])
+def test_a_step_makes_the_examples_of_its_batch_and_no_others(monkeypatch: pytest.MonkeyPatch, num_pictures: int) -> None:
+    table = make_examples({SQUARE: num_pictures, WIDE: 5}, repeats=2.5)
+    made: list[int | slice] = []
+    real_getitem = ExampleTable.__getitem__
+
+    def count(self: ExampleTable, index: int) -> Example:
+        made.append(index)
+        return real_getitem(self, index)
+
+    monkeypatch.setattr(ExampleTable, "__getitem__", count)
+    monkeypatch.setattr(ExampleTable, "__iter__", None)
+    order = BatchOrder(table, 8, seed=0)
+    for num_steps, step in enumerate((0, 1, order.steps_per_epoch - 1, order.steps_per_epoch, 0), start=1):
+        order.global_batch(step)
+        assert len(made) == 8 * num_steps
+
+
+def test_an_epoch_is_arranged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    real_permutation = batches_module.randomness.permutation
+
+    def count(seed: int, purpose: str, *key: str | int, length: int) -> object:
+        drawn.append(length)
+        return real_permutation(seed, purpose, *key, length=length)
+
+    monkeypatch.setattr(batches_module.randomness, "permutation", count)
+    order = BatchOrder(make_examples({SQUARE: 13}), 4, seed=3)
+    epoch_of(order, 0)
+    assert drawn == [13, 13, 4], "the bucket's slots, its fillers, the batches"
+
+
+# --- repeats -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 7])
@@ -113,23 +178,82 @@ def test_repeats_are_shown_as_often_as_asked_for(global_batch: int) -> None:
     assert sum(counts.values()) == 18 + order.num_fillers
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_no_two_visits_of_an_epoch_are_the_same(repeats: int) -> None:
+def test_of_two_and_a_half_repeats_each_example_has_five_in_two_epochs() -> None:
+    order = BatchOrder(make_examples({SQUARE: 6}, repeats=2.5), 1, seed=1)
+    assert order.num_fillers == 0
+    for epoch in range(4):
+        counts = Counter(keys(epoch_of(order, epoch)))
+        assert sorted(counts.values()) == [2, 2, 2, 3, 3, 3], "half of them a third time, in each epoch"
+    assert set(showings(order, 2).values()) == {5}
+    assert set(showings(order, 4).values()) == {10}
+
+
+def test_of_a_quarter_of_a_repeat_each_example_is_shown_once_in_four_epochs() -> None:
+    order = BatchOrder(make_examples({SQUARE: 8}, repeats=0.25), 1, seed=1)
+    assert order.steps_per_epoch == 2
+    epochs = [set(keys(epoch_of(order, epoch))) for epoch in range(8)]
+    assert all(len(names) == 2 for names in epochs)
+    assert len(set.union(*epochs[:4])) == len(set.union(*epochs[4:])) == 8
+    assert epochs[:4] == epochs[4:]
+
+
+@pytest.mark.parametrize("repeats", [0.1, 0.25, 0.5, 1, 1.3, 2.5, 2.9])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_every_epoch_is_as_long_and_shares_out_what_is_no_whole_number(repeats: float, count: int) -> None:
+    order = BatchOrder(make_examples({SQUARE: count}, repeats), 1, seed=5)
+    length = order.steps_per_epoch
+    extra = length - int(repeats) * count
+    assert abs(length - repeats * count) <= 0.5 or extra == 1, "rounded, but no part of a showing to nothing"
+    for num_epochs in (1, 2, 7, 20):
+        counts = showings(order, num_epochs)
+        assert sum(counts.values()) == num_epochs * length
+        shown = [counts[example.key] for example in order._examples]
+        assert max(shown) - min(shown) <= 1, "nobody is ahead of anybody by more than one"
+
+
+def test_which_examples_are_shown_once_more_depends_on_the_seed() -> None:
+    orders = [BatchOrder(make_examples({SQUARE: 16}, repeats=1.5), 1, seed) for seed in range(2)]
+    often = [{key for key, count in showings(order, 1).items() if count == 2} for order in orders]
+    assert often[0] != often[1]
+    assert len(often[0]) == len(often[1]) == 8
+
+
+@pytest.mark.parametrize("repeats", [0.25, 1, 2.5, 3])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_no_two_visits_of_an_epoch_are_the_same(repeats: float, epoch: int) -> None:
     """Else a repeat would be shown with the noise and time it had before."""
-    batches = epoch_of(BatchOrder(make_examples({SQUARE: 5, TALL: 1}, repeats), 8, seed=0), 2)
+    pictures = pictures_of({SQUARE: 5, TALL: 1}, replace(DIRECTORY, repeats=repeats))
+    pictures += pictures_of({SQUARE: 3}, replace(DIRECTORY, place="1", repeats=1.5))
+    batches = epoch_of(BatchOrder(table_of(pictures), 16, seed=0), epoch)
     visits = [(visit.example.key, visit.epoch, visit.occurrence) for batch in batches for visit in batch]
     assert len(set(visits)) == len(visits)
-    assert {epoch for _, epoch, _ in visits} == {2}
-    for key, count in Counter(key for key, _, _ in visits).items():
-        assert sorted(occurrence for name, _, occurrence in visits if name == key) == list(range(count))
+    assert {number for _, number, _ in visits} == {epoch}
+    assert max(Counter(key for key, _, _ in visits).values()) > 2, "there are fillers among them"
+    for name in {key for key, _, _ in visits}:
+        assert any(occurrence == 0 for key, _, occurrence in visits if key == name) or repeats < 1
 
 
 def test_an_example_of_many_repeats_keeps_its_share() -> None:
-    examples = make_examples({SQUARE: 4}) + [
-        Example("1/often.png@32", Path("often.png"), "often", crop_box(40, 40, SQUARE), 8),
+    pictures = pictures_of({SQUARE: 4}) + pictures_of({SQUARE: 1}, replace(DIRECTORY, place="1", repeats=8))
+    counts = Counter(keys(epoch_of(BatchOrder(table_of(pictures), 4, seed=0), 0)))
+    assert counts["1/32x32-0.png@32"] == 8
+    assert set(counts.values()) == {1, 8}
+
+
+def test_directories_of_unlike_repeats_share_a_bucket() -> None:
+    pictures = [
+        picture
+        for place, repeats in enumerate((0.5, 1, 2.5))
+        for picture in pictures_of({SQUARE: 4}, replace(DIRECTORY, place=str(place), repeats=repeats))
     ]
-    counts = Counter(keys(epoch_of(BatchOrder(examples, 4, seed=0), 0)))
-    assert counts["1/often.png@32"] == 8
+    order = BatchOrder(table_of(pictures), 2, seed=0)
+    assert order.num_fillers == 0
+    counts = showings(order, 2)
+    assert {(key[0], count) for key, count in counts.items()} == {("0", 1), ("1", 2), ("2", 5)}
+    assert any(len({key[0] for key in keys([batch])}) > 1 for batch in epoch_of(order, 0)), "in one batch too"
+
+
+# --- ends --------------------------------------------------------------------------------------------------------------
 
 
 def test_first_step_of_an_epoch_follows_the_last_of_the_one_before() -> None:
@@ -141,4 +265,4 @@ def test_first_step_of_an_epoch_follows_the_last_of_the_one_before() -> None:
 
 def test_no_examples_are_refused() -> None:
     with pytest.raises(ValueError, match="no examples"):
-        BatchOrder([], 4, seed=0)
+        BatchOrder(empty_table(), 4, seed=0)

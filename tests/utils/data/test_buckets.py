@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 
-from utils.data.buckets import Bucket, bucket_of_ratio, crop_box, make_buckets, nearest_bucket
+from utils.data.buckets import Bucket, bucket_of_ratio, crop_box, make_buckets, nearest_buckets
 
 MULTIPLE = 16
 SIZES = [(640, 427), (427, 640), (1000, 872), (512, 512), (33, 400), (4000, 31), (1, 1), (17, 16), (1411, 1411), (100, 37)]
+
+
+def nearest_bucket(width: int, height: int, buckets: list[Bucket]) -> Bucket:
+    """Of one picture."""
+    (place,) = nearest_buckets(np.array([[width, height]]), buckets).tolist()
+    return buckets[place]
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 1024])
@@ -71,10 +79,28 @@ def test_nearest_bucket_does_not_depend_on_the_order_given() -> None:
     assert nearest_bucket(10, 10, buckets) == nearest_bucket(10, 10, buckets[::-1])
 
 
+def test_a_tie_goes_to_the_bucket_that_is_smaller_in_order() -> None:
+    assert nearest_bucket(10, 10, [Bucket(64, 32), Bucket(32, 64)]) == Bucket(32, 64)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float64])
+def test_many_pictures_get_the_buckets_that_each_gets_alone(dtype: type) -> None:
+    buckets = make_buckets(256, 0.5, 2.0, 7, 16)
+    together = nearest_buckets(np.array(SIZES, dtype), buckets)
+    assert [buckets[place] for place in together.tolist()] == [nearest_bucket(*size, buckets) for size in SIZES]
+    assert nearest_buckets(np.zeros((0, 2), dtype), buckets).tolist() == []
+
+
+PLACES = [None, 0.0, 0.3, 0.5, 1 - 2**-53]
+
+
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(16, 48), Bucket(1024, 512)])
-def test_the_picture_covers_its_bucket_and_keeps_its_shape(width: int, height: int, bucket: Bucket) -> None:
-    box = crop_box(width, height, bucket)
+@pytest.mark.parametrize("place", PLACES)
+def test_the_picture_covers_its_bucket_and_keeps_its_shape(
+    width: int, height: int, bucket: Bucket, place: float | None
+) -> None:
+    box = crop_box(width, height, bucket, place)
     assert box.left >= 0
     assert box.top >= 0
     assert box.left + bucket.width <= box.resized_width
@@ -83,16 +109,34 @@ def test_the_picture_covers_its_bucket_and_keeps_its_shape(width: int, height: i
     scale = max(bucket.width / width, bucket.height / height)
     assert abs(box.resized_width - width * scale) <= 0.5
     assert abs(box.resized_height - height * scale) <= 0.5
-    assert abs((box.resized_width - bucket.width) - 2 * box.left) <= 1
-    assert abs((box.resized_height - bucket.height) - 2 * box.top) <= 1
+    assert box.scale == scale
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_a_crop_without_a_place_is_in_the_middle(width: int, height: int) -> None:
+    box = crop_box(width, height, Bucket(32, 48))
+    assert abs((box.resized_width - 32) - 2 * box.left) <= 1
+    assert abs((box.resized_height - 48) - 2 * box.top) <= 1
+
+
+def test_places_reach_both_ends_and_all_between_alike() -> None:
+    """40 pixels wide of which 32 are shown: nine places to begin at."""
+    lefts = Counter(crop_box(40, 32, Bucket(32, 32), index / 900).left for index in range(900))
+    assert sorted(lefts) == list(range(9))
+    assert all(abs(count - 100) <= 1 for count in lefts.values())
+    assert {crop_box(40, 32, Bucket(32, 32), place).top for place in (0.0, 0.9)} == {0}
+    tops = [crop_box(30, 90, Bucket(30, 30), place).top for place in (0.0, 0.5, 1 - 2**-53)]
+    assert tops == [0, 30, 60]
 
 
 def test_a_picture_of_its_bucket_s_size_is_left_alone() -> None:
-    box = crop_box(48, 16, Bucket(48, 16))
-    assert (box.resized_width, box.resized_height, box.left, box.top) == (48, 16, 0, 0)
+    for place in PLACES:
+        box = crop_box(48, 16, Bucket(48, 16), place)
+        assert (box.resized_width, box.resized_height, box.left, box.top) == (48, 16, 0, 0)
 
 
 def test_the_key_tells_different_geometries_apart() -> None:
-    boxes = [crop_box(width, height, bucket) for width, height in SIZES for bucket in (Bucket(32, 32), Bucket(16, 48))]
+    buckets = (Bucket(32, 32), Bucket(16, 48))
+    boxes = [crop_box(*size, bucket, place) for size in SIZES for bucket in buckets for place in PLACES]
     geometries = {(box.resized_width, box.resized_height, box.left, box.top, box.bucket) for box in boxes}
     assert len({box.key() for box in boxes}) == len(geometries)

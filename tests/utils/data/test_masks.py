@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.utils.data.pictures import TURNS, left_half, quarters, read_mask, read_pixels, save, save_turned, whole
+from tests.utils.data.pictures import TURNS, left_half, read_mask, read_pixels, save, save_turned, whole
 from utils.data.buckets import Bucket, crop_box
 from utils.data.images import BadFile
-from utils.data.masks import MaskEncoder, mask_of, masks_by_stem, same_shape
+from utils.data.masks import MaskEncoder
 
 DOWNSCALE = 8
 BUCKETS = [Bucket(32, 32), Bucket(48, 16), Bucket(16, 48), Bucket(64, 32), Bucket(16, 16)]
@@ -70,12 +70,13 @@ def test_a_mask_covers_what_it_was_painted_on(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mask_size", [None, (13, 9), (120, 80)])
 @pytest.mark.parametrize("bucket", BUCKETS[:3])
+@pytest.mark.parametrize("place", [None, 0.9])
 def test_each_value_is_the_exact_mean_of_its_area(
-    tmp_path: Path, size: tuple[int, int], mask_size: tuple[int, int] | None, bucket: Bucket
+    tmp_path: Path, size: tuple[int, int], mask_size: tuple[int, int] | None, bucket: Bucket, place: float | None
 ) -> None:
     """Against the definition: every pixel split until scaled pixels are whole numbers of the parts."""
     grey = grey_noise(*(mask_size or size))
-    box = crop_box(*size, bucket)
+    box = crop_box(*size, bucket, place)
     mask = read_mask(save(Image.fromarray(grey), tmp_path / "mask.png"), box, DOWNSCALE)
 
     def scaled(values: np.ndarray, length: int) -> np.ndarray:
@@ -159,76 +160,6 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"nothing")
     with pytest.raises(BadFile, match="is not a picture Pillow can read"):
         read_mask(tmp_path / "mask.png", whole(32, 32), DOWNSCALE)
-
-
-# --- whose mask --------------------------------------------------------------------------------------------------------
-
-
-def find(image: Path, folder: Path, size: tuple[int, int] = (48, 32)) -> Path:
-    return mask_of(image, size, masks_by_stem(sorted(folder.iterdir())))
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "PNG", "webp", "bmp", "tif"])
-def test_a_mask_has_its_picture_s_name_and_any_suffix(tmp_path: Path, suffix: str) -> None:
-    mask = save(left_half(), tmp_path / f"fox.{suffix}")
-    save(left_half(), tmp_path / "owl.png")
-    (tmp_path / "fox.txt").write_text("no picture")
-    assert find(Path("elsewhere/fox.jpeg"), tmp_path) == mask
-
-
-def test_a_picture_without_mask_is_bad_and_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(BadFile) as caught:
-        find(Path("fox.png"), tmp_path)
-    assert caught.value.path == Path("fox.png")
-    assert caught.value.reason == "has no mask: none in mask_path has its name (a white picture is a mask of everything)"
-
-
-def test_two_masks_of_one_picture_are_both_named(tmp_path: Path) -> None:
-    masks = [save(left_half(), tmp_path / name) for name in ("fox.jpg", "fox.png")]
-    with pytest.raises(BadFile) as caught:
-        find(Path("fox.png"), tmp_path)
-    assert caught.value.reason == f"has several masks: {masks[0]}, {masks[1]}; keep one"
-
-
-def test_a_mask_of_another_shape_is_named_with_both_sizes(tmp_path: Path) -> None:
-    mask = save(left_half(32, 48), tmp_path / "fox.png")
-    with pytest.raises(BadFile) as caught:
-        find(Path("fox.jpg"), tmp_path)
-    assert caught.value.path == mask
-    assert caught.value.reason == "is 32x48 pixels, its picture fox.jpg 48x32: not the same shape"
-
-
-def test_shapes_are_compared_as_the_files_are_looked_at(tmp_path: Path) -> None:
-    mask = save_turned(left_half(48, 32), tmp_path / "fox.png", 6)
-    with Image.open(mask) as stored:
-        assert stored.size == (32, 48)
-    assert find(Path("fox.jpg"), tmp_path) == mask
-
-
-def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
-    mask = save(quarters(), tmp_path / "fox.png")
-    mask.write_bytes(mask.read_bytes()[:40])
-    with pytest.raises(BadFile) as caught:
-        find(Path("fox.jpg"), tmp_path)
-    assert caught.value.path == mask
-
-
-@pytest.mark.parametrize("size", [(4000, 2667), (1023, 517), (640, 480), (3, 2), (100, 37)])
-@pytest.mark.parametrize("scale", [0.05, 0.25, 0.333, 0.5, 0.9, 1.0, 2.0])
-def test_scaling_and_rounding_keep_a_shape(size: tuple[int, int], scale: float) -> None:
-    for whole_number in (round, int):
-        scaled = tuple(max(1, whole_number(side * scale)) for side in size)
-        assert same_shape((scaled[0], scaled[1]), size)
-        assert same_shape(size, (scaled[0], scaled[1]))
-
-
-@pytest.mark.parametrize(
-    ("size", "other"),
-    [((4000, 2667), (2667, 4000)), ((512, 512), (512, 520)), ((640, 427), (320, 240)), ((90, 60), (60, 60))],
-)
-def test_other_shapes_are_told_apart(size: tuple[int, int], other: tuple[int, int]) -> None:
-    assert not same_shape(size, other)
-    assert not same_shape(other, size)
 
 
 # --- in the cache ------------------------------------------------------------------------------------------------------

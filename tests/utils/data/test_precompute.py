@@ -2,145 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from PIL import Image
-from torch import Tensor
 
-from models.base import EncodedItem, EncodeFunction, FrozenEncoder, LatentSpec
-from tests.tiny_model import make_tiny_dataset, write_picture
-from tests.utils.data.pictures import left_half, noise, save
-from utils.config.schema import DatasetConfig
-from utils.data.cache import FileHashes, ShardWriter, Store, content_key
-from utils.data.dataset import Dataset, Example, scan
-from utils.data.images import BadFile, read_mask, read_pixels, read_size
-from utils.data.precompute import EncodedData, cache_dataset, make_plan
-
-CPU = torch.device("cpu")
+from models.base import EncodedItem
+from tests.tiny_model import write_picture
+from tests.utils.data.caching import Adapter, Workshop, cache_alone
+from tests.utils.data.pictures import noise, read_pixels, save
+from utils.data import precompute
+from utils.data.cache.shards import ShardWriter
+from utils.data.cache_plan import make_plan, room_for
+from utils.data.encoded import latents_key
+from utils.data.examples import empty_table
+from utils.data.precompute import Cached, CacheError
 
 
-def cache_alone(*arguments: Any) -> tuple[EncodedData, list[BadFile]]:
-    """cache_dataset in a process group of one, a new one each time, as in a run without launcher."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        return cache_dataset(*arguments)
-    finally:
-        dist.destroy_process_group()
+def bad_paths(cached: Cached) -> list[Path]:
+    return sorted(bad.path for bad in cached.unusable.bad_files)
 
 
-class CountingEncoder(FrozenEncoder):
-    """Encodes anything to a tensor of its own, and counts."""
-
-    def __init__(self, name: str, files: tuple[Path, ...], num_tokens: int = 8, dtype: str = "float32") -> None:
-        self.name, self.files = name, files
-        self.settings = {"num_tokens": num_tokens, "dtype": dtype}
-        self.encoded: list[Any] = []
-        self.num_loads = 0
-        self.poison: Any = None
-
-    def load(self, device: torch.device) -> EncodeFunction:
-        self.num_loads += 1
-
-        def encode(items: Sequence[Any]) -> list[EncodedItem]:
-            self.encoded += items
-            return [self.value(item) for item in items]
-
-        return encode
-
-    def value(self, item: Any) -> EncodedItem:
-        if isinstance(item, Tensor):
-            return {"latents": item.float().mean((1, 2))}
-        tokens = [float(ord(letter)) for letter in item[:4]]
-        return {"sequence": torch.tensor(tokens) if item != self.poison else torch.tensor([float("nan")])}
-
-
-class Adapter:
-    """As much of a model family as the caching pass asks for."""
-
-    latent = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
-
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        weights = folder / "weights.safetensors"
-        if not weights.exists():
-            weights.write_bytes(b"weights")
-        self.image_encoder = CountingEncoder("vae", (weights,))
-        self.clip = CountingEncoder("clip_l", (weights,), **settings)
-        self.t5 = CountingEncoder("t5xxl", (weights,))
-        self.text_encoders = (self.clip, self.t5)
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        return len(self.image_encoder.encoded), len(self.clip.encoded), len(self.t5.encoded)
-
-
-class Workshop:
-    """A folder with pictures and a cache, gone over by one adapter after another."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pictures = make_tiny_dataset(folder / "pictures", 4)
-
-    def scan(self, **changes: Any) -> Dataset:
-        return scan(DatasetConfig(**{"resolutions": [32], "directory": [{"path": self.pictures}], **changes}), 16)
-
-    def examples(self, **changes: Any) -> list[Example]:
-        return self.scan(**changes).examples
-
-    def run(self, adapter: Adapter, **changes: Any) -> tuple[EncodedData, list[BadFile]]:
-        examples = self.examples(**changes)
-        captions = sorted({"", *(example.caption for example in examples)})
-        return cache_alone(adapter, examples, captions, self.folder / "cache", CPU)
-
-    def encode(self, **settings: Any) -> tuple[int, int, int]:
-        """How many pictures and captions a fresh adapter had to encode."""
-        adapter = Adapter(self.folder, **settings)
-        self.run(adapter)
-        return adapter.counts
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
+def unusable(cached: Cached) -> list[list[str]]:
+    """Keys of each table's examples that cannot be used."""
+    return [
+        [example.key for example in table.where(chosen)]
+        for table, chosen in zip(cached.tables, cached.unusable.examples, strict=True)
+    ]
 
 
 def test_everything_is_encoded_once_and_read_back(workshop: Workshop) -> None:
     adapter = Adapter(workshop.folder)
-    data, bad = workshop.run(adapter)
-    assert bad == []
+    cached = workshop.run(adapter)
+    data, (table,) = cached.data, cached.tables
+    assert (cached.encoded_any, cached.unusable.bad_files) == (True, [])
     assert adapter.counts == (4, 5, 5)
-    examples = workshop.examples()
-    for example, picture in zip(examples, adapter.image_encoder.encoded, strict=True):
+    assert sorted(adapter.clip.encoded) == sorted({"", *(example.caption() for example in table)})
+    for example in table:
+        picture = read_pixels(example.image.path, example.box)
         assert picture.shape == (3, example.bucket.height, example.bucket.width)
         assert torch.equal(data.latents(example), picture.float().mean((1, 2)))
-        text = data.text(example.caption)
-        assert set(text) == {"clip_l.sequence", "t5xxl.sequence"}
-        assert torch.equal(text["clip_l.sequence"], adapter.clip.value(example.caption)["sequence"])
-    assert data.text("")["t5xxl.sequence"].shape == (0,)
+        text = data.text(example.caption())
+        assert set(text) == {f"{encoder}.{name}" for encoder in ("clip_l", "t5xxl") for name in ("sequence", "pooled")}
+        assert torch.equal(text["clip_l.sequence"], adapter.clip.value(example.caption())["sequence"])
+        assert data.length("t5xxl", example.caption()) == (len(example.caption()), 4)
+    assert data.length("clip_l", "") == (0, 0)
 
 
-def test_a_full_cache_loads_no_encoder(workshop: Workshop) -> None:
+def test_tables_come_back_as_they_were_given_with_hashes(workshop: Workshop) -> None:
+    (table,) = workshop.run(Adapter(workshop.folder)).tables
+    given = list(workshop.examples())
+    assert list(table) == given
+    for example in given:
+        assert example.content == hashlib.blake2b(example.image.read(), digest_size=16).digest()
+
+
+def test_a_full_cache_loads_no_encoder_and_reads_no_file(workshop: Workshop) -> None:
     workshop.encode()
+    workshop.forget()
     adapter = Adapter(workshop.folder)
-    data, _ = workshop.run(adapter)
-    assert adapter.counts == (0, 0, 0)
-    assert adapter.image_encoder.num_loads == adapter.clip.num_loads == adapter.t5.num_loads == 0
-    assert data.latents(workshop.examples()[0]).shape == (3,)
+    cached = workshop.run(adapter)
+    assert (adapter.counts, adapter.num_loads, cached.encoded_any) == ((0, 0, 0), 0, False)
+    assert workshop.asked == []
+    assert cached.data.latents(cached.tables[0][0]).shape == (3,)
+
+
+def test_hashes_are_remembered_and_only_changed_files_are_hashed_again(workshop: Workshop) -> None:
+    workshop.run(Adapter(workshop.folder))
+    hashed = [entry for entry in workshop.asked if entry[0] == "hash"]
+    assert hashed == [("hash", f"picture_00{index}.png") for index in range(4)]
+    write_picture(workshop.folder, 8).replace(workshop.pictures / "picture_002.png")
+    workshop.forget()
+    workshop.run(Adapter(workshop.folder))
+    assert workshop.asked == [("hash", "picture_002.png"), ("pixels", "picture_002.png")]
 
 
 def test_editing_a_caption_encodes_one_caption_and_no_pixel(workshop: Workshop) -> None:
     workshop.encode()
     (workshop.pictures / "picture_002.txt").write_text("another caption")
     adapter = Adapter(workshop.folder)
-    data, _ = workshop.run(adapter)
+    cached = workshop.run(adapter)
     assert adapter.counts == (0, 1, 1)
     assert adapter.clip.encoded == ["another caption"]
-    assert data.text("another caption")
+    assert cached.data.text("another caption")
 
 
 def test_adding_a_picture_encodes_one_picture(workshop: Workshop) -> None:
@@ -156,19 +106,17 @@ def test_removing_a_picture_encodes_nothing(workshop: Workshop) -> None:
 
 
 def test_a_picture_replaced_in_place_is_encoded_again_and_read_anew(workshop: Workshop) -> None:
-    before, _ = workshop.run(Adapter(workshop.folder))
-    example = workshop.examples()[0]
-    old = before.latents(example)
-    replacement = write_picture(workshop.folder, 3)
-    replacement.replace(workshop.pictures / "picture_000.png")
+    before = workshop.run(Adapter(workshop.folder))
+    old = before.data.latents(before.tables[0][0])
+    write_picture(workshop.folder, 3).replace(workshop.pictures / "picture_000.png")
     adapter = Adapter(workshop.folder)
-    after, _ = workshop.run(adapter)
+    workshop.run(adapter)
     assert len(adapter.image_encoder.encoded) == 0, "it is byte for byte another picture that is there already"
     (workshop.pictures / "picture_000.png").write_bytes(write_picture(workshop.folder, 27).read_bytes())
     adapter = Adapter(workshop.folder)
-    after, _ = workshop.run(adapter)
+    after = workshop.run(adapter)
     assert len(adapter.image_encoder.encoded) == 1
-    assert not torch.equal(after.latents(workshop.examples()[0]), old)
+    assert not torch.equal(after.data.latents(after.tables[0][0]), old)
 
 
 def test_a_renamed_picture_is_not_encoded_again(workshop: Workshop) -> None:
@@ -208,75 +156,279 @@ def test_equal_captions_and_equal_pictures_are_encoded_once(workshop: Workshop) 
     copy.write_bytes((workshop.pictures / "picture_000.png").read_bytes())
     copy.with_suffix(".txt").write_text("all the same")
     adapter = Adapter(workshop.folder)
-    data, _ = workshop.run(adapter)
+    cached = workshop.run(adapter)
     assert adapter.counts == (4, 2, 2)
-    assert len({tuple(data.latents(example).tolist()) for example in workshop.examples()}) == 4
+    assert len({tuple(cached.data.latents(example).tolist()) for example in cached.tables[0]}) == 4
+
+
+def test_every_line_and_every_order_of_tags_is_encoded_once(workshop: Workshop) -> None:
+    for index in range(4):
+        (workshop.pictures / f"picture_{index:03d}.txt").write_text("a, b, c, d, e\nanother, a, b, c")
+    adapter = Adapter(workshop.folder)
+    cached = workshop.run(adapter, caption_per_line=True, cache_shuffle_num=3, resolutions=[32, 64])
+    example = cached.tables[0][0]
+    captions = {example.caption(number) for number in range(example.num_captions)}
+    assert example.num_captions == 6 and len(captions) > 3
+    assert sorted(adapter.clip.encoded) == sorted({"", *captions})
+    assert all(cached.data.text(caption) for caption in captions)
+
+
+# --- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_the_deviation_is_kept_when_asked_for_in_a_folder_of_its_own(workshop: Workshop) -> None:
+    plain = workshop.run(Adapter(workshop.folder))
+    assert plain.data.deviation(plain.tables[0][0]) is None
+    adapter = Adapter(workshop.folder)
+    both = workshop.run(adapter, settings={"posterior": True})
+    assert adapter.counts == (4, 0, 0)
+    assert both.data.folders.latents != plain.data.folders.latents
+    for example in both.tables[0]:
+        deviation = both.data.deviation(example)
+        assert deviation is not None
+        assert torch.equal(deviation, both.data.latents(example) / 8)
+    assert workshop.encode() == (0, 0, 0), "the old entries are still there"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_texts_are_kept_in_the_precision_asked_for_in_folders_of_their_own(workshop: Workshop, dtype: str) -> None:
+    plain = workshop.run(Adapter(workshop.folder))
+    adapter = Adapter(workshop.folder)
+    packed = workshop.run(adapter, settings={"text_dtype": dtype})
+    assert adapter.counts == (0, 5, 5)
+    assert packed.data.folders.latents == plain.data.folders.latents
+    assert not {*packed.data.folders.texts.values()} & {*plain.data.folders.texts.values()}
+    caption = packed.tables[0][0].caption()
+    exact, rounded = plain.data.text(caption), packed.data.text(caption)
+    assert exact.keys() == rounded.keys()
+    assert rounded["clip_l.sequence"].dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert torch.allclose(exact["clip_l.sequence"], rounded["clip_l.sequence"].float(), rtol=2**-4)
+    assert packed.data.length("clip_l", caption) == plain.data.length("clip_l", caption)
+    assert workshop.encode() == (0, 0, 0), "the old entries are still there"
+
+
+def test_a_file_s_place_in_the_cache_stays_what_it_was(workshop: Workshop) -> None:
+    """Else every cache there is would be encoded anew: names of folders, and keys of pictures that are not mirrored."""
+
+    def digest(*parts: str) -> bytes:
+        joined = b"".join(b"%d:%s" % (len(part), part.encode()) for part in parts)
+        return hashlib.blake2b(joined, digest_size=16).digest()
+
+    cached = workshop.run(Adapter(workshop.folder), **with_flips(workshop))
+    for example in cached.tables[0]:
+        content = hashlib.blake2b(example.image.read(), digest_size=16).hexdigest()
+        expected = digest(content, example.box.key(), "pixels 1")
+        assert latents_key(example.content, example.box.key()) == expected
+    weights = hashlib.blake2b(b"weights", digest_size=16).hexdigest()
+    identity = digest("vae", "mean", "version=1", f"weights.safetensors:{weights}").hex()
+    assert cached.data.folders.latents == workshop.folder / "cache" / f"vae-{identity[:16]}"
+    settings = ("dtype=float32", "num_tokens=8", f"weights.safetensors:{weights}")
+    assert cached.data.folders.texts["clip_l"].name == f"clip_l-{digest('clip_l', 'None', *settings).hex()[:16]}"
+
+
+# --- room --------------------------------------------------------------------------------------------------------------
+
+
+class FullSize(Adapter):
+    """Latents as large as their bucket says, and sequences of many numbers."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        for encoder in self.text_encoders:
+            encoder.shapes = {"sequence": (77, 256), "pooled": (256,)}
+
+            def text(item: str, encoder: Any = encoder) -> EncodedItem:
+                rest = {name: torch.ones(shape) for name, shape in encoder.shapes.items()}
+                return {**rest, "length": torch.zeros(2, dtype=torch.int32)}
+
+            encoder.value = text  # type: ignore[method-assign]
+
+        def latents(item: torch.Tensor) -> EncodedItem:
+            shape = (16, item.shape[1] // 8, item.shape[2] // 8)
+            return {"latents": torch.ones(shape), "deviation": torch.ones(shape)}
+
+        self.image_encoder.value = latents  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"posterior": True}, {"text_dtype": "bfloat16"}, {"text_dtype": "float8_e4m3fn", "posterior": True}]
+)
+def test_what_it_will_take_is_what_it_takes(workshop: Workshop, settings: dict[str, Any]) -> None:
+    adapter, chosen = FullSize(workshop.folder), replace(workshop.settings, **settings)
+    cached = workshop.run(adapter, settings=settings, resolutions=[256], **with_flips(workshop))
+    elsewhere = replace(chosen, folder=workshop.folder / "elsewhere")
+    any_adapter: Any = adapter
+    plan = make_plan(any_adapter, cached.tables, [""], elsewhere)
+    assert [len(work.items) for work in plan.all_work().values()] == [8, 0, 5, 5]
+    written = sum(path.stat().st_size for path in chosen.folder.glob("*/*/*.safetensors"))
+    assert plan.num_bytes == pytest.approx(written, rel=0.02)
+    without_texts = make_plan(any_adapter, cached.tables, [], elsewhere)
+    assert room_for(any_adapter, cached.tables, chosen) == pytest.approx(without_texts.num_bytes, rel=0.02)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_encoded(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=100)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    adapter = Adapter(workshop.folder)
+    with pytest.raises(CacheError, match="has 0.0 MB left, and what is to be encoded takes .* give another cache_dir"):
+        workshop.run(adapter)
+    assert (adapter.counts, adapter.num_loads) == ((0, 0, 0), 0)
+    usage.free = 10**9
+    assert workshop.encode() == (4, 5, 5)
+    usage.free = 0
+    assert workshop.encode() == (0, 0, 0), "nothing more is needed"
+
+
+# --- bad files ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_that_breaks_after_the_scan_is_named_and_stops_nobody(workshop: Workshop) -> None:
-    examples = workshop.examples()
+    examples = workshop.examples(resolutions=[32, 64])
     broken = workshop.pictures / "picture_001.png"
     broken.write_bytes(broken.read_bytes()[:60])
     gone = workshop.pictures / "picture_002.png"
     gone.unlink()
-    adapter = Adapter(workshop.folder)
-    data, bad = cache_alone(adapter, examples, [""], workshop.folder / "cache", CPU)
-    assert {entry.path for entry in bad} == {broken, gone}
-    assert all(isinstance(entry, BadFile) and entry.reason for entry in bad)
-    assert data.latents(examples[0]).shape == data.latents(examples[3]).shape == (3,)
+    cached = cache_alone(Adapter(workshop.folder), [examples], [""], workshop.settings)
+    assert bad_paths(cached) == [broken, gone]
+    assert all(bad.reason for bad in cached.unusable.bad_files)
+    assert unusable(cached) == [[f"0/picture_00{index}.png@{size}" for index in (1, 2) for size in (32, 64)]]
+    usable = cached.tables[0].where(~cached.unusable.examples[0])
+    assert all(cached.data.latents(example).shape == (3,) for example in usable)
+
+
+def test_a_picture_that_changes_while_it_waits_is_not_cached_under_its_old_hash(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = workshop.pictures / "picture_001.png", precompute.make_plan
+
+    def change_it(*arguments: Any) -> Any:
+        write_picture(workshop.folder, 7).replace(path)
+        return real(*arguments)
+
+    before = path.read_bytes()
+    with monkeypatch.context() as changing:
+        changing.setattr(precompute, "make_plan", change_it)
+        cached = workshop.run(Adapter(workshop.folder))
+    assert [str(bad) for bad in cached.unusable.bad_files] == [f"{path}: has changed since the run began; start again"]
+    assert unusable(cached) == [["0/picture_001.png@32"]]
+    assert workshop.encode() == (1, 0, 0)
+    path.write_bytes(before)
+    assert workshop.encode() == (1, 0, 0), "of the old bytes nothing had been kept"
+
+
+def test_copies_of_trained_pictures_in_evaluation_sets_are_told_of(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = workshop.folder / "other"
+    other.mkdir()
+    for name in ("picture_001.png", "picture_002.png"):
+        (other / name).write_bytes((workshop.pictures / name).read_bytes())
+        (other / name).with_suffix(".txt").write_text("a copy")
+    write_picture(other, 9)
+    tables = [workshop.examples(), workshop.scan(directory=[{"path": other}]).examples]
+    gone = [workshop.pictures / "picture_000.png", other / "picture_009.png"]
+    for path in gone:
+        path.unlink()
+    cached = cache_alone(Adapter(workshop.folder), tables, [], workshop.settings)
+    assert bad_paths(cached) == sorted(gone), "which are no copies of each other"
+    assert "note: 2 pictures of evaluation sets are copies of pictures that are trained on" in capsys.readouterr().out
+    cache_alone(Adapter(workshop.folder), tables[:1], [], workshop.settings)
+    assert "note: " not in capsys.readouterr().out
+
+
+def damaged_picture(path: Path) -> Path:
+    """Its header and its end are right."""
+    save(noise(), path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = b"\x00" * 64
+    path.write_bytes(bytes(content))
+    return path
 
 
 def test_every_copy_of_a_picture_that_cannot_be_decoded_is_named(workshop: Workshop) -> None:
     """Copies share one entry of the cache; training must not ask for it under any of their names."""
-    damaged = save(noise(), workshop.pictures / "picture_001.png")
-    content = bytearray(damaged.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 64] = b"\x00" * 64
-    damaged.write_bytes(bytes(content))
+    damaged = damaged_picture(workshop.pictures / "picture_001.png")
     copy = workshop.pictures / "picture_001_copy.png"
-    copy.write_bytes(bytes(content))
+    copy.write_bytes(damaged.read_bytes())
     copy.with_suffix(".txt").write_text("a copy")
-    names = [(bad.path, bad.reason) for bad in workshop.scan().bad_files]
-    _, bad = workshop.run(Adapter(workshop.folder))
-    assert {path for path, _ in names} | {entry.path for entry in bad} == {damaged, copy}
+    assert workshop.scan().bad_files == []
+    cached = workshop.run(Adapter(workshop.folder))
+    assert bad_paths(cached) == [damaged, copy]
+    assert unusable(cached) == [["0/picture_001.png@32", "0/picture_001_copy.png@32"]]
+
+
+def test_a_bad_file_is_left_out_of_every_table_it_is_in(workshop: Workshop) -> None:
+    damaged = damaged_picture(workshop.pictures / "picture_001.png")
+    tables = [workshop.examples(), workshop.scan(resolutions=[48]).examples]
+    cached = cache_alone(Adapter(workshop.folder), tables, [""], workshop.settings)
+    assert bad_paths(cached) == [damaged]
+    assert unusable(cached) == [["0/picture_001.png@32"], ["0/picture_001.png@48"]]
+
+
+def test_a_bad_file_is_tried_anew_and_used_once_it_is_mended(workshop: Workshop) -> None:
+    path = workshop.pictures / "picture_001.png"
+    whole = path.read_bytes()
+    damaged_picture(path)
+    workshop.run(Adapter(workshop.folder))
+    assert bad_paths(workshop.run(Adapter(workshop.folder))) == [path]
+    path.write_bytes(whole)
+    adapter = Adapter(workshop.folder)
+    cached = workshop.run(adapter)
+    assert (adapter.counts, cached.unusable.bad_files, unusable(cached)) == ((1, 0, 0), [], [[]])
 
 
 def test_numbers_that_are_not_finite_are_never_cached(workshop: Workshop) -> None:
-    example = workshop.examples()[1]
+    caption = workshop.examples()[1].caption()
     adapter = Adapter(workshop.folder)
-    adapter.clip.poison = example.caption
-    data, bad = workshop.run(adapter)
-    assert [entry.path for entry in bad] == [example.image]
-    assert "not finite" in bad[0].reason
-    assert "clip_l" in bad[0].reason
+    adapter.clip.poison = caption
+    cached = workshop.run(adapter, resolutions=[32, 64])
+    (bad,) = cached.unusable.bad_files
+    assert bad.path == workshop.pictures / "picture_001.png"
+    assert bad.reason == "clip_l made numbers of it that are not finite"
+    assert unusable(cached) == [["0/picture_001.png@32", "0/picture_001.png@64"]]
     with pytest.raises(KeyError):
-        data.text(example.caption)
+        cached.data.text(caption)
     adapter = Adapter(workshop.folder)
-    _, bad = workshop.run(adapter)
-    assert bad == []
-    assert adapter.counts == (0, 1, 0)
+    cached = workshop.run(adapter)
+    assert (adapter.counts, cached.unusable.bad_files) == ((0, 1, 0), [])
+
+
+def test_every_picture_of_a_caption_that_gives_no_finite_numbers_is_left_out(workshop: Workshop) -> None:
+    for index in (0, 2):
+        (workshop.pictures / f"picture_{index:03d}.txt").write_text("poison")
+    adapter = Adapter(workshop.folder)
+    adapter.t5.poison = "poison"
+    cached = workshop.run(adapter)
+    assert unusable(cached) == [["0/picture_000.png@32", "0/picture_002.png@32"]]
+    assert [path.name for path in bad_paths(cached)] == ["picture_000.png", "picture_002.png"]
 
 
 def test_a_prompt_that_gives_no_finite_numbers_stops_the_run(workshop: Workshop) -> None:
     adapter = Adapter(workshop.folder)
     adapter.clip.poison = "a prompt of no picture"
-    with pytest.raises(FloatingPointError, match="a prompt of no picture"):
-        cache_alone(adapter, workshop.examples(), ["", "a prompt of no picture"], workshop.folder / "cache", CPU)
+    with pytest.raises(CacheError, match="'a prompt of no picture': clip_l made numbers of it that are not finite"):
+        cache_alone(adapter, [workshop.examples()], ["", "a prompt of no picture"], workshop.settings)
 
 
 def test_an_encoder_that_fails_keeps_what_was_written_before(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted pass goes on where it stopped: shards of some entries stay."""
 
     class OneEach(ShardWriter):
-        def __init__(self, folder: Path) -> None:
-            super().__init__(folder, max_bytes=1)
+        def __init__(self, folder: Path, writer: str) -> None:
+            super().__init__(folder, writer, max_bytes=1)
 
-    monkeypatch.setattr("utils.data.precompute.ShardWriter", OneEach)
+    monkeypatch.setattr(precompute, "ShardWriter", OneEach)
     adapter = Adapter(workshop.folder)
     real_value = adapter.image_encoder.value
 
     def fail_at_the_third(item: Any) -> EncodedItem:
         if len(adapter.image_encoder.encoded) == 3:
+            deadline = time.monotonic() + 10  # what is finished is written by another thread
+            while len(list((workshop.folder / "cache").glob("vae-*/*/*.safetensors"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
             raise KeyboardInterrupt
         return real_value(item)
 
@@ -288,27 +440,20 @@ def test_an_encoder_that_fails_keeps_what_was_written_before(workshop: Workshop,
     assert adapter.counts == (2, 5, 5)
 
 
-def test_a_file_s_place_in_the_cache_stays_what_it_was(workshop: Workshop) -> None:
-    """Else every cache there is would be encoded anew: the keys of pictures that are not mirrored, and their folder."""
-    examples = workshop.examples(directory=[{"path": workshop.pictures, "horizontal_flip": True}])
-    plan = make_plan(Adapter(workshop.folder), examples, [], workshop.folder / "cache")  # type: ignore[arg-type]
-    hashes = FileHashes(workshop.folder / "cache" / "files.json")
-    for example in examples:
-        content = hashes.hash_of(example.image)
-        assert plan.images.keys[example.key] == content_key(content, example.box.key(), "pixels 1")
-    weights = hashes.hash_of(workshop.folder / "weights.safetensors")
-    identity = content_key("vae", "dtype=float32", "num_tokens=8", f"weights.safetensors:{weights}")
-    assert plan.images.folder == workshop.folder / "cache" / f"vae-{identity[:16]}"
+def test_what_fails_while_results_are_written_stops_the_pass(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(ShardWriter):
+        def _write(self, group: str, entries: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        def __init__(self, folder: Path, writer: str) -> None:
+            super().__init__(folder, writer, max_bytes=1)
+
+    monkeypatch.setattr(precompute, "ShardWriter", Full)
+    with pytest.raises(OSError, match="No space left on device"):
+        workshop.run(Adapter(workshop.folder))
 
 
 # --- mirrored pictures -------------------------------------------------------------------------------------------------
-
-
-class KeepsPixels(CountingEncoder):
-    """Latents that are the picture."""
-
-    def value(self, item: Any) -> EncodedItem:
-        return {"latents": item.float()}
 
 
 def with_flips(workshop: Workshop) -> dict[str, Any]:
@@ -317,16 +462,16 @@ def with_flips(workshop: Workshop) -> dict[str, Any]:
 
 def test_mirrored_latents_are_the_mirrored_picture_encoded(workshop: Workshop) -> None:
     """Not mirrored latents: an autoencoder does not make the one of the other."""
-    adapter = Adapter(workshop.folder)
-    adapter.image_encoder = KeepsPixels("vae", adapter.image_encoder.files)
-    data, bad = workshop.run(adapter, **with_flips(workshop))
-    assert bad == []
+    adapter = Adapter(workshop.folder, keep_pixels=True)
+    cached = workshop.run(adapter, **with_flips(workshop))
+    assert cached.unusable.bad_files == []
     assert adapter.counts == (8, 5, 5)
-    for example in workshop.examples():
+    data, (table,) = cached.data, cached.tables
+    for example in table:
         plain, mirrored = data.latents(example), data.latents(example, flipped=True)
-        assert torch.equal(plain, read_pixels(example.image, example.box).float())
+        assert torch.equal(plain, read_pixels(example.image.path, example.box).float())
         assert torch.equal(mirrored, plain.flip(-1))
-    assert any(not torch.equal(data.latents(e), data.latents(e, flipped=True)) for e in workshop.examples())
+    assert any(not torch.equal(data.latents(e), data.latents(e, flipped=True)) for e in table)
 
 
 def test_asking_for_flips_later_encodes_the_mirrored_pictures_only(workshop: Workshop) -> None:
@@ -338,154 +483,33 @@ def test_asking_for_flips_later_encodes_the_mirrored_pictures_only(workshop: Wor
 
 
 def test_only_pictures_that_may_be_flipped_have_a_mirrored_variant(workshop: Workshop) -> None:
-    data, _ = workshop.run(Adapter(workshop.folder))
+    cached = workshop.run(Adapter(workshop.folder))
     with pytest.raises(KeyError):
-        data.latents(workshop.examples()[0], flipped=True)
+        cached.data.latents(cached.tables[0][0], flipped=True)
 
 
 def test_a_picture_in_training_and_evaluation_is_encoded_once(workshop: Workshop) -> None:
     """Only training shows it mirrored."""
     training = workshop.examples(**with_flips(workshop))
-    evaluation = [replace(example, key=f"eval/{example.key}", may_flip=False) for example in training]
+    evaluation = training.where(np.ones(len(training), bool), never_mirrored=True)
     adapter = Adapter(workshop.folder)
-    data, bad = cache_alone(adapter, training + evaluation, [""], workshop.folder / "cache", CPU)
-    assert (adapter.counts, bad) == ((8, 1, 1), [])
-    assert torch.equal(data.latents(training[0]), data.latents(evaluation[0]))
+    cached = cache_alone(adapter, [training, evaluation], [], workshop.settings)
+    assert (adapter.counts, cached.unusable.bad_files) == ((8, 4, 4), [])
+    first, second = (table[0] for table in cached.tables)
+    assert (first.may_flip, second.may_flip) == (True, False)
+    assert torch.equal(cached.data.latents(first), cached.data.latents(second))
 
 
 def test_a_picture_that_breaks_in_both_variants_is_named_once(workshop: Workshop) -> None:
     examples = workshop.examples(resolutions=[32, 64], **with_flips(workshop))
-    broken, gone = workshop.pictures / "picture_001.png", workshop.pictures / "picture_002.png"
-    broken.write_bytes(broken.read_bytes()[:60])
+    damaged = damaged_picture(workshop.pictures / "picture_001.png")
+    gone = workshop.pictures / "picture_002.png"
     gone.unlink()
-    _, bad = cache_alone(Adapter(workshop.folder), examples, [""], workshop.folder / "cache", CPU)
-    assert sorted(entry.path for entry in bad) == [broken, gone]
+    cached = cache_alone(Adapter(workshop.folder), [examples], [""], workshop.settings)
+    assert bad_paths(cached) == [damaged, gone]
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def masked(workshop: Workshop) -> dict[str, Any]:
-    """The change of the workshop's dataset that gives each picture a mask."""
-    masks = workshop.folder / "masks"
-    masks.mkdir()
-    for image in workshop.pictures.glob("*.png"):
-        save(left_half(*read_size(image)), masks / image.name)
-    return {"directory": [{"path": workshop.pictures, "mask_path": masks}]}
-
-
-def num_cached_masks(workshop: Workshop) -> int:
-    return sum(len(Store(folder)) for folder in (workshop.folder / "cache").glob("mask-*"))
-
-
-def test_masks_are_read_back_at_the_size_of_latents(workshop: Workshop, masked: dict[str, Any]) -> None:
-    data, bad = workshop.run(Adapter(workshop.folder), **masked)
-    assert bad == []
-    for example in workshop.examples(**masked):
-        mask = data.mask(example)
-        assert mask is not None
-        assert mask.dtype == torch.float32
-        assert mask.shape == (1, example.bucket.height // 8, example.bucket.width // 8)
-        assert example.mask is not None
-        assert torch.equal(mask, read_mask(example.mask, example.box, 8))
-        flipped = data.mask(example, flipped=True)
-        assert flipped is not None
-        assert torch.equal(flipped, mask.flip(-1))
-        assert not torch.equal(flipped, mask)
-
-
-def test_adding_masks_encodes_no_picture_and_no_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
-    workshop.encode()
+def test_nothing_to_encode_is_no_pass_at_all(workshop: Workshop) -> None:
     adapter = Adapter(workshop.folder)
-    workshop.run(adapter, **masked)
-    assert adapter.counts == (0, 0, 0)
-    assert num_cached_masks(workshop) == 4 - 1, "the first and the last picture have one shape, so equal masks"
-
-
-def test_editing_a_mask_reads_one_mask_and_encodes_nothing(
-    workshop: Workshop, masked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workshop.run(Adapter(workshop.folder), **masked)
-    edited = workshop.folder / "masks" / "picture_001.png"
-    save(Image.new("L", read_size(edited), 100), edited)
-    read: list[Path] = []
-
-    def counting(path: Path, *arguments: Any) -> Tensor:
-        read.append(path)
-        return read_mask(path, *arguments)
-
-    monkeypatch.setattr("utils.data.precompute.read_mask", counting)
-    adapter = Adapter(workshop.folder)
-    data, _ = workshop.run(adapter, **masked)
-    assert read == [edited]
-    assert adapter.counts == (0, 0, 0)
-    mask = data.mask(workshop.examples(**masked)[1])
-    assert mask is not None
-    assert torch.equal(mask.unique(), torch.tensor([100 / 255]))
-
-
-def test_editing_a_caption_of_a_masked_picture_encodes_one_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
-    flipped = {"directory": [{**masked["directory"][0], "horizontal_flip": True}]}
-    workshop.run(Adapter(workshop.folder), **flipped)
-    before = num_cached_masks(workshop)
-    (workshop.pictures / "picture_002.txt").write_text("another caption")
-    adapter = Adapter(workshop.folder)
-    workshop.run(adapter, **flipped)
-    assert adapter.counts == (0, 1, 1)
-    assert num_cached_masks(workshop) == before
-
-
-def test_without_masks_nothing_is_kept_of_any(workshop: Workshop) -> None:
-    data, _ = workshop.run(Adapter(workshop.folder))
-    assert data.mask(workshop.examples()[0]) is None
-    assert data.mask(workshop.examples()[0], flipped=True) is None
-    assert not list((workshop.folder / "cache").glob("mask-*"))
-
-
-def test_another_downscale_is_another_mask(workshop: Workshop, masked: dict[str, Any]) -> None:
-    workshop.run(Adapter(workshop.folder), **masked)
-    adapter = Adapter(workshop.folder)
-    adapter.latent = replace(adapter.latent, downscale=16)
-    data, _ = workshop.run(adapter, **masked)
-    example = workshop.examples(**masked)[0]
-    mask = data.mask(example)
-    assert mask is not None
-    assert mask.shape == (1, example.bucket.height // 16, example.bucket.width // 16)
-
-
-def test_the_pictures_of_bad_masks_are_named_and_stop_nobody(workshop: Workshop, masked: dict[str, Any]) -> None:
-    """Equal masks share an entry; each picture is told with its own."""
-    masks, pictures = workshop.folder / "masks", workshop.pictures
-    for index in (0, 3):  # of one shape
-        save(Image.new("L", read_size(masks / f"picture_00{index}.png"), 0), masks / f"picture_00{index}.png")
-    examples = workshop.examples(**masked)
-    gone = masks / "picture_001.png"
-    gone.unlink()
-    data, bad = cache_alone(Adapter(workshop.folder), examples, [""], workshop.folder / "cache", CPU)
-    reasons = {entry.path.name: entry.reason for entry in bad}
-    assert {entry.path.parent for entry in bad} == {pictures}
-    black = "is black everywhere: nothing of the picture would count"
-    assert reasons == {
-        "picture_000.png": f"its mask {masks / 'picture_000.png'} {black}",
-        "picture_001.png": f"its mask {gone} cannot be read: No such file or directory",
-        "picture_003.png": f"its mask {masks / 'picture_003.png'} {black}",
-    }
-    assert data.mask(examples[2]) is not None
-
-
-def test_masks_take_the_same_way_to_the_disk(
-    workshop: Workshop, masked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There is one writer, which a kill cannot make leave half a shard: test_cache.py."""
-    written: list[str] = []
-
-    class Noting(ShardWriter):
-        def add(self, key: str, tensors: Any) -> None:
-            written.append(self.folder.name.partition("-")[0])
-            super().add(key, tensors)
-
-    monkeypatch.setattr("utils.data.precompute.ShardWriter", Noting)
-    workshop.run(Adapter(workshop.folder), **masked)
-    assert set(written) == {"vae", "mask", "clip_l", "t5xxl"}
-    assert written.count("mask") == num_cached_masks(workshop)
+    cached = cache_alone(adapter, [empty_table()], [], workshop.settings)
+    assert (len(cached.tables[0]), adapter.num_loads, cached.encoded_any) == (0, 0, False)

@@ -16,7 +16,11 @@ from torch import Tensor
 from models.base import LatentSpec
 from utils import distributed, randomness
 from utils.config.schema import DatasetConfig, EvalConfig
-from utils.data.dataset import Example, scan
+from utils.data.examples import Example
+from utils.data.listing import Lister
+from utils.data.picture_files import PictureFile
+from utils.data.readers import Readers
+from utils.data.scan import scan
 from utils.evaluation.comparison import (
     Difference,
     EvaluationResult,
@@ -39,12 +43,12 @@ NUM_BANDS = 4
 
 
 @pytest.fixture(scope="module")
-def examples(tiny_dataset: Path) -> list[Example]:
+def examples(tiny_dataset: Path, readers: Readers) -> list[Example]:
     """Seven pictures of three shapes at two resolutions."""
     config = DatasetConfig.model_validate(
         {"resolutions": [32, 48], "num_ar_buckets": 3, "directory": [{"path": str(tiny_dataset)}]}
     )
-    found = scan(config, 16).examples
+    found = scan(config, 16, Lister(readers, None)).examples
     names = sorted({example.image for example in found})[:7]
     return [example for example in found if example.image in names]
 
@@ -129,14 +133,14 @@ def no_contents(_example: Example) -> list[str]:
 def test_fingerprint_tells_what_is_measured(examples: list[Example]) -> None:
     first = examples[0]
     same = fingerprint(panel_of(examples), no_contents)
-    moved = [replace(example, image=Path("/elsewhere") / example.image.name) for example in examples]
+    moved = [replace(example, image=PictureFile(Path("/elsewhere") / example.image.path.name)) for example in examples]
     assert fingerprint(panel_of(moved), no_contents) == same
     others = [
         fingerprint(panel_of(examples[1:]), no_contents),
         fingerprint(panel_of([*examples[1:], first]), no_contents),
-        fingerprint(panel_of([replace(first, caption="another"), *examples[1:]]), no_contents),
+        fingerprint(panel_of([replace(first, captions=("another",)), *examples[1:]]), no_contents),
         fingerprint(panel_of([replace(first, box=examples[-1].box), *examples[1:]]), no_contents),
-        fingerprint(panel_of([replace(first, mask=Path("mask.png")), *examples[1:]]), no_contents),
+        fingerprint(panel_of([replace(first, mask=PictureFile(Path("mask.png"))), *examples[1:]]), no_contents),
         fingerprint(panel_of(examples), lambda example: [str(example.key == first.key)]),  # of one, the file has changed
         fingerprint(panel_of(examples, num_bands=3), no_contents),
         fingerprint(panel_of(examples, seed=SEED + 1), no_contents),
@@ -495,7 +499,7 @@ def direct_losses(panel: Sequence[PanelEntry], weight: float, data: MadeUpData, 
         latents = data.latents(entry.example).double()
         noise = noise_of(entry, tuple(latents.shape), SEED).double()
         noisy = (1 - entry.sigma) * latents + entry.sigma * noise
-        context = data.text(entry.example.caption)["encoder.context"].double().mean()
+        context = data.text(entry.example.caption())["encoder.context"].double().mean()
         answer = weight * noisy + entry.sigma + context + (noisy if additive else 0)
         squares = (answer - (noise - latents)).square()
         mask = data.mask(entry.example)

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from utils import rectified_flow
+from tests.utils.data.tables import DIRECTORY, Shown, table_of
+from utils import randomness, rectified_flow
 from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder, Visit
-from utils.data.buckets import Bucket, crop_box
-from utils.data.dataset import Example
+from utils.data.captions import TagShuffle
+from utils.data.examples import Example
 from utils.objective import NO_TARGET, LossTarget, Objective
-from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout, MicroBatch, caption_of, is_flipped, noise_level, noise_of
+from utils.pipeline.feed import (
+    EMPTY_CAPTION,
+    MICRO_BATCHES_AHEAD,
+    Feed,
+    Layout,
+    MicroBatch,
+    caption_of,
+    is_flipped,
+    latents_of,
+    noise_level,
+    noise_of,
+)
 
 SEED = 11
 SHAPE = (16, 4, 4)
 ALONE = Layout(micro_batch_size=2, num_micro_batches=4, num_replicas=1, replica=0, is_first_stage=True, is_last_stage=True)
-EXAMPLES = [
-    Example(f"0/{index}.png@32", Path(f"{index}.png"), f"caption {index}", crop_box(32, 32, Bucket(32, 32)), 1)
-    for index in range(11)
-]
+PICTURES = [Shown(f"{index}.png", (f"caption {index}",), size=(32, 32)) for index in range(11)]
+EXAMPLES = table_of(PICTURES)
+
+
+def number_of(example: Example) -> int:
+    return int(example.image.path.stem)
 
 
 class Data:
     """Latents and text made of the example's number."""
 
     def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
-        return torch.full(SHAPE, float(example.image.stem) * (-1 if flipped else 1))
+        return torch.full(SHAPE, float(number_of(example)) * (-1 if flipped else 1))
+
+    def deviation(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+        return None
 
     def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         if example.mask is None:
@@ -46,6 +63,18 @@ class Data:
         return {"clip_l.sequence": number, "clip_l.pooled": number, "t5xxl.sequence": number}
 
 
+class Posterior(Data):
+    """Has standard deviations too; from left to right they grow, or fall in the mirrored picture."""
+
+    def deviation(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+        deviation = torch.linspace(0, 1, SHAPE[-1]).expand(SHAPE)
+        return deviation.flip(-1) if flipped else deviation
+
+
+MEANS: Any = Data()
+POSTERIOR: Any = Posterior()
+
+
 class Adapter:
     """Gives back what it is given."""
 
@@ -53,10 +82,14 @@ class Adapter:
         return noisy, sigma, *text.values()
 
 
+ADAPTER: Any = Adapter()
+
+
 def make_feed(layout: Layout = ALONE, *, seed: int = SEED, dtype: torch.dtype = torch.float32, **objective: Any) -> Feed:
     examples = objective.pop("examples", EXAMPLES)
+    data = objective.pop("data", Data())
     order = BatchOrder(examples, 8, seed)
-    return Feed(Adapter(), Data(), order, make_objective(**objective), seed=seed, layout=layout, dtype=dtype)
+    return Feed(ADAPTER, data, order, make_objective(**objective), seed=seed, layout=layout, dtype=dtype)
 
 
 def make_objective(**settings: Any) -> Objective:
@@ -92,13 +125,13 @@ def test_inputs_and_target_are_the_path_s() -> None:
     noisy, sigma, text, _, _, target = joined(batches(discrete_flow_shift=2.0))
     objective = make_objective(discrete_flow_shift=2.0)
     for row, visit in enumerate(visits()):
-        latents = torch.full(SHAPE, float(visit.example.image.stem))
+        latents = torch.full(SHAPE, float(number_of(visit.example)))
         noise = noise_of(visit, SHAPE, SEED)
         assert sigma[row] == torch.tensor(sigma_of(visit, objective))
         expected = rectified_flow.add_noise(latents[None], noise[None], sigma[row : row + 1])[0]
         assert torch.equal(noisy[row], expected)
         assert torch.equal(target[row], noise - latents)
-        assert text[row] == float(visit.example.image.stem), "each picture with its own caption"
+        assert text[row] == float(number_of(visit.example)), "each picture with its own caption"
 
 
 def test_first_and_last_stage_draw_the_same_noise_and_time() -> None:
@@ -210,7 +243,7 @@ def test_a_dropped_caption_is_fed_as_the_empty_one() -> None:
 
 def test_encoders_are_dropped_each_for_itself_sequence_and_pooled_together() -> None:
     rates = {"clip_l": 0.5, "t5xxl": 0.25}
-    examples = EXAMPLES[1:]  # the first one's text is zero by itself
+    examples = table_of(PICTURES[1:])  # the first one's text is zero by itself
     fed = [joined(batches(step=step, encoder_dropout_rate=rates, examples=examples)) for step in range(200)]
     clip, pooled, t5 = (torch.cat([parts[index] for parts in fed]).flatten() == 0 for index in (2, 3, 4))
     assert torch.equal(clip, pooled)
@@ -227,26 +260,29 @@ def test_one_rate_is_for_every_encoder_and_none_of_it_changes_noise_or_time() ->
 
 
 def test_a_directory_s_weight_and_the_time_s_multiply() -> None:
-    examples = [replace(example, loss_weight=1.0 + int(example.image.stem)) for example in EXAMPLES]
+    directories = [replace(DIRECTORY, loss_weight=1.0 + number) for number in range(len(PICTURES))]
+    examples = table_of([replace(one, directory=own) for one, own in zip(PICTURES, directories, strict=True)])
     settings: dict[str, Any] = {"weighting_scheme": "cosmap", "weighting_by": "loss"}
     weight = joined_target(batches(examples=examples, **settings)).weight
     plain = joined_target(batches(**settings)).weight
-    factors = torch.tensor([1.0 + int(visit.example.image.stem) for visit in visits()])
+    factors = torch.tensor([1.0 + number_of(visit.example) for visit in visits()])
     torch.testing.assert_close(weight, plain * factors)
     assert len(set(plain.tolist())) == len(plain)
 
 
 def test_masks_ride_with_their_pictures_and_the_rest_counts_whole() -> None:
-    examples = [replace(ex, mask=ex.image) if int(ex.image.stem) % 2 else ex for ex in EXAMPLES]
-    masks = joined_target(batches(examples=examples)).mask
+    pictures = [replace(one, mask=one.name if number % 2 else None) for number, one in enumerate(PICTURES)]
+    masks = joined_target(batches(examples=table_of(pictures))).mask
     for mask, visit in zip(masks, visits(), strict=True):
-        wanted = Data().mask(replace(visit.example, mask=visit.example.image if int(visit.example.image.stem) % 2 else None))
+        is_masked = number_of(visit.example) % 2
+        wanted = Data().mask(replace(visit.example, mask=visit.example.image if is_masked else None))
         assert torch.equal(mask, torch.ones(1, *SHAPE[1:]) if wanted is None else wanted)
     assert all(LossTarget(*target).mask.shape == (2, 1, 1, 1) for _, target in batches()), "a factor of one without masks"
 
 
 def test_a_flip_takes_picture_and_mask_alike_at_half_of_the_visits() -> None:
-    examples = [replace(example, may_flip=True, mask=example.image) for example in EXAMPLES[1:]]
+    directory = replace(DIRECTORY, may_flip=True)
+    examples = table_of([replace(one, mask=one.name, directory=directory) for one in PICTURES[1:]])
     order = BatchOrder(examples, 8, SEED)
     flips = []
     for step in range(100):
@@ -259,3 +295,194 @@ def test_a_flip_takes_picture_and_mask_alike_at_half_of_the_visits() -> None:
             assert (float(target.mask[row, 0, 0, 0]) == 1.0) == flipped
     assert sum(flips) / len(flips) == pytest.approx(0.5, abs=0.06)
     assert not any(is_flipped(Visit(EXAMPLES[0], epoch, 0), SEED) for epoch in range(20)), "only where it was asked for"
+
+
+# --- several captions --------------------------------------------------------------------------------------------------
+
+
+def captions_drawn(example: Example, seed: int = SEED, **objective: Any) -> list[str]:
+    """Of many visits."""
+    settings = make_objective(**objective)
+    return [caption_of(Visit(example, epoch, 0), settings, seed) for epoch in range(3000)]
+
+
+def test_captions_of_several_lines_are_drawn_evenly() -> None:
+    example = replace(EXAMPLES[0], captions=("caption 1", "caption 2", "caption 3"))
+    counts = Counter(captions_drawn(example))
+    assert counts.keys() == set(example.captions)
+    assert all(abs(count / 3000 - 1 / 3) < 0.03 for count in counts.values())
+
+
+def test_which_caption_is_drawn_is_a_function_of_seed_and_visit() -> None:
+    example = replace(EXAMPLES[0], captions=("caption 1", "caption 2"))
+    drawn = captions_drawn(example)
+    assert captions_drawn(example) == drawn
+    others = [captions_drawn(example, SEED + 1), captions_drawn(replace(example, key="0/other.png@32"))]
+    others.append([caption_of(Visit(example, epoch, 1), make_objective(), SEED) for epoch in range(3000)])
+    for other in others:
+        agreeing = sum(one == two for one, two in zip(drawn, other, strict=True)) / 3000
+        assert agreeing == pytest.approx(0.5, abs=0.04)
+
+
+def test_every_order_of_tags_is_drawn() -> None:
+    shuffle = TagShuffle(4, ", ", 0)
+    example = replace(EXAMPLES[0], captions=("a, b, c, d, e, f, g", "h, i, j, k, l, m, n"), shuffle=shuffle)
+    counts = Counter(captions_drawn(example))
+    assert counts.keys() == {example.caption(number) for number in range(8)}
+    assert len(counts) == 8
+    assert all(abs(count / 3000 - 1 / 8) < 0.025 for count in counts.values())
+
+
+def test_several_captions_are_dropped_like_one() -> None:
+    example = replace(EXAMPLES[0], captions=("caption 1", "caption 2"))
+    dropped, kept = captions_drawn(example, caption_dropout_rate=0.3), captions_drawn(example)
+    assert dropped.count(EMPTY_CAPTION) / 3000 == pytest.approx(0.3, abs=0.03)
+    assert all(one in (EMPTY_CAPTION, other) for one, other in zip(dropped, kept, strict=True))
+    alone = captions_drawn(EXAMPLES[0], caption_dropout_rate=0.3)
+    assert [one == EMPTY_CAPTION for one in alone] == [one == EMPTY_CAPTION for one in dropped]
+
+
+def test_the_drawn_caption_is_the_one_that_is_fed() -> None:
+    pictures = [replace(one, captions=(f"caption {n}", f"caption {n + 100}")) for n, one in enumerate(PICTURES)]
+    examples = table_of(pictures)
+    text = joined(batches(examples=examples))[2].flatten().tolist()
+    shown = BatchOrder(examples, 8, SEED).global_batch(1)
+    assert text == [float(caption_of(visit, make_objective(), SEED).removeprefix("caption ")) for visit in shown]
+    assert any(number >= 100 for number in text)
+    assert any(number < 100 for number in text)
+
+
+# --- samples of the posterior ------------------------------------------------------------------------------------------
+
+
+def test_each_visit_has_a_sample_of_the_posterior_of_its_own() -> None:
+    example = EXAMPLES[3]
+    shown = [Visit(example, epoch, occurrence) for epoch in range(500) for occurrence in (0, 3)]
+    samples = torch.stack([latents_of(visit, POSTERIOR, SEED) for visit in shown])
+    assert len({sample.sum().item() for sample in samples}) == len(shown)
+    assert torch.equal(samples[..., 0], torch.full_like(samples[..., 0], 3)), "where the deviation is zero"
+    means, deviations = samples.mean(dim=(0, 1, 2)), samples.std(dim=(0, 1, 2))
+    torch.testing.assert_close(means, torch.full((4,), 3.0), rtol=0, atol=0.03)
+    torch.testing.assert_close(deviations, torch.linspace(0, 1, 4), rtol=0.03, atol=0)
+
+
+def test_a_sample_is_a_function_of_seed_and_visit() -> None:
+    visit = Visit(EXAMPLES[3], 2, 1)
+    sample = latents_of(visit, POSTERIOR, SEED)
+    assert torch.equal(latents_of(Visit(EXAMPLES[3], 2, 1), POSTERIOR, SEED), sample)
+    others = [replace(visit, epoch=1), replace(visit, occurrence=0), replace(visit, example=replace(EXAMPLES[3], key="k"))]
+    for other in others:
+        assert not torch.equal(latents_of(other, POSTERIOR, SEED), sample)
+    assert not torch.equal(latents_of(visit, POSTERIOR, SEED + 1), sample)
+
+
+def test_without_deviation_the_mean_is_used_as_it_is() -> None:
+    assert torch.equal(latents_of(Visit(EXAMPLES[3], 2, 1), MEANS, SEED), torch.full(SHAPE, 3.0))
+
+
+def test_a_sample_tells_nothing_about_the_noise() -> None:
+    """Else noise would be partly taken away from the latents it is mixed with."""
+    shown = [Visit(EXAMPLES[0], epoch, 0) for epoch in range(200)]
+    samples = torch.stack([latents_of(visit, POSTERIOR, SEED)[..., -1].flatten() for visit in shown]).flatten()
+    noise = torch.stack([noise_of(visit, SHAPE, SEED)[..., -1].flatten() for visit in shown]).flatten()
+    assert abs(float(torch.corrcoef(torch.stack([samples, noise]))[0, 1])) < 0.04
+
+
+def test_a_mirrored_picture_has_its_own_mean_and_deviation() -> None:
+    example = replace(EXAMPLES[3], may_flip=True)
+    shown = [Visit(example, epoch, 0) for epoch in range(20)]
+    flips = {is_flipped(visit, SEED) for visit in shown}
+    assert flips == {True, False}
+    for visit in shown:
+        flipped = is_flipped(visit, SEED)
+        normal = randomness.normal(SEED, "posterior", example.key, visit.epoch, 0, shape=SHAPE)
+        deviation = torch.linspace(1, 0, 4) if flipped else torch.linspace(0, 1, 4)
+        assert torch.equal(latents_of(visit, POSTERIOR, SEED), (-3.0 if flipped else 3.0) + deviation * normal)
+
+
+def test_both_stages_have_the_same_samples() -> None:
+    first = joined_inputs(batches(replace(ALONE, is_last_stage=False), data=Posterior()))
+    last = joined_target(batches(replace(ALONE, is_first_stage=False), data=Posterior())).output
+    noisy, sigma = first[:2]
+    recovered = noisy - sigma[:, None, None, None] * last  # x_t - sigma v
+    wanted = torch.stack([latents_of(visit, POSTERIOR, SEED) for visit in visits()])
+    torch.testing.assert_close(recovered, wanted, rtol=0, atol=1e-4)
+    assert torch.equal(noisy, joined(batches(data=Posterior()))[0])
+    assert not torch.equal(noisy, joined(batches())[0])
+
+
+def joined_inputs(parts: list[MicroBatch]) -> list[Tensor]:
+    return [torch.cat(tensors) for tensors in zip(*(inputs for inputs, _ in parts), strict=True)]
+
+
+# --- ahead of the network ----------------------------------------------------------------------------------------------
+
+
+def assert_same(ours: list[MicroBatch], wanted: list[MicroBatch]) -> None:
+    for (inputs, target), (wanted_inputs, wanted_target) in zip(ours, wanted, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(inputs, wanted_inputs, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(target, wanted_target, strict=True))
+
+
+@pytest.mark.parametrize("is_first_stage", [True, False])
+@pytest.mark.parametrize("is_last_stage", [True, False])
+def test_steps_give_exactly_what_each_step_gives_alone(is_first_stage: bool, is_last_stage: bool) -> None:
+    layout = replace(ALONE, is_first_stage=is_first_stage, is_last_stage=is_last_stage)
+    steps = range(3, 9)  # over the end of an epoch
+    with make_feed(layout, data=Posterior()).steps(steps) as everything:
+        for step, micro_batches in zip(steps, everything, strict=True):
+            assert_same(list(micro_batches), batches(layout, step, data=Posterior()))
+
+
+@pytest.mark.parametrize("num_used", [0, 1, 3])
+def test_what_a_stage_does_not_look_at_is_not_taken_for_the_next_step_s(num_used: int) -> None:
+    with make_feed().steps(range(5)) as everything:
+        for step, micro_batches in enumerate(everything):
+            used = [next(micro_batches) for _ in range(num_used)]
+            assert_same(used, batches(step=step)[:num_used])
+
+
+def test_a_step_has_no_more_than_its_own_micro_batches() -> None:
+    with make_feed().steps(range(2)) as everything:
+        assert [len(list(micro_batches)) for micro_batches in everything] == [ALONE.num_micro_batches] * 2
+
+
+def test_micro_batches_are_made_in_another_thread_a_few_ahead() -> None:
+    makers: list[threading.Thread] = []
+    enough = threading.Event()
+
+    class Watched(Data):
+        def text(self, caption: str) -> dict[str, Tensor]:
+            makers.append(threading.current_thread())
+            if len(makers) >= ALONE.micro_batch_size * (MICRO_BATCHES_AHEAD + 1):
+                enough.set()
+            return super().text(caption)
+
+    with make_feed(data=Watched()).steps(range(50)) as everything:
+        next(next(everything))
+        assert enough.wait(10.0)
+        assert len(makers) <= ALONE.micro_batch_size * (MICRO_BATCHES_AHEAD + 2)
+    assert threading.current_thread() not in makers
+    makers[0].join(10.0)
+    assert not makers[0].is_alive(), "leaving ends it, although steps are left"
+
+
+def test_an_error_while_a_step_is_made_ready_is_raised_in_that_step() -> None:
+    caption = f"caption {int(joined_inputs(batches(step=2)[1:2])[2][0])}"
+
+    class Broken(Data):
+        asked = 0
+
+        def text(self, wanted: str) -> dict[str, Tensor]:
+            self.asked += 1
+            if self.asked > 8 * 2 + ALONE.micro_batch_size:  # the second micro-batch of step 2
+                raise KeyError(wanted)
+            return super().text(wanted)
+
+    with make_feed(data=Broken()).steps(range(5)) as everything:
+        for _ in range(2):
+            assert len(list(next(everything))) == ALONE.num_micro_batches
+        last = next(everything)
+        next(last)
+        with pytest.raises(KeyError, match=caption):
+            next(last)

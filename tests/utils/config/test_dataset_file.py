@@ -1,0 +1,158 @@
+"""The dataset file: what is said at its top holds in every [[directory]] that does not say otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+
+from tests.tiny_model import write_experiment
+from tests.utils.config.test_load import NOWHERE, load, only_problem, write
+from utils.config.load import ConfigError, dump_toml, load_config
+from utils.config.schema import DatasetConfig, PictureConfig
+
+OTHER: dict[str, Any] = {
+    "resolutions": [64, 96],
+    "enable_ar_bucket": False,
+    "min_ar": 0.25,
+    "max_ar": 3.0,
+    "num_ar_buckets": 5,
+    "crop": "random",
+    "upscale": "never",
+    "min_pixels": 100,
+    "max_pixels": 10_000,
+    "num_repeats": 2.5,
+    "loss_weight": 0.5,
+    "horizontal_flip": True,
+    "recursive": True,
+    "caption_per_line": True,
+    "cache_shuffle_num": 4,
+    "cache_shuffle_delimiter": "; ",
+    "keep_tokens": 2,
+    "on_bad_file": "skip",
+}
+"""Another value than the default for every key that may be at both places."""
+
+
+def dataset_of(**table: Any) -> DatasetConfig:
+    return DatasetConfig.model_validate({"resolutions": [32], **table})
+
+
+def test_every_key_that_is_handed_down_is_tested() -> None:
+    fields = PictureConfig.model_fields
+    assert OTHER.keys() == fields.keys()
+    assert all(OTHER[name] != field.get_default(call_default_factory=True) for name, field in fields.items())
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_at_the_top_holds_in_directories_that_do_not_say_otherwise(key: str) -> None:
+    default = PictureConfig.model_fields[key].get_default(call_default_factory=True)
+    own = [32] if key == "resolutions" else default
+    dataset = dataset_of(**{key: OTHER[key]}, directory=[{"path": "a"}, {"path": "b", key: own}])
+    first, second = dataset.directory
+    assert (getattr(dataset, key), getattr(first, key), getattr(second, key)) == (OTHER[key], OTHER[key], own)
+    for name in OTHER.keys() - {key}:
+        assert getattr(first, name) == getattr(dataset, name), "and no other key with it"
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_of_a_directory_holds_in_it_alone(key: str) -> None:
+    first, second = dataset_of(directory=[{"path": "a", key: OTHER[key]}, {"path": "b"}]).directory
+    default = [32] if key == "resolutions" else PictureConfig.model_fields[key].default
+    assert (getattr(first, key), getattr(second, key)) == (OTHER[key], default)
+
+
+def test_the_resolved_copy_has_what_was_handed_down(tmp_path: Path) -> None:
+    directories = [{"path": "a"}, {"path": "b", **OTHER, "num_repeats": 1}]
+    config = load(tmp_path, dataset_file={**OTHER, "directory": directories}).dataset
+    again = DatasetConfig.model_validate(toml.loads(dump_toml(config)))
+    assert again == config
+    assert [entry.num_repeats for entry in again.directory] == [2.5, 1.0]
+
+
+MISSING = "resolutions is missing; give it at the top, or in every [[directory]]"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"resolutions": None},
+        {"resolutions": []},
+        {"resolutions": None, "directory": [{"path": "a", "resolutions": [32]}, {"path": "b"}]},
+        {"directory": [{"path": "a", "resolutions": []}]},
+    ],
+)
+def test_resolutions_must_be_somewhere(tmp_path: Path, table: dict[str, Any]) -> None:
+    assert only_problem(write(tmp_path, dataset_file=table)) == ("dataset.toml", "", MISSING)
+
+
+def test_resolutions_of_every_directory_are_enough(tmp_path: Path) -> None:
+    directories = [{"path": "a", "resolutions": [32]}, {"path": "b", "resolutions": [64]}]
+    config = load(tmp_path, dataset_file={"resolutions": None, "directory": directories})
+    assert [entry.resolutions for entry in config.dataset.directory] == [[32], [64]]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "message"),
+    [
+        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels", "= 9: must not be above max_pixels, 8"),
+        (
+            {"max_pixels": 8, "directory": [{"path": "a"}, {"path": "b", "min_pixels": 9}]},
+            "directory[1].min_pixels",
+            "= 9: must not be above max_pixels, 8",
+        ),
+        (
+            {"directory": [{"path": "a", "max_ar": 0.25}]},
+            "directory[0].min_ar",
+            "= 0.5: must not be above max_ar, 0.25",
+        ),
+    ],
+)
+def test_a_lower_bound_above_the_upper_one_is_named_where_it_is(
+    tmp_path: Path, table: dict[str, Any], key: str, message: str
+) -> None:
+    assert only_problem(write(tmp_path, dataset_file=table)) == ("dataset.toml", key, message)
+
+
+def test_bounds_that_hold_in_no_directory_are_no_mistake(tmp_path: Path) -> None:
+    table = {"min_pixels": 9, "max_pixels": 8, "directory": [{"path": "a", "max_pixels": 10}]}
+    assert load(tmp_path, dataset_file=table).dataset.directory[0].max_pixels == 10
+
+
+# --- evaluation sets ---------------------------------------------------------------------------------------------------
+
+
+def eval_set_problem(folder: Path, **table: Any) -> tuple[str, str]:
+    """(Key, message) of the one problem of a dataset file that is an evaluation set's."""
+    other = folder / "other.toml"
+    other.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": "a"}], **table}))
+    path = write_experiment(folder, NOWHERE, NOWHERE, eval={"sets": [{"name": "other", "dataset": str(other)}]})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    (problem,) = caught.value.problems
+    assert problem.file == other
+    return problem.key, problem.message
+
+
+@pytest.mark.parametrize("number", [2.5, 0.5])
+def test_fractional_repeats_are_refused_in_an_evaluation_set(tmp_path: Path, number: float) -> None:
+    message = f"= {number}: an evaluation set takes whole numbers only"
+    assert eval_set_problem(tmp_path, num_repeats=number) == ("directory[0].num_repeats", message)
+    directories = [{"path": "a"}, {"path": "b", "num_repeats": number}]
+    assert eval_set_problem(tmp_path, directory=directories) == ("directory[1].num_repeats", message)
+
+
+@pytest.mark.parametrize("key", ["horizontal_flip", "loss_weight", "cache_shuffle_num"])
+def test_what_only_training_reads_is_refused_in_an_evaluation_set(tmp_path: Path, key: str) -> None:
+    found, message = eval_set_problem(tmp_path, **{key: OTHER[key]})
+    assert (found, message.partition(",")[0]) == (f"directory[0].{key}", "has no place in an evaluation set")
+
+
+def test_whole_repeats_and_the_rest_are_allowed_in_an_evaluation_set(tmp_path: Path) -> None:
+    rest = {key: value for key, value in OTHER.items() if key not in ("horizontal_flip", "loss_weight", "cache_shuffle_num")}
+    other = tmp_path / "other.toml"
+    other.write_text(toml.dumps({**rest, "num_repeats": 3, "directory": [{"path": "a"}]}))
+    config = load(tmp_path, eval={"sets": [{"name": "other", "dataset": str(other)}]})
+    assert config.eval_sets["other"].directory[0].num_repeats == 3

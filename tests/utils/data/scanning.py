@@ -1,0 +1,38 @@
+"""Dataset files made of arguments, and a look at the folders they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.base import LatentSpec
+from utils.config.schema import DatasetConfig
+from utils.data.dataset import Dataset
+from utils.data.listing import Lister
+from utils.data.readers import Readers
+from utils.data.scan import scan
+
+LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
+
+
+def config_of(*folders: Path, **changes: Any) -> DatasetConfig:
+    """Of these folders, one [[directory]] each, or of `directory=[{...}]`."""
+    directories = [{"path": folder} for folder in folders]
+    table = {"resolutions": [32], "num_ar_buckets": 3, "directory": directories, **changes}
+    return DatasetConfig.model_validate(table)
+
+
+class Scan:
+    """Looks at folders; what it found is remembered in `memory`, if there is one."""
+
+    def __init__(self, readers: Readers, memory: Path | None = None) -> None:
+        self.readers, self.memory = readers, memory
+
+    def __call__(self, *folders: Path, prefix: str = "", **changes: Any) -> Dataset:
+        lister = Lister(self.readers, self.memory)
+        return scan(config_of(*folders, **changes), LATENT.pixel_multiple, lister, prefix=prefix)
+
+
+def names(dataset: Dataset) -> list[str]:
+    """Of its examples' pictures, below their directories."""
+    return [example.key.partition("/")[2].partition("@")[0] for example in dataset.examples]

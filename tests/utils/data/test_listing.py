@@ -1,0 +1,360 @@
+"""What a directory holds: captions from text files, tables and archives, and what is wrong or of no use."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from tests.tiny_model import make_tiny_dataset, write_picture
+from tests.utils.data.pictures import noise, quarters, save
+from tests.utils.data.scanning import Scan, names
+from utils.data.dataset import Dataset
+from utils.data.images import read_pixels
+from utils.data.picture_files import PictureFile
+
+
+def picture(folder: Path, name: str, caption: str | None = None) -> Path:
+    """A picture, with a text file if it has a caption."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(quarters(), path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def captions(found: Dataset) -> dict[str, tuple[str, ...]]:
+    return dict(zip(names(found), (example.captions for example in found.examples), strict=True))
+
+
+def bad(found: Dataset) -> list[tuple[str, str]]:
+    """(Name, reason) of each bad file."""
+    return [(one.path.name, one.reason) for one in found.bad_files]
+
+
+# --- text files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_without_a_caption_file_is_bad_and_says_what_to_do(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    path.with_suffix(".txt").unlink()
+    (found,) = scan_folders(tmp_path).bad_files
+    assert found.path == path
+    assert found.reason == "has no caption: picture_000.txt is missing (an empty file is an empty caption)"
+
+
+def test_an_empty_file_is_an_empty_caption(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "fox.png", "")
+    assert captions(scan_folders(tmp_path)) == {"fox.png": ("",)}
+
+
+def test_a_caption_in_another_encoding_is_named_with_its_first_bad_byte(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    path.with_suffix(".txt").write_bytes("ein Füchslein".encode("latin-1"))
+    (found,) = scan_folders(tmp_path).bad_files
+    assert found.path == path.with_suffix(".txt")
+    assert found.reason == "is not UTF-8: byte 5 is 0xfc"
+
+
+def test_a_folder_in_place_of_a_caption_is_none(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0).with_suffix(".txt")
+    path.unlink()
+    path.mkdir()
+    found = scan_folders(tmp_path)
+    assert [name for name, _ in bad(found)] == ["picture_000.png"]
+    assert any("looked into" in text and "picture_000.txt" in text for text in found.warnings)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
+def test_a_caption_that_may_not_be_read_is_named(scan_folders: Scan, tmp_path: Path) -> None:
+    write_picture(tmp_path, 0).with_suffix(".txt").chmod(0)
+    assert bad(scan_folders(tmp_path)) == [("picture_000.txt", "cannot be read: Permission denied")]
+
+
+def test_captions_beside_pictures_in_folders_are_theirs(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "fox.png", "outside")
+    picture(tmp_path, "a/fox.png", "inside")
+    assert captions(scan_folders(tmp_path, recursive=True)) == {"a/fox.png": ("inside",), "fox.png": ("outside",)}
+
+
+# --- what is told ------------------------------------------------------------------------------------------------------
+
+
+def test_folders_in_a_folder_are_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    make_tiny_dataset(tmp_path / "more", 1)
+    (warning,) = scan_folders(tmp_path).warnings
+    assert warning == f"{tmp_path}: folders in it are not looked into (recursive = true does): more"
+
+
+def test_files_no_picture_uses_are_named(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    (tmp_path / "picture_009.txt").write_text("a caption whose picture is gone")
+    (tmp_path / "notes.md").write_text("")
+    (tmp_path / ".hidden").write_text("")
+    assert scan_folders(tmp_path).warnings == [
+        f"{tmp_path}: 1 caption files are of no picture: picture_009.txt",
+        f"{tmp_path}: 1 files are neither picture nor caption of one: notes.md",
+    ]
+
+
+def test_two_pictures_of_one_caption_file_are_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    save(quarters(), path.with_suffix(".jpg"))
+    found = scan_folders(tmp_path)
+    assert len(found.examples) == 2
+    assert any("share one caption file: picture_000.txt" in text for text in found.warnings)
+
+
+def test_suffixes_in_capitals_are_pictures(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_picture(tmp_path, 0)
+    path.rename(tmp_path / "picture_000.PNG")
+    assert len(scan_folders(tmp_path).examples) == 1
+
+
+def test_a_long_list_of_names_is_cut_and_says_so(scan_folders: Scan, tmp_path: Path) -> None:
+    for index in range(9):
+        (tmp_path / f"{index}.md").write_text("")
+    assert scan_folders(tmp_path).warnings[0].endswith("0.md, 1.md, 2.md, 3.md, 4.md and 4 more")
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, table: Mapping[str, str]) -> None:
+    """In the form of its name."""
+    rows = [{"file_name": name, "text": caption} for name, caption in table.items()]
+    if path.suffix == ".json":
+        path.write_text(json.dumps(table))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+TABLES = ["captions.json", "metadata.jsonl", "metadata.csv"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_in_the_folder_has_the_captions(scan_folders: Scan, tmp_path: Path, table: str) -> None:
+    picture(tmp_path, "fox.png")
+    picture(tmp_path, "owl.jpg")
+    write_table(tmp_path / table, {"fox.png": "a fox", "owl.jpg": "an owl"})
+    found = scan_folders(tmp_path)
+    assert captions(found) == {"fox.png": ("a fox",), "owl.jpg": ("an owl",)}
+    assert (found.bad_files, found.warnings) == ([], [])
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_table_may_name_pictures_in_folders_inside(
+    scan_folders: Scan, tmp_path: Path, table: str, recursive: bool
+) -> None:
+    """As Hugging Face's imagefolder: they are of use whether or not folders are looked into."""
+    picture(tmp_path, "a/fox.png")
+    picture(tmp_path, "b/c/owl.png")
+    write_table(tmp_path / table, {"a/fox.png": "a fox", "b/c/owl.png": "an owl", "b/gone.png": "nothing"})
+    found = scan_folders(tmp_path, recursive=recursive)
+    assert captions(found) == {"a/fox.png": ("a fox",), "b/c/owl.png": ("an owl",)}
+    assert f"{tmp_path}: 1 entries of caption tables name no picture: b/gone.png" in found.warnings
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_in_a_folder_inside_names_its_neighbours(scan_folders: Scan, tmp_path: Path, table: str) -> None:
+    for name in ("fox.png", "a/fox.png", "b/fox.png"):
+        picture(tmp_path, name)
+        write_table((tmp_path / name).with_name(table), {"fox.png": f"of {name}"})
+    found = scan_folders(tmp_path, recursive=True)
+    assert captions(found) == {name: (f"of {name}",) for name in ("a/fox.png", "b/fox.png", "fox.png")}
+
+
+def test_a_table_may_name_pictures_without_their_suffix(scan_folders: Scan, tmp_path: Path) -> None:
+    """As sd-scripts does."""
+    picture(tmp_path, "fox.png")
+    write_table(tmp_path / "captions.json", {"fox": "a fox"})
+    found = scan_folders(tmp_path)
+    assert (captions(found), found.warnings) == ({"fox.png": ("a fox",)}, [])
+
+
+@pytest.mark.parametrize("form", ["./{}", "a/../{}", "{folder}/{}"])
+def test_a_name_may_be_written_in_other_ways(
+    scan_folders: Scan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    picture(tmp_path, "fox.png")
+    picture(tmp_path, "a/owl.png")
+    table = {"fox.png": "a fox", "a/owl.png": "an owl"}
+    write_table(tmp_path / "captions.json", {form.format(name, folder=tmp_path): table[name] for name in table})
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (tmp_path, Path(tmp_path.name)):
+        found = scan_folders(folder, recursive=True)
+        assert captions(found) == {"a/owl.png": ("an owl",), "fox.png": ("a fox",)}
+        assert (found.bad_files, found.warnings) == ([], [])
+
+
+def test_a_text_file_wins_over_a_table(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "fox.png", "of the text file")
+    picture(tmp_path, "owl.png")
+    write_table(tmp_path / "captions.json", {"fox.png": "of the table", "owl.png": "an owl"})
+    assert captions(scan_folders(tmp_path)) == {"fox.png": ("of the text file",), "owl.png": ("an owl",)}
+
+
+def test_several_captions_of_a_table_are_the_picture_s(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "fox.png")
+    (tmp_path / "captions.json").write_text(json.dumps({"fox.png": ["a fox", "an animal"]}))
+    assert captions(scan_folders(tmp_path)) == {"fox.png": ("a fox", "an animal")}
+
+
+def test_a_picture_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "fox.png")
+    write_table(tmp_path / "captions.json", {})
+    ((name, reason),) = bad(scan_folders(tmp_path))
+    assert name == "fox.png"
+    assert reason.startswith("has no caption: fox.txt is missing") and reason.endswith("and captions.json do not name it")
+
+
+def test_a_table_that_cannot_be_read_is_named_and_so_are_the_pictures_it_would_have_named(
+    scan_folders: Scan, tmp_path: Path
+) -> None:
+    picture(tmp_path, "fox.png")
+    picture(tmp_path, "owl.png", "an owl")
+    (tmp_path / "captions.json").write_text('{"fox.png": ')
+    found = scan_folders(tmp_path)
+    assert captions(found) == {"owl.png": ("an owl",)}
+    assert sorted(name for name, _ in bad(found)) == ["captions.json", "fox.png"]
+    assert "is not JSON" in dict(bad(found))["captions.json"]
+
+
+# --- archives ----------------------------------------------------------------------------------------------------------
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    noise(40 + seed, 40).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(dict(columns)), path)
+    return path
+
+
+def assert_pixels_are_those_of(found: Dataset, contents: Sequence[bytes], folder: Path) -> None:
+    """Of each example, read through where its table says it is, against the same bytes in a file of its own."""
+    for example, content in zip(found.examples, contents, strict=True):
+        alone = folder / "alone.png"
+        alone.write_bytes(content)
+        expected = read_pixels(PictureFile(alone), example.box)
+        assert np.array_equal(read_pixels(example.image, example.box), expected)
+
+
+SAMPLES = {
+    "000/fox.png": png(0),
+    "000/fox.txt": b"a fox",
+    "000/owl.png": png(1),
+    "000/owl.json": b'{"caption": "an owl"}',
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_pictures_of_a_tar_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
+    path = write_tar(tmp_path / "data" / "part.tar", SAMPLES)
+    found = scan_folders(path if alone else path.parent)
+    prefix = "" if alone else "part.tar/"
+    assert captions(found) == {f"{prefix}000/fox.png": ("a fox",), f"{prefix}000/owl.png": ("an owl",)}
+    assert (found.bad_files, found.warnings) == ([], [])
+    assert str(found.examples[0].image) == f"{path}/000/fox.png"
+    assert_pixels_are_those_of(found, [SAMPLES["000/fox.png"], SAMPLES["000/owl.png"]], tmp_path)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_pictures_of_a_parquet_file_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
+    contents = [png(seed) for seed in range(3)]
+    path = write_parquet(tmp_path / "data" / "x.parquet", {"image": contents, "text": ["a", "b", "c"]})
+    found = scan_folders(path if alone else path.parent)
+    prefix = "" if alone else "x.parquet/"
+    assert captions(found) == {f"{prefix}{row}": (caption,) for row, caption in enumerate("abc")}
+    assert_pixels_are_those_of(found, contents, tmp_path)
+
+
+def test_columns_of_a_parquet_file_are_the_named_ones(scan_folders: Scan, tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"image": [png(0)], "text": ["no"], "photo": [png(1)], "words": ["yes"]}
+    path = write_parquet(tmp_path / "x.parquet", columns)
+    directory = [{"path": path, "image_column": "photo", "caption_column": "words"}]
+    found = scan_folders(directory=directory)
+    assert captions(found) == {"0": ("yes",)}
+    assert_pixels_are_those_of(found, [png(1)], tmp_path)
+    directory[0]["caption_column"] = "word"
+    ((name, reason),) = bad(scan_folders(directory=directory))
+    assert name == "x.parquet" and "has no column 'word'" in reason
+
+
+def test_a_parquet_file_of_paths_is_a_table_of_captions(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "a/fox.png")
+    picture(tmp_path, "owl.png", "of the text file")
+    write_parquet(tmp_path / "list.parquet", {"image_path": ["a/fox.png", "owl.png"], "text": ["a fox", "an owl"]})
+    found = scan_folders(tmp_path)
+    assert captions(found) == {"a/fox.png": ("a fox",), "owl.png": ("of the text file",)}
+    assert found.bad_files == []
+
+
+def test_archives_in_folders_and_plain_pictures_are_one_dataset(scan_folders: Scan, tmp_path: Path) -> None:
+    picture(tmp_path, "fox.png", "a fox")
+    write_tar(tmp_path / "a" / "part.tar", SAMPLES)
+    write_parquet(tmp_path / "b" / "x.parquet", {"image": [png(0)], "text": ["first"]})
+    found = scan_folders(tmp_path, recursive=True)
+    assert names(found) == ["a/part.tar/000/fox.png", "a/part.tar/000/owl.png", "b/x.parquet/0", "fox.png"]
+    assert found.examples[3].image == PictureFile(tmp_path / "fox.png")
+    assert found.bad_files == []
+
+
+def test_logs_that_img2dataset_writes_beside_its_archives_are_no_datasets(scan_folders: Scan, tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", SAMPLES)
+    write_parquet(tmp_path / "00000.parquet", {"url": ["http://nowhere"], "status": ["success"]})
+    found = scan_folders(tmp_path)
+    assert (len(found.examples), found.bad_files) == (2, [])
+
+
+def test_bad_members_are_named_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {**SAMPLES, "a.png": png(2), "b.png": png(3)[:60], "b.txt": b"", "c.md": b""})
+    found = scan_folders(tmp_path)
+    assert names(found) == ["x.tar/000/fox.png", "x.tar/000/owl.png"]
+    told = {str(one.path): one.reason for one in found.bad_files}
+    assert told.keys() == {f"{path}/a.png", f"{path}/b.png"}
+    assert told[f"{path}/a.png"] == "has no caption in the archive"
+    assert f"{path}: 1 members are neither picture nor caption of one" in found.warnings
+
+
+def test_a_bad_archive_is_named_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+    write_tar(tmp_path / "good.tar", SAMPLES)
+    (tmp_path / "bad.tar").write_bytes(b"nothing of the kind" * 100)
+    (tmp_path / "bad.parquet").write_bytes(b"nor this")
+    found = scan_folders(tmp_path)
+    assert len(found.examples) == 2
+    assert [name for name, _ in bad(found)] == ["bad.tar"], "the other goes with the archive of its name"
+    (tmp_path / "bad.parquet").rename(tmp_path / "worse.parquet")
+    assert sorted(name for name, _ in bad(scan_folders(tmp_path))) == ["bad.tar", "worse.parquet"]

@@ -1,0 +1,272 @@
+"""The dataset file to examples: which pictures, in which buckets, at which sizes, under which names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.tiny_model import make_tiny_dataset
+from tests.utils.data.pictures import quarters, save
+from tests.utils.data.scanning import Scan, names
+from utils.data.buckets import Bucket
+from utils.data.dataset import Dataset
+from utils.data.picture_files import PictureFile
+
+
+def test_every_picture_is_found_with_its_caption(scan_folders: Scan, tiny_dataset: Path) -> None:
+    found = scan_folders(tiny_dataset)
+    assert [example.image.path.name for example in found.examples] == [f"picture_{index:03d}.png" for index in range(12)]
+    assert found.examples[3].caption() == "a yellow circle, number 3"
+    assert found.bad_files == []
+    assert found.num_images == 12
+    assert found.bucket_counts() == {Bucket(16, 48): 4, Bucket(32, 32): 4, Bucket(48, 16): 4}
+
+
+def test_order_does_not_depend_on_the_file_system(
+    scan_folders: Scan, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, real = scan_folders(tiny_dataset), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: list(real(path))[::-1])
+    assert list(scan_folders(tiny_dataset).examples) == list(expected.examples)
+
+
+def test_scanning_asks_for_sizes_only(tiny_dataset: Path) -> None:
+    """Which are read from headers: test_images.py."""
+
+    class Sizes:
+        def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int]]]:
+            future: Future[list[tuple[int, int]]] = Future()
+            future.set_result([(32, 32) for _ in files])
+            return future
+
+    readers: Any = Sizes()
+    found = Scan(readers)(tiny_dataset)
+    assert (found.bucket_counts(), found.bad_files) == ({Bucket(32, 32): 12}, [])
+
+
+def test_keys_name_directory_file_and_resolution_and_nothing_of_the_machine(
+    scan_folders: Scan, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    found = scan_folders(tiny_dataset, make_tiny_dataset(tmp_path / "more", 2), resolutions=[32, 64])
+    keys = [example.key for example in found.examples]
+    assert len(set(keys)) == len(keys) == 2 * 14
+    assert keys[:2] == ["0/picture_000.png@32", "0/picture_000.png@64"]
+    assert keys[-1] == "1/picture_001.png@64"
+    assert found.num_images == 14
+
+
+def test_keys_survive_moving_the_folder(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
+    moved = make_tiny_dataset(tmp_path / "moved")
+    assert [e.key for e in scan_folders(moved).examples] == [e.key for e in scan_folders(tiny_dataset).examples]
+
+
+def test_a_prefix_keeps_the_keys_of_several_datasets_apart(scan_folders: Scan, tiny_dataset: Path) -> None:
+    sizes = [32, 64]
+    plain, prefixed = (scan_folders(tiny_dataset, resolutions=sizes, prefix=part).examples for part in ("", "eval/faces/"))
+    assert [example.key for example in prefixed] == [f"eval/faces/{example.key}" for example in plain]
+
+
+def test_weight_and_flip_belong_to_their_directory(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    directories = [{"path": tiny_dataset}, {"path": tmp_path, "loss_weight": 0.5, "horizontal_flip": True}]
+    found = scan_folders(directory=directories).examples
+    assert {(example.loss_weight, example.may_flip, example.mask) for example in found[:12]} == {(1.0, False, None)}
+    assert [(example.loss_weight, example.may_flip) for example in found[12:]] == [(0.5, True)]
+
+
+def test_repeats_belong_to_their_directory(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    directories = [{"path": tiny_dataset}, {"path": tmp_path, "num_repeats": 3}]
+    assert [example.repeats for example in scan_folders(directory=directories).examples] == [1] * 12 + [3]
+
+
+def test_without_aspect_ratio_buckets_every_picture_is_cropped_square(scan_folders: Scan, tiny_dataset: Path) -> None:
+    assert set(scan_folders(tiny_dataset, enable_ar_bucket=False).bucket_counts()) == {Bucket(32, 32)}
+
+
+def test_a_turned_picture_goes_to_the_bucket_of_its_looks(scan_folders: Scan, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    save(quarters(64, 32), tmp_path / "phone.jpg", exif=exif)
+    (tmp_path / "phone.txt").write_text("a phone's picture")
+    assert scan_folders(tmp_path).examples[0].bucket == Bucket(16, 48)
+
+
+# --- bad files, unused files -------------------------------------------------------------------------------------------
+
+
+def test_one_bad_picture_leaves_the_others_usable(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 4)
+    path = tmp_path / "picture_001.png"
+    path.write_bytes(path.read_bytes()[:50])
+    found = scan_folders(tmp_path)
+    assert [bad.path for bad in found.bad_files] == [path]
+    assert [example.image.path.name for example in found.examples] == [f"picture_00{index}.png" for index in (0, 2, 3)]
+
+
+def test_a_missing_folder_is_passed_over(scan_folders: Scan, tmp_path: Path) -> None:
+    """It is refused before, whatever on_bad_file says: tests/test_cli.py."""
+    found = scan_folders(tmp_path / "none")
+    assert (len(found.examples), found.bad_files) == (0, [])
+
+
+def test_an_empty_folder_is_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+    assert scan_folders(tmp_path).warnings == [f"{tmp_path} has no usable picture"]
+
+
+# --- folders in folders ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_in_folders_inside_have_their_folder_in_their_names(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    make_tiny_dataset(tmp_path / "a" / "b", 1)
+    found = scan_folders(tmp_path, recursive=True)
+    assert [example.key for example in found.examples] == ["0/a/b/picture_000.png@32", "0/picture_000.png@32"]
+    assert found.examples[0].image == PictureFile(tmp_path / "a" / "b" / "picture_000.png")
+    assert names(scan_folders(tmp_path)) == ["picture_000.png"]
+
+
+def test_a_directory_in_another_may_say_otherwise(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    make_tiny_dataset(tmp_path / "deep" / "er", 1)
+    directories = [{"path": tmp_path, "recursive": False}, {"path": tmp_path / "deep"}]
+    assert names(scan_folders(directory=directories, recursive=True)) == ["picture_000.png", "er/picture_000.png"]
+
+
+# --- size --------------------------------------------------------------------------------------------------------------
+
+
+def of_sizes(folder: Path, *sizes: tuple[int, int]) -> Path:
+    """A picture of each size, named after it."""
+    for width, height in sizes:
+        path = save(quarters(width, height), folder / f"{width}x{height}.png")
+        path.with_suffix(".txt").write_text("a picture")
+    return folder
+
+
+def test_small_pictures_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Path) -> None:
+    of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
+    found = scan_folders(tmp_path, resolutions=[32, 64])
+    assert len(found.examples) == 6
+    assert found.warnings == ["2 pictures are smaller than their bucket and enlarged: 31x32.png, 32x32.png"]
+    assert (found.left_out, found.refused) == ([], [])
+
+
+def test_small_pictures_are_left_out_at_the_resolution_they_are_too_small_for(scan_folders: Scan, tmp_path: Path) -> None:
+    of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
+    found = scan_folders(tmp_path, resolutions=[32, 64], upscale="never")
+    keys = [example.key.partition("/")[2] for example in found.examples]
+    assert keys == ["100x100.png@32", "100x100.png@64", "32x32.png@32"]
+    assert all(example.box.scale <= 1 for example in found.examples)
+    assert [(bad.path.name, bad.reason) for bad in found.left_out] == [
+        ("31x32.png", 'is 31x32 pixels, smaller than its bucket 32x32; upscale = "never"'),
+        ("31x32.png", 'is 31x32 pixels, smaller than its bucket 64x64; upscale = "never"'),
+        ("32x32.png", 'is 32x32 pixels, smaller than its bucket 64x64; upscale = "never"'),
+    ]
+    assert (found.warnings, found.refused, found.bad_files) == ([], [], [])
+
+
+def test_a_picture_that_is_large_enough_on_one_side_only_is_too_small(scan_folders: Scan, tmp_path: Path) -> None:
+    of_sizes(tmp_path, (200, 15), (200, 16))
+    found = scan_folders(tmp_path, upscale="never")
+    assert [(example.image.path.name, str(example.bucket)) for example in found.examples] == [("200x16.png", "48x16")]
+
+
+def test_small_pictures_are_refused_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
+    of_sizes(tmp_path, (32, 32), (31, 32))
+    found = scan_folders(tmp_path, upscale="error")
+    assert [(bad.path.name, bad.reason) for bad in found.refused] == [
+        ("31x32.png", 'is 31x32 pixels, smaller than its bucket 32x32; upscale = "error"')
+    ]
+    assert found.left_out == []
+
+
+def test_pictures_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, tmp_path: Path) -> None:
+    of_sizes(tmp_path, (40, 40), (40, 41), (50, 50), (50, 51))
+    found = scan_folders(tmp_path, min_pixels=40 * 41, max_pixels=50 * 50, resolutions=[16, 32])
+    assert sorted({*names(found)}) == ["40x41.png", "50x50.png"]
+    assert found.num_images == 2
+    assert [(bad.path.name, bad.reason) for bad in found.left_out] == [
+        ("40x40.png", "is 40x40 pixels; min_pixels = 1640"),
+        ("50x51.png", "is 50x51 pixels; max_pixels = 2500"),
+    ]
+    assert found.bad_files == []
+
+
+# --- crop --------------------------------------------------------------------------------------------------------------
+
+
+def many_wide(folder: Path, num_images: int = 40) -> Path:
+    """Pictures of which a square leaves away half."""
+    folder.mkdir(exist_ok=True)
+    for index in range(num_images):
+        path = save(quarters(64, 32), folder / f"{index:02d}.png")
+        path.with_suffix(".txt").write_text("a picture")
+    return folder
+
+
+def lefts(dataset: Dataset) -> list[int]:
+    return [example.box.left for example in dataset.examples]
+
+
+def test_a_crop_is_in_the_middle_or_drawn_for_each_name(scan_folders: Scan, tmp_path: Path) -> None:
+    many_wide(tmp_path)
+    middle = scan_folders(tmp_path, enable_ar_bucket=False)
+    drawn = scan_folders(tmp_path, enable_ar_bucket=False, crop="random")
+    assert set(lefts(middle)) == {16}
+    assert len(set(lefts(drawn))) > 10
+    assert min(lefts(drawn)) < 8 and max(lefts(drawn)) > 24, "on both sides"
+    for example in drawn.examples:
+        assert 0 <= example.box.left <= example.box.resized_width - 32
+        assert (example.box.top, example.box.resized_width) == (0, 64)
+
+
+def test_a_drawn_crop_is_the_same_wherever_the_picture_lies(scan_folders: Scan, tmp_path: Path) -> None:
+    """Neither the directory's place in the file counts, nor what else there is: cached latents stay of use."""
+    first, second = many_wide(tmp_path / "a"), many_wide(tmp_path / "b", 10)
+    alone = lefts(scan_folders(first, enable_ar_bucket=False, crop="random"))
+    assert alone == lefts(scan_folders(first, enable_ar_bucket=False, crop="random", prefix="eval/faces/"))
+    both = lefts(scan_folders(second, first, enable_ar_bucket=False, crop="random"))
+    assert both == alone[:10] + alone
+
+
+def test_a_drawn_crop_is_another_at_another_resolution(scan_folders: Scan, tmp_path: Path) -> None:
+    found = scan_folders(many_wide(tmp_path), enable_ar_bucket=False, crop="random", resolutions=[32, 64])
+    small, large = ([left for left in lefts(found)[start::2]] for start in (0, 1))
+    assert [2 * left for left in small] != large
+    for index in range(len(found.examples)):
+        assert found.examples.box(index) == found.examples[index].box
+
+
+# --- captions ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_captions_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    (tmp_path / "picture_000.txt").write_text("a fox\n\n  an owl \n")
+    (example,) = scan_folders(tmp_path, caption_per_line=True).examples
+    assert (example.captions, example.num_captions) == (("a fox", "an owl"), 2)
+    (example,) = scan_folders(tmp_path).examples
+    assert example.captions == ("a fox\n\n  an owl",)
+
+
+def test_tags_have_so_many_orders(scan_folders: Scan, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, 1)
+    (tmp_path / "picture_000.txt").write_text("1girl; solo; hat; smile; sky")
+    tags: dict[str, Any] = {"cache_shuffle_num": 4, "cache_shuffle_delimiter": "; ", "keep_tokens": 2}
+    (example,) = scan_folders(tmp_path, **tags).examples
+    orders = [example.caption(number) for number in range(example.num_captions)]
+    assert len(orders) == 4
+    assert orders[0] == "1girl; solo; hat; smile; sky"
+    assert len(set(orders)) > 1
+    for order in orders:
+        assert order.startswith("1girl; solo; ")
+        assert sorted(order.split("; ")) == sorted(orders[0].split("; "))
+    (example,) = scan_folders(tmp_path).examples
+    assert (example.num_captions, example.shuffle) == (1, None)
