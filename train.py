@@ -27,9 +27,9 @@ from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.cache.locks import CacheInUse
 from utils.data.cache.shards import DamagedShard
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
+from utils.data.encoding.precompute import Cached, CacheError, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.data.precompute import Cached, CacheError, RunData, cache_dataset
 from utils.dataset_report.gather import DATASET_REPORT, Gatherer, write_bad_files, write_page
 from utils.log import RunLog, StepMetrics, say
 from utils.objective import LossTarget, Objective

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import make_tiny_dataset, make_tiny_model
-from utils.data.readers import Readers
+from utils.data.sources.readers import Readers
 
 
 @pytest.fixture(scope="session")

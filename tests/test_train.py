@@ -15,9 +15,9 @@ import train
 from tests.tiny_model import make_tiny_dataset, write_experiment
 from utils import preflight
 from utils.config.load import ConfigError
-from utils.data.images import BadFile
-from utils.data.precompute import Cached, Unusable
-from utils.data.readers import Readers
+from utils.data.encoding.precompute import Cached, Unusable
+from utils.data.sources.images import BadFile
+from utils.data.sources.readers import Readers
 from utils.distributed import World
 from utils.preflight import BAD_FILE_ADVICE, Experiment, prepare
 

@@ -8,7 +8,7 @@ from models.base import PipelineLayer
 from utils.config.presets import PRESETS
 from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder
-from utils.data.cache_plan import room_for
+from utils.data.encoding.plan import room_for
 from utils.log import bytes_in_words, table
 from utils.objective import keys_in_use, unread_keys
 from utils.preflight import Experiment

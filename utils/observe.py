@@ -9,7 +9,7 @@ import torch
 from utils import distributed, export
 from utils.banner import objective_rows, summary
 from utils.data.batches import BatchOrder
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.panel import make_panel
 from utils.log import RunLog

@@ -23,13 +23,13 @@ from utils.checkpoint import NETWORK_FILES, CheckpointError, SavedState, find_ch
 from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
 from utils.config.schema import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
-from utils.data.cache_plan import CacheSettings
 from utils.data.dataset import ContentMemory, Dataset, directory_problems, hold_out, resolution_problems
+from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
-from utils.data.images import BadFile
-from utils.data.listing import Lister
-from utils.data.readers import Readers
 from utils.data.scan import scan
+from utils.data.sources.images import BadFile
+from utils.data.sources.listing import Lister
+from utils.data.sources.readers import Readers
 from utils.distributed import World
 from utils.export import export_problems
 from utils.lora import AdapterPlan

@@ -27,8 +27,8 @@ from models.sd3.text_encoders import SD3TextEncoder
 from models.sd3.vae import SD3ImageEncoder
 from tests.distributed.launch import start_ranks
 from tests.tiny_model import make_tiny_model, write_experiment
-from utils.data.images import read_pixels
-from utils.data.precompute import _EncoderPass
+from utils.data.encoding.precompute import _EncoderPass
+from utils.data.sources.images import read_pixels
 from utils.distributed import World
 from utils.preflight import prepare
 

@@ -28,13 +28,13 @@ from models.base import LENGTH
 from utils.config.schema import DatasetConfig
 from utils.data.batches import BatchOrder
 from utils.data.cache.shards import ShardWriter
-from utils.data.cache_plan import wanted_captions, wanted_latents
 from utils.data.columns import Texts
-from utils.data.encoded import CacheFolders, EncodedData
+from utils.data.encoding.encoded import CacheFolders, EncodedData
+from utils.data.encoding.plan import wanted_captions, wanted_latents
 from utils.data.examples import ExampleTable
-from utils.data.listing import Lister, Listing, ListingSettings, Part
-from utils.data.rows import Memory, set_captions, unread_rows
 from utils.data.scan import scan
+from utils.data.sources.listing import Lister, Listing, ListingSettings, Part
+from utils.data.sources.rows import Memory, set_captions, unread_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, NUM_STEPS = 32, 300

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.base import PipelineLayer
 from models.sd3 import weights
 from models.sd3.adapter import SD3Adapter
 from models.sd3.layers import layer_cost, layer_prefix, num_layers
-from models.base import PipelineLayer
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tests.tiny_model import make_tiny_dataset, make_tiny_model, write_experiment
 from utils.data.cache.shards import ShardWriter
-from utils.data.cache_plan import CacheSettings, make_plan
-from utils.data.encoded import caption_key, latents_key
+from utils.data.encoding.encoded import caption_key, latents_key
+from utils.data.encoding.plan import CacheSettings, make_plan
 from utils.data.examples import ExampleTable
 from utils.distributed import World
 from utils.preflight import prepare

@@ -17,8 +17,8 @@ from torch import Tensor
 from models.sd3.adapter import SD3Adapter
 from utils import rectified_flow
 from utils.config.load import load_config
-from utils.data.images import read_pixels
-from utils.data.text_storage import TextCacheDtype, pack, unpack
+from utils.data.encoding.text_storage import TextCacheDtype, pack, unpack
+from utils.data.sources.images import read_pixels
 from utils.distributed import World
 from utils.preflight import prepare
 

@@ -21,8 +21,8 @@ from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import make_tiny_dataset, write_picture
 from utils import rectified_flow
 from utils.checkpoint import step_folder
-from utils.data.cache_plan import CacheSettings, make_plan
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
+from utils.data.encoding.plan import CacheSettings, make_plan
 from utils.distributed import World
 from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS

@@ -14,8 +14,8 @@ from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.distributed import World
 from utils.export import Exported, _rounded, wanted_formats
-from utils.provenance import training_config
 from utils.preflight import Experiment, prepare
+from utils.provenance import training_config
 
 
 def opened(folder: Path, model: Path, dataset: Path, **changes: Any) -> Experiment:

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.tiny_model import make_tiny_dataset, write_experiment, write_picture
 from utils import preflight
 from utils.config.load import ConfigError
-from utils.data.readers import Readers
+from utils.data.sources.readers import Readers
 from utils.distributed import World
 from utils.preflight import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_PICTURE_ADVICE, Experiment, num_readers, prepare
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import models
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import models
 from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
 
 _INTRODUCTION = """# Every key

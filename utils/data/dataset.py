@@ -11,9 +11,9 @@ from models.base import LatentSpec
 from utils.config.schema import DatasetConfig, DirectoryConfig, PictureConfig
 from utils.data.buckets import Bucket, make_buckets
 from utils.data.examples import ExampleTable, empty_table
-from utils.data.images import BadFile
-from utils.data.rows import Remembered
-from utils.data.walk import ARCHIVE_SUFFIXES
+from utils.data.sources.images import BadFile
+from utils.data.sources.rows import Remembered
+from utils.data.sources.walk import ARCHIVE_SUFFIXES
 from utils.randomness import fraction
 
 

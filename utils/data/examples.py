@@ -17,11 +17,11 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.captions import TagShuffle
 from utils.data.columns import FileBlock, Texts, map_columns, save_columns, tensor_place
-from utils.data.images import CONTENT_BYTES
-from utils.data.picture_files import PictureFile
-from utils.data.rows import firsts
+from utils.data.sources.captions import TagShuffle
+from utils.data.sources.images import CONTENT_BYTES
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.rows import firsts
 from utils.randomness import fraction
 
 NONE = -1

@@ -9,14 +9,14 @@ import numpy as np
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, nearest_buckets
-from utils.data.caption_sources import some
-from utils.data.captions import TagShuffle
-from utils.data.companions import CONTROL, MASK, CompanionTable, Kind
 from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_problems
 from utils.data.examples import NONE, Container, Directory, ExampleTable, Pictures, joined_pictures
-from utils.data.images import BadFile
-from utils.data.listing import Lister, ListingSettings, Part
-from utils.data.rows import Remembered, Rows
+from utils.data.sources.caption_sources import some
+from utils.data.sources.captions import TagShuffle
+from utils.data.sources.companions import CONTROL, MASK, CompanionTable, Kind
+from utils.data.sources.images import BadFile
+from utils.data.sources.listing import Lister, ListingSettings, Part
+from utils.data.sources.rows import Remembered, Rows
 
 
 def scan(config: DatasetConfig, multiple: int, lister: Lister, *, prefix: str = "") -> Dataset:

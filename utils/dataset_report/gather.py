@@ -18,12 +18,12 @@ from models.base import LENGTH, DecodeFunction, ModelAdapter
 from utils.atomic import write_text
 from utils.data.batches import BatchOrder
 from utils.data.cache.store import Store
-from utils.data.cache_plan import Wanted, wanted_captions
 from utils.data.dataset import Dataset
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
+from utils.data.encoding.plan import Wanted, wanted_captions
 from utils.data.examples import Example, ExampleTable
-from utils.data.images import BadFile, read_thumbnail
-from utils.data.picture_files import PictureFile
+from utils.data.sources.images import BadFile, read_thumbnail
+from utils.data.sources.picture_files import PictureFile
 from utils.dataset_report.facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts, Thumbnail
 from utils.dataset_report.page import render
 from utils.log import bytes_in_words, say

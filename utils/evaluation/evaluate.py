@@ -23,7 +23,7 @@ from tqdm import tqdm
 from models.base import ModelAdapter
 from utils import distributed, rectified_flow
 from utils.config.schema import EvalConfig
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
 from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
 from utils.evaluation.panel import PanelEntry, fingerprint, make_rounds, noise_of
 from utils.log import bar_seconds, say

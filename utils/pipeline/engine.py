@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from models.base import BlockLayer, PipelineLayer
-import utils.distributed  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
-import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+import utils.distributed  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
+from models.base import BlockLayer, PipelineLayer
 from utils.pipeline.feed import MicroBatch
 from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, update_ema, write_states
 

@@ -21,7 +21,7 @@ from models.base import ModelAdapter
 from utils import randomness, rectified_flow
 from utils.background import ahead
 from utils.data.batches import BatchOrder, Visit
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
 from utils.objective import NO_TARGET, NoiseLevel, Objective
 
 MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]

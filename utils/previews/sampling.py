@@ -30,7 +30,7 @@ from models.base import ModelAdapter
 from utils import distributed, randomness, rectified_flow
 from utils.atomic import remove_folder, sync_folder, write_text
 from utils.config.schema import SamplingConfig
-from utils.data.encoded import EncodedData
+from utils.data.encoding.encoded import EncodedData
 from utils.log import bar_seconds
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.tensor_files import open_folder
 from models.base import ModelFilesError
 from models.sd3.adapter import SD3Adapter
+from models.tensor_files import open_folder
 from tests import public_files
 from tests.model_copies import linked_copy, rewrite, settings_for
 from tests.public_files import Tensors, original_part

@@ -15,18 +15,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.base import LENGTH, DecodeFunction, EncodedItem, EncodeFunction, FrozenEncoder
-from models.base import ImageEncoder, LatentSpec, TextEncoder
+from models.base import (
+    LENGTH,
+    DecodeFunction,
+    EncodedItem,
+    EncodeFunction,
+    FrozenEncoder,
+    ImageEncoder,
+    LatentSpec,
+    TextEncoder,
+)
 from tests.tiny_model import make_tiny_dataset
 from tests.utils.data.scanning import Scan
-from utils.data import precompute
 from utils.data.buckets import CropBox
-from utils.data.cache_plan import CacheSettings
 from utils.data.dataset import ContentMemory, Dataset
+from utils.data.encoding import precompute
+from utils.data.encoding.plan import CacheSettings
+from utils.data.encoding.precompute import Cached, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.data.picture_files import PictureFile
-from utils.data.precompute import Cached, RunData, cache_dataset
-from utils.data.readers import Readers
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.readers import Readers
 
 CPU = torch.device("cpu")
 NUM_TOKENS, TEXT_WIDTH = 4, 2

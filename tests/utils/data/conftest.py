@@ -8,7 +8,7 @@ import pytest
 
 from tests.utils.data.caching import Workshop
 from tests.utils.data.scanning import Scan
-from utils.data.readers import Readers
+from utils.data.sources.readers import Readers
 
 
 @pytest.fixture

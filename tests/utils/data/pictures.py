@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.data import images
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.picture_files import PictureFile
+from utils.data.sources import images
+from utils.data.sources.picture_files import PictureFile
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, WHITE)

@@ -8,9 +8,9 @@ from typing import Any
 from models.base import LatentSpec
 from utils.config.schema import DatasetConfig
 from utils.data.dataset import Dataset
-from utils.data.listing import Lister
-from utils.data.readers import Readers
 from utils.data.scan import scan
+from utils.data.sources.listing import Lister
+from utils.data.sources.readers import Readers
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 

@@ -10,8 +10,8 @@ import numpy as np
 from utils.data.buckets import Bucket
 from utils.data.columns import Texts
 from utils.data.examples import NONE, Companions, Directory, ExampleTable, Pictures, joined_pictures
-from utils.data.images import CONTENT_BYTES
-from utils.data.rows import firsts
+from utils.data.sources.images import CONTENT_BYTES
+from utils.data.sources.rows import firsts
 
 DIRECTORY = Directory(
     place="0",

@@ -16,7 +16,6 @@ from tests.utils.data.pictures import noise, save
 from tests.utils.data.scanning import Scan
 from tests.utils.data.tables import DIRECTORY, Shown, pictures_of, table_of
 from utils.data.buckets import Bucket, crop_box
-from utils.data.captions import TagShuffle
 from utils.data.columns import Texts
 from utils.data.examples import (
     NONE,
@@ -30,8 +29,9 @@ from utils.data.examples import (
     joined_pictures,
     no_companions,
 )
-from utils.data.picture_files import PictureFile
-from utils.data.images import CONTENT_BYTES
+from utils.data.sources.captions import TagShuffle
+from utils.data.sources.images import CONTENT_BYTES
+from utils.data.sources.picture_files import PictureFile
 from utils.randomness import fraction
 
 SQUARE, WIDE, LARGE = Bucket(32, 32), Bucket(48, 16), Bucket(64, 64)

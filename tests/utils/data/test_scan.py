@@ -16,7 +16,7 @@ from tests.utils.data.pictures import quarters, save
 from tests.utils.data.scanning import Scan, names
 from utils.data.buckets import Bucket
 from utils.data.dataset import Dataset
-from utils.data.picture_files import PictureFile
+from utils.data.sources.picture_files import PictureFile
 
 
 def test_every_picture_is_found_with_its_caption(scan_folders: Scan, tiny_dataset: Path) -> None:

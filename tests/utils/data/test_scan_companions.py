@@ -11,7 +11,7 @@ from tests.tiny_model import make_tiny_dataset
 from tests.utils.data.pictures import left_half, noise, read_size, save
 from tests.utils.data.scanning import Scan
 from utils.data.dataset import Dataset
-from utils.data.picture_files import PictureFile
+from utils.data.sources.picture_files import PictureFile
 
 
 def make_masked(folder: Path, num_images: int = 3) -> tuple[Path, Path]:

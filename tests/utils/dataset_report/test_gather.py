@@ -19,9 +19,9 @@ from tests.utils.data.pictures import noise, quarters, read_pixels, save
 from utils.data.batches import BatchOrder
 from utils.data.buckets import Bucket
 from utils.data.dataset import Dataset
-from utils.data.images import BadFile
-from utils.data.precompute import Cached
-from utils.data.readers import Readers
+from utils.data.encoding.precompute import Cached
+from utils.data.sources.images import BadFile
+from utils.data.sources.readers import Readers
 from utils.dataset_report.facts import DatasetFacts
 from utils.dataset_report.gather import BAD_FILES, DATASET_REPORT, NUM_THUMBNAILS, Gatherer, write_bad_files, write_page
 

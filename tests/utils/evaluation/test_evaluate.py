@@ -17,10 +17,10 @@ from models.base import LatentSpec
 from utils import distributed, randomness
 from utils.config.schema import DatasetConfig, EvalConfig
 from utils.data.examples import Example
-from utils.data.listing import Lister
-from utils.data.picture_files import PictureFile
-from utils.data.readers import Readers
 from utils.data.scan import scan
+from utils.data.sources.listing import Lister
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.readers import Readers
 from utils.evaluation.comparison import (
     Difference,
     EvaluationResult,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from utils.data import picture_files
-from utils.data.picture_files import PictureFile
+from utils.data.sources import picture_files
+from utils.data.sources.picture_files import PictureFile
 
 CONTENTS = [bytes([number]) * (1000 + number) for number in range(10)]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.base import EncodedItem, EncodeFunction, FrozenEncoder
-from utils.data.images import MASK_VERSION
+from utils.data.sources.images import MASK_VERSION
 
 
 class MaskEncoder(FrozenEncoder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.data.text_storage import TextCacheDtype, pack, packed_bytes, unpack
+from utils.data.encoding.text_storage import TextCacheDtype, pack, packed_bytes, unpack
 
 BFLOAT16, FLOAT8 = torch.finfo(torch.bfloat16), torch.finfo(torch.float8_e4m3fn)
 FLOAT8_ROUNDOFF = 2**-4

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.caption_sources import some, stem_of
 from utils.data.columns import Texts
 from utils.data.examples import NONE, Companions
-from utils.data.images import CONTENT_BYTES, BadFile
-from utils.data.listing import Lister, Listing, ListingSettings
-from utils.data.rows import Remembered, Rows
+from utils.data.sources.caption_sources import some, stem_of
+from utils.data.sources.images import CONTENT_BYTES, BadFile
+from utils.data.sources.listing import Lister, Listing, ListingSettings
+from utils.data.sources.rows import Remembered, Rows
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from models.base import FrozenEncoder, ModelAdapter, TextEncoder
 from utils.data.cache.keys import KEY_BYTES, FileHashes, content_key
 from utils.data.cache.store import Store
-from utils.data.encoded import CacheFolders, caption_key, latents_key, mask_key
+from utils.data.encoding.encoded import CacheFolders, caption_key, latents_key, mask_key
+from utils.data.encoding.masks import MaskEncoder
+from utils.data.encoding.text_storage import TextCacheDtype, packed_bytes
 from utils.data.examples import NONE, ExampleTable
-from utils.data.masks import MaskEncoder
-from utils.data.text_storage import TextCacheDtype, packed_bytes
 from utils.log import bar_seconds, bytes_in_words
 
 T = TypeVar("T")

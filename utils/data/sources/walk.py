@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.images import IMAGE_SUFFIXES, BadFile
+from utils.data.sources.images import IMAGE_SUFFIXES, BadFile
 
 ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".parquet")
 CAPTION_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv")

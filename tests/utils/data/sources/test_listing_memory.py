@@ -15,14 +15,14 @@ import pytest
 from tests.tiny_model import make_tiny_dataset, write_picture
 from tests.utils.data.pictures import left_half, quarters, read_size, save
 from tests.utils.data.scanning import Scan, config_of, names
-from tests.utils.data.test_listing import SAMPLES, picture, png, write_parquet, write_tar
-from utils.data import caption_sources, listing
+from tests.utils.data.sources.test_listing import SAMPLES, picture, png, write_parquet, write_tar
 from utils.data.dataset import Dataset
-from utils.data.images import BadFile
-from utils.data.listing import Lister
-from utils.data.picture_files import PictureFile
-from utils.data.readers import Readers
 from utils.data.scan import scan
+from utils.data.sources import caption_sources, listing
+from utils.data.sources.images import BadFile
+from utils.data.sources.listing import Lister
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.readers import Readers
 
 
 class Counting:

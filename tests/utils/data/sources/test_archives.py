@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from utils.data import archives
-from utils.data.archives import NOT_INSIDE, Found, list_parquet, list_tar
-from utils.data.images import BadFile
+from utils.data.sources import archives
+from utils.data.sources.archives import NOT_INSIDE, Found, list_parquet, list_tar
+from utils.data.sources.images import BadFile
 
 LONG = f"{'a folder of a long name/' * 12}fox.png"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -40,14 +40,14 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox
-from utils.data.images import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
-from utils.data.picture_files import PictureFile
+from utils.data.sources.images import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
+from utils.data.sources.picture_files import PictureFile
 
 START_SECONDS = 120.0
 """How long a process may take to start: what it imports may lie on a slow network drive."""
 NICENESS = 5
 """Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _LENGTH = struct.Struct("!Q")
 _BLOCK_BYTES = 2**20
 
@@ -206,7 +206,7 @@ class _ReaderProcess:
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # its standard error until it is ready; from then on it has ours
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "utils.data.readers"]  # -P: `utils` is ours, not one of the current folder
+        command = [sys.executable, "-P", "-m", "utils.data.sources.readers"]  # -P: `utils` is ours, not one of the current folder
         try:
             self._process = subprocess.Popen(
                 command,

@@ -16,9 +16,9 @@ from models.base import LENGTH
 from utils.data.cache.keys import content_key
 from utils.data.cache.locks import SharedUse
 from utils.data.cache.store import Store
+from utils.data.encoding.text_storage import unpack
 from utils.data.examples import Example
-from utils.data.images import PIXELS_VERSION
-from utils.data.text_storage import unpack
+from utils.data.sources.images import PIXELS_VERSION
 
 
 def latents_key(content: bytes, geometry: str, *, mirrored: bool = False) -> bytes:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.utils.data.bad_pictures import ODD_SIZE, make_bad_pictures, make_odd_pictures
 from tests.utils.data.pictures import whole
-from utils.data.images import BadFile
-from utils.data.picture_files import PictureFile
-from utils.data.readers import Readers
+from tests.utils.data.sources.bad_pictures import ODD_SIZE, make_bad_pictures, make_odd_pictures
+from utils.data.sources.images import BadFile
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.readers import Readers
 
 LIMIT_SECONDS = 10.0
 

@@ -24,10 +24,10 @@ from tests.utils.data.pictures import (
     save_turned,
     whole,
 )
-from utils.data import images
 from utils.data.buckets import Bucket, crop_box
-from utils.data.images import BadFile
-from utils.data.picture_files import PictureFile
+from utils.data.sources import images
+from utils.data.sources.images import BadFile
+from utils.data.sources.picture_files import PictureFile
 
 
 def near(colours: list[tuple[int, ...]], expected: tuple[tuple[int, ...], ...], tolerance: int = 6) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import randomness
-from utils.data.images import BadFile
+from utils.data.sources.images import BadFile
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 """What other programs call a picture's caption; the first that is there is used."""

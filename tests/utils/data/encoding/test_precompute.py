@@ -17,12 +17,12 @@ from models.base import EncodedItem
 from tests.tiny_model import write_picture
 from tests.utils.data.caching import Adapter, Workshop, cache_alone
 from tests.utils.data.pictures import noise, read_pixels, save
-from utils.data import precompute
 from utils.data.cache.shards import ShardWriter
-from utils.data.cache_plan import make_plan, room_for
-from utils.data.encoded import latents_key
+from utils.data.encoding import precompute
+from utils.data.encoding.encoded import latents_key
+from utils.data.encoding.plan import make_plan, room_for
+from utils.data.encoding.precompute import Cached, CacheError
 from utils.data.examples import empty_table
-from utils.data.precompute import Cached, CacheError
 
 
 def bad_paths(cached: Cached) -> list[Path]:

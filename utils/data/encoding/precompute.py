@@ -31,7 +31,10 @@ from utils import distributed
 from utils.background import Behind
 from utils.data.cache.locks import SharedUse, WriterLock, remove_leftovers
 from utils.data.cache.shards import ShardWriter
-from utils.data.cache_plan import (
+from utils.data.dataset import ContentMemory
+from utils.data.encoding.encoded import EncodedData, caption_key, latents_key, mask_key
+from utils.data.encoding.masks import MaskEncoder
+from utils.data.encoding.plan import (
     CONTROL,
     CONTROL_MIRRORED,
     MIRRORED,
@@ -45,13 +48,10 @@ from utils.data.cache_plan import (
     wanted_latents,
     wanted_masks,
 )
-from utils.data.dataset import ContentMemory
-from utils.data.encoded import EncodedData, caption_key, latents_key, mask_key
+from utils.data.encoding.text_storage import pack
 from utils.data.examples import Example, ExampleTable, Unhashed
-from utils.data.images import CONTENT_BYTES, BadFile
-from utils.data.masks import MaskEncoder
-from utils.data.readers import Readers
-from utils.data.text_storage import pack
+from utils.data.sources.images import CONTENT_BYTES, BadFile
+from utils.data.sources.readers import Readers
 from utils.log import bar_seconds, say
 
 Item = tuple[int, int, int]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.data.walk import merged, stamp_of, stat_files, walk
+from utils.data.sources.walk import merged, stamp_of, stat_files, walk
 
 
 def touch(folder: Path, *names: str) -> Path:

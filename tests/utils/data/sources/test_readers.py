@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 
 from tests.utils.data.pictures import left_half, noise, save
-from utils.data import images, readers
 from utils.data.buckets import Bucket, crop_box
-from utils.data.images import BadFile
-from utils.data.picture_files import PictureFile
-from utils.data.readers import Readers
+from utils.data.sources import images, readers
+from utils.data.sources.images import BadFile
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.readers import Readers
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 BOX = crop_box(200, 150, Bucket(64, 64))
 
 TRAPS = """
@@ -73,7 +73,7 @@ def picture(path: Path, shade: int = 0) -> PictureFile:
 
 def workers() -> list[psutil.Process]:
     """The reader processes of this one."""
-    return [child for child in psutil.Process().children() if "utils.data.readers" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "utils.data.sources.readers" in child.cmdline()]
 
 
 def wait_until(what: str, seconds: float, happened: object) -> None:
@@ -272,8 +272,8 @@ def test_close_cancels_what_has_not_been_read(tmp_path: Path, traps: None) -> No
 PARENT = """
 import sys, time
 from pathlib import Path
-from utils.data.picture_files import PictureFile
-from utils.data.readers import Readers
+from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.readers import Readers
 
 pool = Readers(2)
 pool.sizes([PictureFile(Path(sys.argv[1]))]).result()
@@ -337,6 +337,6 @@ def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
 
 def test_a_reader_imports_no_torch() -> None:
     """It takes as long to import as reading twenty pictures, and as much memory."""
-    code = "import sys, utils.data.readers; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
+    code = "import sys, utils.data.sources.readers; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"

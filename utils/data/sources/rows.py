@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from utils.data.columns import Texts, map_columns, save_columns
-from utils.data.images import CONTENT_BYTES
+from utils.data.sources.images import CONTENT_BYTES
 
 UNREAD = 0
 """A width that is not known."""

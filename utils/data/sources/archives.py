@@ -19,9 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.data.captions import CAPTION_KEYS, as_captions, caption_key, captions_of
-from utils.data.captions import decode_text, parse_json, shown, split_lines
-from utils.data.images import IMAGE_SUFFIXES, BadFile
+from utils.data.sources.captions import (
+    CAPTION_KEYS,
+    as_captions,
+    caption_key,
+    captions_of,
+    decode_text,
+    parse_json,
+    shown,
+    split_lines,
+)
+from utils.data.sources.images import IMAGE_SUFFIXES, BadFile
 
 NOT_INSIDE = -1
 """`Found.start` of a picture that is a file of its own."""

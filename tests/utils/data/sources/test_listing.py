@@ -20,8 +20,8 @@ from tests.tiny_model import make_tiny_dataset, write_picture
 from tests.utils.data.pictures import noise, quarters, save
 from tests.utils.data.scanning import Scan, names
 from utils.data.dataset import Dataset
-from utils.data.images import read_pixels
-from utils.data.picture_files import PictureFile
+from utils.data.sources.images import read_pixels
+from utils.data.sources.picture_files import PictureFile
 
 
 def picture(folder: Path, name: str, caption: str | None = None) -> Path:

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.archives import NOT_INSIDE, Found, list_parquet, list_tar
 from utils.data.cache.keys import content_key
-from utils.data.caption_sources import CaptionSources, CaptionTable, some
-from utils.data.captions import read_caption_table
 from utils.data.columns import Texts
 from utils.data.examples import Container
-from utils.data.images import BadFile
-from utils.data.picture_files import TABLE_SUFFIX, PictureFile
-from utils.data.readers import Readers
-from utils.data.rows import UNREAD, Memory, Rows, add_captions, carry_over, set_captions, unread_rows
-from utils.data.walk import Walk, merged, stamp_of, stat_files, walk
+from utils.data.sources.archives import NOT_INSIDE, Found, list_parquet, list_tar
+from utils.data.sources.caption_sources import CaptionSources, CaptionTable, some
+from utils.data.sources.captions import read_caption_table
+from utils.data.sources.images import BadFile
+from utils.data.sources.picture_files import TABLE_SUFFIX, PictureFile
+from utils.data.sources.readers import Readers
+from utils.data.sources.rows import UNREAD, Memory, Rows, add_captions, carry_over, set_captions, unread_rows
+from utils.data.sources.walk import Walk, merged, stamp_of, stat_files, walk
 
 FILES_AT_ONCE = 256
 """Headers that a reader process is asked for in one go."""

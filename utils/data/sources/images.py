@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.data.buckets import CropBox
-from utils.data.picture_files import PictureFile
+from utils.data.sources.picture_files import PictureFile
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"))
 MAX_PIXELS = 178_000_000

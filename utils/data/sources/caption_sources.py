@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.captions import read_caption, split_lines
-from utils.data.images import IMAGE_SUFFIXES, BadFile
-from utils.data.walk import Files
+from utils.data.sources.captions import read_caption, split_lines
+from utils.data.sources.images import IMAGE_SUFFIXES, BadFile
+from utils.data.sources.walk import Files
 
 Captions = Mapping[str, Sequence[str]]
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from tests.utils.data.caching import Adapter, Workshop, cache_alone
 from tests.utils.data.pictures import left_half, noise, read_mask, read_pixels, read_size, save
-from utils.data import precompute
 from utils.data.buckets import CropBox
 from utils.data.cache.shards import ShardWriter
 from utils.data.cache.store import Store
+from utils.data.encoding import precompute
 
 
 @pytest.fixture
