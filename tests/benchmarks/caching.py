@@ -1,9 +1,9 @@
 """Is the encoder kept busy?  python -m tests.benchmarks.caching [--pictures 96] [--resolution 128]
 
-Two processes encode JPEG photographs with an autoencoder of SD3's real size (random weights; 34 M parameters in the encoder)
-and captions with small text encoders, twice: as `train.py --cache-only` does it, and without anything besides the encoders,
-pictures lying decoded in memory, half for each process. Compared are the pass's wall time, without the loading of weights, and
-the time inside the encoders; and the throughput of both ways.
+Two processes encode JPEG photographs with an autoencoder of SD3's real size (random weights; 34 M parameters in the
+encoder) and captions with small text encoders, twice: as `train.py --cache-only` does it, and without anything besides the
+encoders, pictures lying decoded in memory, half for each process. Compared are the pass's wall time, without the loading of
+weights, the time inside the encoders, and what nothing but the encoders take.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from models.sd3.text_encoders import SD3TextEncoder
 from models.sd3.vae import SD3ImageEncoder
 from tests.distributed.launch import start_ranks
 from tests.tiny_model import make_tiny_model, write_experiment
-from utils.data.encoding.precompute import _EncoderPass
+from utils.data.encoding.encoder_pass import EncoderPass
 from utils.data.sources.images import read_pixels
 from utils.distributed import World
 from utils.preflight import prepare
@@ -72,14 +72,14 @@ def main() -> None:
     if os.environ[ALONE] == "1":
         _encode_alone(folder, rank)
         os._exit(0)
-    tell = _EncoderPass._tell
+    tell = EncoderPass._tell
 
-    def tell_and_keep(self: _EncoderPass, seconds: float) -> None:
+    def tell_and_keep(self: EncoderPass, seconds: float) -> None:
         _seconds_of_pass[self._encoder.name] = seconds
         tell(self, seconds)
         _write(folder, rank)
 
-    _EncoderPass._tell = tell_and_keep  # type: ignore[method-assign]
+    EncoderPass._tell = tell_and_keep  # type: ignore[method-assign]
     train.main()
 
 
@@ -89,7 +89,10 @@ def _encode_alone(folder: Path, rank: int) -> None:
     adapter, table = experiment.adapter, experiment.dataset.examples
     examples = [table[row] for row in range(rank, len(table), RANKS)]
     pixels = [torch.from_numpy(read_pixels(example.image, example.box)) for example in examples]
-    for encoder, items in ((adapter.image_encoder, pixels), *((e, [x.caption() for x in examples]) for e in adapter.text_encoders)):
+    captions = [example.caption() for example in examples]
+    jobs: list[tuple[Any, Sequence[Any]]] = [(adapter.image_encoder, pixels)]
+    jobs += [(encoder, captions) for encoder in adapter.text_encoders]
+    for encoder, items in jobs:
         encode = encoder.load(torch.device("cpu"))
         (folder / f"ready_{encoder.name}_{rank}").touch()
         while not all((folder / f"ready_{encoder.name}_{other}").exists() for other in range(RANKS)):
@@ -159,9 +162,10 @@ def measure(num_pictures: int, resolution: int) -> None:
         wall = max(rank["pass"][name] for rank in ranks)
         inside = sum(rank["inside"].get(name, 0.0) for rank in ranks) / RANKS
         alone = max(rank["inside"][name] for rank in bare)
-        print(f"{name:>8}: wall {wall:7.2f} s, in the encoder {inside:7.2f} s a process, nothing but the encoder {alone:7.2f} s")
+        print(f"{name:>8}: wall {wall:7.2f} s, in the encoder {inside:7.2f} s a process, nothing else {alone:7.2f} s")
         total_pass, total_inside, total_bare = total_pass + wall, total_inside + inside, total_bare + alone
-    print(f"wall / time in the encoders: {total_pass / total_inside:.3f}; wall / nothing but the encoders: {total_pass / total_bare:.3f}")
+    print(f"wall / time in the encoders: {total_pass / total_inside:.3f}")
+    print(f"wall / nothing but the encoders: {total_pass / total_bare:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """How long a run takes to start when everything is cached:  python -m tests.benchmarks.start [--pictures 100000]
 
 Makes that many pictures and captions, all different, and a complete cache of made-up tensors of the right shapes; then
-times `train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every header,
-caption and byte; the second finds that nothing has changed. What such a command costs with 12 pictures is told beside it.
+times `train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every
+header, caption and byte; the second finds that nothing has changed. What such a command costs with 12 pictures is told
+beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What `text_cache_dtype` changes in the network's answer:  python -m tests.benchmarks.text_precision   (after `make quickstart`)
+"""What `text_cache_dtype` changes in the network's answer:  python -m tests.benchmarks.text_precision
+
+Needs what `make quickstart` makes.
 
 The network that the quickstart has trained answers to 64 pictures at 8 times each, with their captions' embeddings as the
 encoders give them in float32, and as the cache keeps them. Told is the root mean square of the change, relative to that of
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.base import LENGTH
 from models.sd3.adapter import SD3Adapter
 from utils import rectified_flow
 from utils.config.load import load_config
@@ -48,7 +51,8 @@ def main() -> None:
     entries = {}
     for encoder in adapter.text_encoders:
         encode_text = encoder.load(torch.device("cpu"))
-        entries[encoder.name] = [{k: v for k, v in encode_text([text])[0].items() if k != "length"} for text in captions]
+        encoded = [encode_text([text])[0] for text in captions]
+        entries[encoder.name] = [{name: value for name, value in item.items() if name != LENGTH} for item in encoded]
     layers = [layer.build() for layer in adapter.layers]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((TIMES, *latents.shape), generator=generator)
@@ -77,7 +81,8 @@ def main() -> None:
     others["another caption"] = answers(lambda name, index: entries[name][(index + 7) % len(examples)])
     for name, other in others.items():
         change = float((other - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-        print(f"{name}: answer changed by {change:.3%}, error by {float((other - velocity).square().mean() / loss - 1):+.3%}")
+        of_error = float((other - velocity).square().mean() / loss - 1)
+        print(f"{name}: answer changed by {change:.3%}, error by {of_error:+.3%}")
 
 
 if __name__ == "__main__":

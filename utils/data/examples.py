@@ -1,15 +1,14 @@
 """Examples: each picture at one size with its captions. A million of them as columns; each made an object when asked for.
 
-What examples share is said once: a directory's settings in `Directory`, a picture's facts in one row of `pictures`. An
-example is then a picture's number, a resolution's and a bucket's. The table can be written to a file that other processes
-map, so that one process lists the files and all see the same examples.
+An example is a picture's number, a resolution's and a bucket's; all else is the picture's and its directory's. The table can
+be written to a file that other processes map, so that one process lists the files and all see the same examples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -17,18 +16,32 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.columns import FileBlock, Texts, map_columns, save_columns, tensor_place
+from utils.data.columns import map_columns, save_columns
+from utils.data.pictures import (
+    NONE,
+    Companions,
+    Container,
+    Directory,
+    Pictures,
+    companion_of,
+    directory_of_json,
+    flat,
+    hash_or_nothing,
+    hashes,
+    hashes_of_companions,
+    is_known,
+    joined_pictures,
+    no_companions,
+    unflat,
+    unknown,
+)
 from utils.data.sources.captions import TagShuffle
 from utils.data.sources.images import CONTENT_BYTES
 from utils.data.sources.picture_files import PictureFile
-from utils.data.sources.rows import firsts
 from utils.randomness import fraction
 
-NONE = -1
-"""In a column of numbers of rows: there is none."""
 CHUNK_ROWS = 65536
 """Of a table, taken out of the columns at once when all are gone through."""
-_NO_HASH = bytes(CONTENT_BYTES)
 Unhashed = tuple[np.ndarray, int, PictureFile]
 """A column of hashes, the row in it that is to be filled in, and the file."""
 
@@ -70,74 +83,6 @@ class Example:
             return self.captions[number]
         order, index = divmod(number, len(self.captions))
         return self.shuffle.order(self.captions[index], order)
-
-
-@dataclass(frozen=True)
-class Directory:
-    """What the examples of one [[directory]] share."""
-
-    place: str
-    """Its place in the file, "0"; of an evaluation set "eval/faces/0". Keys begin with it."""
-    path: str
-    resolutions: tuple[int, ...]
-    repeats: float
-    loss_weight: float
-    may_flip: bool
-    random_crop: bool
-    skip_bad: bool
-    shuffle: TagShuffle | None
-
-
-@dataclass(frozen=True)
-class Container:
-    """A .tar or .parquet file with pictures."""
-
-    path: str
-    name: str
-    """Below the directory's path; empty when it is that path."""
-    column: str
-    """Of a .parquet file, where its pictures are; empty for a .tar."""
-
-
-@dataclass(frozen=True)
-class Companions:
-    """Pictures that belong to pictures, masks or control pictures; one row each."""
-
-    paths: Texts
-    content: np.ndarray
-    """(n, 16) uint8: hashes of their bytes, zeros where they are not known yet."""
-
-    def file(self, row: int) -> PictureFile:
-        return PictureFile(Path(self.paths[row]))
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Columns of what is known of each picture; one row each."""
-
-    directory: np.ndarray
-    """Number of its directory."""
-    names: Texts
-    """Below the directory's path."""
-    sizes: np.ndarray
-    """(n, 2) int32: width and height in pixels, as it is to be looked at."""
-    same: np.ndarray
-    """Equal numbers: one file under several names."""
-    content: np.ndarray
-    """(n, 16) uint8, zeros where it is not known yet."""
-    captions: Texts
-    first_caption: np.ndarray
-    """(n + 1): picture i has captions first_caption[i] to first_caption[i + 1]."""
-    container: np.ndarray
-    """Number of the file it is in, or NONE. Empty, as the next two, when no picture is in a file with others."""
-    start: np.ndarray
-    length: np.ndarray
-    mask: np.ndarray
-    """Row of its mask, or NONE. Empty when no picture has one. So for control pictures."""
-    control: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.directory)
 
 
 class Outline(NamedTuple):
@@ -184,8 +129,8 @@ class ExampleTable(Sequence[Example]):
         picture, resolution, bucket = self.rows[index].tolist()
         pictures, directory = self.pictures, self.directories[self.pictures.directory[picture]]
         name = f"{pictures.names[picture]}@{directory.resolutions[resolution]}"
-        mask, mask_content = _companion(pictures.mask, picture, self.masks)
-        control, control_content = _companion(pictures.control, picture, self.controls)
+        mask, mask_content = companion_of(pictures.mask, picture, self.masks)
+        control, control_content = companion_of(pictures.control, picture, self.controls)
         first, last = pictures.first_caption[picture : picture + 2].tolist()
         return Example(
             key=f"{directory.place}/{name}",
@@ -198,7 +143,7 @@ class ExampleTable(Sequence[Example]):
             loss_weight=directory.loss_weight,
             may_flip=directory.may_flip,
             shuffle=directory.shuffle,
-            content=_hash_or_nothing(pictures.content[picture]),
+            content=hash_or_nothing(pictures.content[picture]),
             mask_content=mask_content,
             control_content=control_content,
         )
@@ -250,9 +195,9 @@ class ExampleTable(Sequence[Example]):
             pictures, directory = rows[:, 0], self.pictures.directory[rows[:, 0]]
             shapes = np.column_stack([self.pictures.sizes[pictures], rows[:, 2]]).tolist()
             columns = (
-                _hashes(self.pictures.content[pictures]),
-                _hashes_of_companions(self.pictures.mask, pictures, self.masks),
-                _hashes_of_companions(self.pictures.control, pictures, self.controls),
+                hashes(self.pictures.content[pictures]),
+                hashes_of_companions(self.pictures.mask, pictures, self.masks),
+                hashes_of_companions(self.pictures.control, pictures, self.controls),
                 flipped[directory].tolist(),
                 drawn[directory].tolist(),
             )
@@ -291,11 +236,11 @@ class ExampleTable(Sequence[Example]):
     def _unhashed_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[int], PictureFile]]]:
         """(Hashes, rows of them that examples need and that are not known, row -> file) of pictures and companions."""
         pictures = np.unique(self.rows[:, 0])
-        yield self.pictures.content, _unknown(self.pictures.content, pictures), self.file
+        yield self.pictures.content, unknown(self.pictures.content, pictures), self.file
         for column, companions in ((self.pictures.mask, self.masks), (self.pictures.control, self.controls)):
             if len(column):
                 rows = np.unique(column[pictures])
-                yield companions.content, _unknown(companions.content, rows[rows != NONE]), companions.file
+                yield companions.content, unknown(companions.content, rows[rows != NONE]), companions.file
 
     def num_unhashed(self) -> int:
         """Files that examples need and whose hash is not known."""
@@ -309,11 +254,11 @@ class ExampleTable(Sequence[Example]):
     def incomplete(self) -> np.ndarray:
         """Which examples need a file whose hash is not known: boolean."""
         picture = self.rows[:, 0]
-        missing = ~_is_known(self.pictures.content)[picture]
+        missing = ~is_known(self.pictures.content)[picture]
         for column, companions in ((self.pictures.mask, self.masks), (self.pictures.control, self.controls)):
             if len(column):
                 row = column[picture]
-                missing |= (row != NONE) & ~_is_known(companions.content)[row]
+                missing |= (row != NONE) & ~is_known(companions.content)[row]
         return missing
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -327,8 +272,8 @@ class ExampleTable(Sequence[Example]):
         }
         # Names of one file are of use while pictures are held out, which is done.
         pictures = replace(self.pictures, same=self.pictures.same[:0])
-        columns = {"rows": self.rows, **_flat("pictures", pictures)}
-        columns |= _flat("masks", self.masks) | _flat("controls", self.controls)
+        columns = {"rows": self.rows, **flat("pictures", pictures)}
+        columns |= flat("masks", self.masks) | flat("controls", self.controls)
         text = json.dumps(header)
         digest = hashlib.blake2b(text.encode(), digest_size=CONTENT_BYTES)
         for name, column in columns.items():
@@ -344,120 +289,16 @@ class ExampleTable(Sequence[Example]):
         columns, text = map_columns(path)
         header = json.loads(text)
         return cls(
-            [_directory(entry) for entry in header["directories"]],
+            [directory_of_json(entry) for entry in header["directories"]],
             [Container(**entry) for entry in header["containers"]],
             [Bucket(*sides) for sides in header["buckets"]],
-            Pictures(**_unflat("pictures", columns, path)),  # type: ignore[arg-type]
-            Companions(**_unflat("masks", columns, path)),  # type: ignore[arg-type]
-            Companions(**_unflat("controls", columns, path)),  # type: ignore[arg-type]
+            Pictures(**unflat("pictures", columns, path)),  # type: ignore[arg-type]
+            Companions(**unflat("masks", columns, path)),  # type: ignore[arg-type]
+            Companions(**unflat("controls", columns, path)),  # type: ignore[arg-type]
             columns["rows"],
         )
-
-
-def _is_known(content: np.ndarray) -> np.ndarray:
-    """Which of the hashes (n, 16) are no zeros: boolean, (n,)."""
-    return np.asarray(content.any(axis=1))
-
-
-def _unknown(content: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return rows[~_is_known(content[rows])]
-
-
-def _hashes(content: np.ndarray) -> list[bytes]:
-    """Rows (n, 16) as bytes; empty where a hash is not known."""
-    block = content.tobytes()
-    hashes = (block[start : start + CONTENT_BYTES] for start in range(0, len(block), CONTENT_BYTES))
-    return [one if one != _NO_HASH else b"" for one in hashes]
-
-
-def _hashes_of_companions(column: np.ndarray, pictures: np.ndarray, companions: Companions) -> list[bytes]:
-    """Of each picture's mask, or control picture; empty where it has none."""
-    if not len(column):
-        return [b""] * len(pictures)
-    rows = column[pictures]
-    return [one if row != NONE else b"" for one, row in zip(_hashes(companions.content[rows]), rows.tolist(), strict=True)]
-
-
-def _companion(column: np.ndarray, picture: int, companions: Companions) -> tuple[PictureFile | None, bytes]:
-    row = int(column[picture]) if len(column) else NONE
-    if row == NONE:
-        return None, b""
-    return companions.file(row), _hash_or_nothing(companions.content[row])
-
-
-def _hash_or_nothing(row: np.ndarray) -> bytes:
-    content = row.tobytes()
-    return content if content != _NO_HASH else b""
-
-
-def _directory(entry: Mapping[str, object]) -> Directory:
-    shuffle = entry["shuffle"]
-    values = {**entry, "resolutions": tuple(entry["resolutions"])}  # type: ignore[arg-type]
-    values["shuffle"] = TagShuffle(**shuffle) if isinstance(shuffle, dict) else None
-    return Directory(**values)  # type: ignore[arg-type]
-
-
-def _flat(prefix: str, table: Pictures | Companions) -> dict[str, np.ndarray]:
-    """Column name -> array; of strings two arrays."""
-    columns: dict[str, np.ndarray] = {}
-    for name, value in vars(table).items():
-        if isinstance(value, Texts):
-            is_short = len(value.block) < 2**32
-            offsets = value.offsets.astype(np.uint32) if is_short else value.offsets
-            columns |= {f"{prefix}.{name}.offsets": offsets, f"{prefix}.{name}.block": value.block[:]}
-        else:
-            columns[f"{prefix}.{name}"] = value
-    return columns
-
-
-def _unflat(prefix: str, columns: Mapping[str, np.ndarray], path: Path) -> dict[str, np.ndarray | Texts]:
-    """The other way; letters stay in the file."""
-    table: dict[str, np.ndarray | Texts] = {}
-    for key, value in columns.items():
-        owner, _, name = key.partition(".")
-        if owner == prefix and name.endswith(".offsets"):
-            name = name.removesuffix(".offsets")
-            table[name] = Texts(value, FileBlock(path, *tensor_place(path, f"{prefix}.{name}.block")))
-        elif owner == prefix and not name.endswith(".block"):
-            table[name] = value
-    return table
-
-
-def no_companions() -> Companions:
-    return Companions(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
 
 
 def empty_table() -> ExampleTable:
     """No examples."""
     return ExampleTable([], [], [], joined_pictures([]), no_companions(), no_companions(), np.zeros((0, 3), np.int32))
-
-
-def _or_empty(column: np.ndarray) -> np.ndarray:
-    return column if (column != NONE).any() else column[:0]
-
-
-def joined_pictures(parts: Iterable[Pictures]) -> Pictures:
-    """All rows of all parts, which have every column; those that say NONE in every row are left away."""
-    parts = list(parts)
-    captions = Texts.joined(part.captions for part in parts)
-    counts = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.first_caption) for part in parts)])
-
-    def column(name: str, dtype: type, width: tuple[int, ...] = ()) -> np.ndarray:
-        return np.concatenate([np.zeros((0, *width), dtype), *(vars(part)[name] for part in parts)])
-
-    container, mask, control = (column(name, np.int32) for name in ("container", "mask", "control"))
-    is_contained = bool((container != NONE).any())
-    return Pictures(
-        directory=column("directory", np.int32),
-        names=Texts.joined(part.names for part in parts),
-        sizes=column("sizes", np.int32, (2,)),
-        same=column("same", np.int64),
-        content=column("content", np.uint8, (CONTENT_BYTES,)),
-        captions=captions,
-        first_caption=firsts(counts),
-        container=_or_empty(container),
-        start=column("start", np.int64) if is_contained else np.zeros(0, np.int64),
-        length=column("length", np.int64) if is_contained else np.zeros(0, np.int64),
-        mask=_or_empty(mask),
-        control=_or_empty(control),
-    )

@@ -10,7 +10,8 @@ import numpy as np
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, nearest_buckets
 from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_problems
-from utils.data.examples import NONE, Container, Directory, ExampleTable, Pictures, joined_pictures
+from utils.data.examples import ExampleTable
+from utils.data.pictures import NONE, Container, Directory, Pictures, joined_pictures
 from utils.data.sources.caption_sources import some
 from utils.data.sources.captions import TagShuffle
 from utils.data.sources.companions import CONTROL, MASK, CompanionTable, Kind

@@ -17,18 +17,8 @@ from tests.utils.data.scanning import Scan
 from tests.utils.data.tables import DIRECTORY, Shown, pictures_of, table_of
 from utils.data.buckets import Bucket, crop_box
 from utils.data.columns import Texts
-from utils.data.examples import (
-    NONE,
-    Companions,
-    Container,
-    Directory,
-    Example,
-    ExampleTable,
-    Pictures,
-    empty_table,
-    joined_pictures,
-    no_companions,
-)
+from utils.data.examples import Example, ExampleTable, empty_table
+from utils.data.pictures import NONE, Companions, Container, Directory, Pictures, joined_pictures, no_companions
 from utils.data.sources.captions import TagShuffle
 from utils.data.sources.images import CONTENT_BYTES
 from utils.data.sources.picture_files import PictureFile

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.columns import Texts
-from utils.data.examples import NONE, Companions
+from utils.data.pictures import NONE, Companions
 from utils.data.sources.caption_sources import some, stem_of
 from utils.data.sources.images import CONTENT_BYTES, BadFile
 from utils.data.sources.listing import Lister, Listing, ListingSettings

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.data.cache.keys import content_key
 from utils.data.columns import Texts
-from utils.data.examples import Container
+from utils.data.pictures import Container
 from utils.data.sources.archives import NOT_INSIDE, Found, list_parquet, list_tar
 from utils.data.sources.caption_sources import CaptionSources, CaptionTable, some
 from utils.data.sources.captions import read_caption_table

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.utils.data.pictures import left_half, quarters, save, save_turned
 from utils.data.columns import Texts
-from utils.data.examples import NONE
+from utils.data.pictures import NONE
 from utils.data.sources.companions import CONTROL, MASK, CompanionTable, Kind, same_shape
 from utils.data.sources.images import BadFile
 from utils.data.sources.listing import Lister, Listing, ListingSettings
