@@ -18,9 +18,6 @@ import numpy as np
 from utils.data.buckets import Bucket, CropBox, crop_box
 from utils.data.columns import map_columns, save_columns
 from utils.data.pictures import (
-    NONE,
-    Companions,
-    Container,
     Directory,
     Pictures,
     companion_of,
@@ -31,13 +28,13 @@ from utils.data.pictures import (
     hashes_of_companions,
     is_known,
     joined_pictures,
-    no_companions,
     unflat,
     unknown,
 )
-from utils.data.sources.captions import TagShuffle
 from utils.data.sources.images import CONTENT_BYTES
 from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.rows import NONE, Companions, Container, no_companions
+from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction
 
 CHUNK_ROWS = 65536

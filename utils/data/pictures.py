@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.columns import FileBlock, Texts, tensor_place
-from utils.data.sources.captions import TagShuffle
 from utils.data.sources.images import CONTENT_BYTES
 from utils.data.sources.picture_files import PictureFile
-from utils.data.sources.rows import firsts
+from utils.data.sources.rows import NONE, Companions, firsts
+from utils.data.sources.tags import TagShuffle
 
-NONE = -1
-"""In a column of numbers of rows: there is none."""
 _NO_HASH = bytes(CONTENT_BYTES)
 
 
@@ -33,29 +31,6 @@ class Directory:
     random_crop: bool
     skip_bad: bool
     shuffle: TagShuffle | None
-
-
-@dataclass(frozen=True)
-class Container:
-    """A .tar or .parquet file with pictures."""
-
-    path: str
-    name: str
-    """Below the directory's path; empty when it is that path."""
-    column: str
-    """Of a .parquet file, where its pictures are; empty for a .tar."""
-
-
-@dataclass(frozen=True)
-class Companions:
-    """Pictures that belong to pictures, masks or control pictures; one row each."""
-
-    paths: Texts
-    content: np.ndarray
-    """(n, 16) uint8: hashes of their bytes, zeros where they are not known yet."""
-
-    def file(self, row: int) -> PictureFile:
-        return PictureFile(Path(self.paths[row]))
 
 
 @dataclass(frozen=True)
@@ -191,7 +166,3 @@ def unflat(prefix: str, columns: Mapping[str, np.ndarray], path: Path) -> dict[s
         elif owner == prefix and not name.endswith(".block"):
             table[name] = value
     return table
-
-
-def no_companions() -> Companions:
-    return Companions(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))

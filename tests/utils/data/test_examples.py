@@ -18,10 +18,11 @@ from tests.utils.data.tables import DIRECTORY, Shown, pictures_of, table_of
 from utils.data.buckets import Bucket, crop_box
 from utils.data.columns import Texts
 from utils.data.examples import Example, ExampleTable, empty_table
-from utils.data.pictures import NONE, Companions, Container, Directory, Pictures, joined_pictures, no_companions
-from utils.data.sources.captions import TagShuffle
+from utils.data.pictures import Directory, Pictures, joined_pictures
 from utils.data.sources.images import CONTENT_BYTES
 from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.rows import NONE, Companions, Container, no_companions
+from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction
 
 SQUARE, WIDE, LARGE = Bucket(32, 32), Bucket(48, 16), Bucket(64, 64)

@@ -17,7 +17,7 @@ from utils import randomness, rectified_flow
 from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder, Visit
 from utils.data.examples import Example
-from utils.data.sources.captions import TagShuffle
+from utils.data.sources.tags import TagShuffle
 from utils.objective import NO_TARGET, LossTarget, Objective
 from utils.pipeline.feed import (
     EMPTY_CAPTION,

@@ -24,7 +24,7 @@ from utils.data.encoding.encoded import CacheFolders, caption_key, latents_key, 
 from utils.data.encoding.masks import MaskEncoder
 from utils.data.encoding.text_storage import TextCacheDtype, packed_bytes
 from utils.data.examples import ExampleTable
-from utils.data.pictures import NONE
+from utils.data.sources.rows import NONE
 from utils.log import bar_seconds, bytes_in_words
 
 T = TypeVar("T")

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.columns import Texts
-from utils.data.pictures import NONE, Companions
 from utils.data.sources.caption_sources import some, stem_of
 from utils.data.sources.images import CONTENT_BYTES, BadFile
 from utils.data.sources.listing import Lister, Listing, ListingSettings
-from utils.data.sources.rows import Remembered, Rows
+from utils.data.sources.rows import NONE, Companions, Remembered, Rows
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import numpy as np
 
 from utils.data.cache.keys import content_key
 from utils.data.columns import Texts
-from utils.data.pictures import Container
-from utils.data.sources.archives import NOT_INSIDE, Found, list_parquet, list_tar
 from utils.data.sources.caption_sources import CaptionSources, CaptionTable, some
 from utils.data.sources.captions import read_caption_table
+from utils.data.sources.found import NOT_INSIDE, Found
 from utils.data.sources.images import BadFile
 from utils.data.sources.picture_files import TABLE_SUFFIX, PictureFile
 from utils.data.sources.readers import Readers
-from utils.data.sources.rows import UNREAD, Memory, Rows, add_captions, carry_over, set_captions, unread_rows
+from utils.data.sources.rows import UNREAD, Container, Memory, Rows, add_captions, carry_over, set_captions, unread_rows
+from utils.data.sources.tar_files import list_tar
 from utils.data.sources.walk import Walk, merged, stamp_of, stat_files, walk
 
 FILES_AT_ONCE = 256
@@ -184,7 +184,7 @@ class Lister:
             rows, header = memory.load() or (None, {})
             was_known = rows is not None and header.get("stamp") == list(stamp)
             if rows is None or not was_known:
-                contents = _read_archive(path, settings)
+                contents = _read_archive(path, settings, self._readers)
                 rows, header = _rows_of(contents, path, stamp), _header_of(contents, stamp)
         except BadFile as bad:
             listing.bad_files.append(bad)
@@ -256,10 +256,10 @@ class _Contents:
     num_others: int
 
 
-def _read_archive(path: Path, settings: ListingSettings) -> _Contents:
+def _read_archive(path: Path, settings: ListingSettings, readers: Readers) -> _Contents:
     """Raises BadFile for one that cannot be read at all."""
     if path.suffix.lower() == TABLE_SUFFIX:
-        found, column, bad_files = list_parquet(path, settings.image_column, settings.caption_column)
+        found, column, bad_files = readers.parquet(path, settings.image_column, settings.caption_column).result()
         if len({one.start == NOT_INSIDE for one in found}) > 1:
             raise BadFile(path, "has the bytes of some pictures and only the paths of others; make two files of it")
         return _Contents(found, column, bad_files, 0)

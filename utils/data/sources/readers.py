@@ -1,35 +1,24 @@
 """Processes that read pictures, so that a run neither waits for decoders nor dies of one.
 
 In this process one thread for each reader process hands it a request and waits for the answers; what is asked for comes as
-a Future. A reader process is this file, run as a program: it imports NumPy and Pillow and no torch, so it starts in a
-fraction of a second. multiprocessing's pools were rejected: they import the main module again, may not be started by
-daemonic processes, outlive a parent that was killed, and do not say what a process that died was working on.
+a Future. What such a process does and what is said to it is in `reader_process.py`. multiprocessing's pools were rejected:
+they import the main module again, may not be started by daemonic processes, outlive a parent that was killed, and do not say
+what a process that died was working on.
 
-Both talk over a socket, the program's standard input: messages of a length and as many bytes, JSON, or the bytes of an
-array. A request names files; the program says that it has taken it, then there is an answer to each file in turn, sent
-before the next file is opened. So when a process dies (a decoder's crash, the kernel short of memory) or takes too long, the
-file that is to blame is the first without answer.
-
-A reader process ends when the socket does, also while it decodes: nothing is left of it when its parent is killed.
+There is an answer to each file in turn, sent before the next file is opened. So when a process dies (a decoder's crash, the
+kernel short of memory) or takes too long, the file that is to blame is the first without answer. For the same reason
+.parquet files are listed there: a damaged one may make pyarrow end the process that it is in.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
-import queue
-import select
-import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
-import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -39,17 +28,18 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.buckets import Bucket, CropBox
-from utils.data.sources.images import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
+from utils.data.buckets import CropBox
+from utils.data.sources.found import Found
+from utils.data.sources.images import BadFile, bad_picture
 from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.reader_process import fill, packed_box, packed_file, receive, send
 
 START_SECONDS = 120.0
 """How long a process may take to start: what it imports may lie on a slow network drive."""
-NICENESS = 5
-"""Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""
+TABLE_SECONDS = 3600.0
+"""How long listing a .parquet file may take: all its captions are read, and without statistics its pictures too."""
+_PROGRAM = "utils.data.sources.reader_process"
 _ROOT = Path(__file__).resolve().parents[3]
-_LENGTH = struct.Struct("!Q")
-_BLOCK_BYTES = 2**20
 
 
 class Readers:
@@ -71,11 +61,11 @@ class Readers:
         self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b""
     ) -> Future[np.ndarray]:
         """What `read_pixels` returns."""
-        return self._threads.submit(self._read, file, ["pixels", _packed_box(box), mirrored, content.hex()])
+        return self._threads.submit(self._read, file, ["pixels", packed_box(box), mirrored, content.hex()])
 
     def mask(self, file: PictureFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
         """What `read_mask` returns."""
-        return self._threads.submit(self._read, file, ["mask", _packed_box(box), downscale, content.hex()])
+        return self._threads.submit(self._read, file, ["mask", packed_box(box), downscale, content.hex()])
 
     def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int] | str]]:
         """Of each file what `read_size` returns, or the reason why it has no size. A request should have some hundred."""
@@ -84,6 +74,12 @@ class Readers:
     def hashes(self, files: Sequence[PictureFile]) -> Future[list[bytes | str]]:
         """Of each file the blake2b digest of its bytes (16 bytes), or the reason why it cannot be read."""
         return self._threads.submit(lambda: [_digest(answer) for answer in self._answers(files, ["hash"])])
+
+    def parquet(
+        self, path: Path, image_column: str | None, caption_column: str | None
+    ) -> Future[tuple[list[Found], str, list[BadFile]]]:
+        """What `list_parquet` returns. Takes up to TABLE_SECONDS, whatever the limit."""
+        return self._threads.submit(self._list_parquet, path, ["parquet", image_column, caption_column])
 
     def close(self) -> None:
         """End all processes; what has not been read is cancelled."""
@@ -107,15 +103,23 @@ class Readers:
 
     def _read(self, file: PictureFile, task: list[Any]) -> np.ndarray:
         """The array that a task makes of one file."""
+        array: np.ndarray = self._answer(file, task, self._limit_seconds)["array"]
+        return array
+
+    def _list_parquet(self, path: Path, task: list[Any]) -> tuple[list[Found], str, list[BadFile]]:
+        found, column, bad = self._answer(PictureFile(path), task, TABLE_SECONDS)["value"]
+        return [Found(*one) for one in found], column, [BadFile(path / name, reason) for name, reason in bad]
+
+    def _answer(self, file: PictureFile, task: list[Any], limit_seconds: float) -> dict[str, Any]:
+        """What a task makes of one file. Raises BadFile."""
         try:
             with self._asked(task, [file]) as process:
-                answer = process.answer(self._limit_seconds)
+                answer = process.answer(limit_seconds)
         except _Lost as lost:
             raise bad_picture(file, lost.reason) from None
         if "reason" in answer:
             raise bad_picture(file, answer["reason"])
-        array: np.ndarray = answer["array"]
-        return array
+        return answer
 
     def _answers(self, files: Sequence[PictureFile], task: list[Any]) -> list[dict[str, Any]]:
         """The answer to each file. One at which a process died is tried alone: others may have left it in disorder."""
@@ -206,7 +210,7 @@ class _ReaderProcess:
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # its standard error until it is ready; from then on it has ours
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "utils.data.sources.readers"]  # -P: `utils` is ours, not one of the current folder
+        command = [sys.executable, "-P", "-m", _PROGRAM]  # -P: `utils` is ours, not one of the current folder
         try:
             self._process = subprocess.Popen(
                 command,
@@ -226,7 +230,7 @@ class _ReaderProcess:
         """Raises RuntimeError with the last lines it wrote if it ended instead."""
         try:
             self._socket.settimeout(START_SECONDS)
-            _receive(self._socket)
+            receive(self._socket)
         except (OSError, EOFError) as error:
             how = self._how_it_ended()
             self._errors.seek(0)
@@ -237,11 +241,11 @@ class _ReaderProcess:
 
     def ask(self, task: list[Any], files: Sequence[PictureFile]) -> bool:
         """Whether it is still there to take the request."""
-        request = {"task": task, "files": [_packed_file(file) for file in files]}
+        request = {"task": task, "files": [packed_file(file) for file in files]}
         try:
             self._socket.settimeout(START_SECONDS)
-            _send(self._socket, json.dumps(request).encode())
-            _receive(self._socket)
+            send(self._socket, json.dumps(request).encode())
+            receive(self._socket)
         except (OSError, EOFError):
             return False
         return True
@@ -250,10 +254,10 @@ class _ReaderProcess:
         """Of the next file: {"reason": …}, {"value": …} or {"array": …}. Raises _Lost, and RuntimeError for our own bugs."""
         try:
             self._socket.settimeout(limit_seconds)
-            answer: dict[str, Any] = json.loads(_receive(self._socket))
+            answer: dict[str, Any] = json.loads(receive(self._socket))
             if "shape" in answer:
                 array = np.empty(answer["shape"], dtype=answer["dtype"])
-                _fill(self._socket, array.data.cast("B"))
+                fill(self._socket, array.data.cast("B"))
                 answer = {"array": array}
         except TimeoutError:
             raise _Lost(f"took longer than {limit_seconds:g} s to read", True) from None
@@ -289,137 +293,9 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-# --- messages ----------------------------------------------------------------------------------------------------------
-
-
-def _send(channel: socket.socket, message: bytes) -> None:
-    channel.sendall(_LENGTH.pack(len(message)))
-    channel.sendall(message)
-
-
-def _receive(channel: socket.socket) -> bytearray:
-    """Raises EOFError when the other end is closed, TimeoutError after the socket's time limit."""
-    header = bytearray(_LENGTH.size)
-    _fill(channel, memoryview(header))
-    message = bytearray(_LENGTH.unpack(header)[0])
-    _fill(channel, memoryview(message))
-    return message
-
-
-def _fill(channel: socket.socket, place: memoryview) -> None:
-    while place:
-        num_bytes = channel.recv_into(place)
-        if not num_bytes:
-            raise EOFError
-        place = place[num_bytes:]
-
-
-def _packed_file(file: PictureFile) -> list[Any]:
-    return [os.path.abspath(file.path), file.member, file.start, file.length]  # the other process has its own folder
-
-
-def _packed_box(box: CropBox) -> list[Any]:
-    return [box.scale, box.resized_width, box.resized_height, box.left, box.top, [box.bucket.width, box.bucket.height]]
-
-
-def _unpacked_file(packed: list[Any]) -> PictureFile:
-    path, member, start, length = packed
-    return PictureFile(Path(path), member, start, length)
-
-
-def _unpacked_box(packed: list[Any]) -> CropBox:
-    scale, resized_width, resized_height, left, top, bucket = packed
-    return CropBox(scale, resized_width, resized_height, left, top, Bucket(*bucket))
-
-
 def _size(answer: dict[str, Any]) -> tuple[int, int] | str:
     return str(answer["reason"]) if "reason" in answer else (answer["value"][0], answer["value"][1])
 
 
 def _digest(answer: dict[str, Any]) -> bytes | str:
     return str(answer["reason"]) if "reason" in answer else bytes.fromhex(answer["value"])
-
-
-# --- the program -------------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """A reader process: answers requests until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is to end, the parent decides
-    os.nice(NICENESS)
-    warnings.filterwarnings("ignore", module="PIL")  # they name no file; what matters is an answer
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    channel = socket.socket(fileno=sys.stdin.fileno())
-    os.dup2(1, 2)  # to the parent's standard error: that we started is certain now
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, requests), daemon=True).start()
-    with suppress(OSError):  # the parent is gone
-        _send(channel, b"ready")
-        while True:
-            request = requests.get()
-            _send(channel, b"taken")
-            for file in request["files"]:
-                _answer(channel, request["task"], _unpacked_file(file))
-
-
-def _listen(channel: socket.socket, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Pass on requests, and end the process when its parent is gone, whatever it is doing.
-
-    The socket says so, unless another process has inherited the parent's end: then the operating system does.
-    """
-    parent = os.getppid()
-    try:
-        while True:
-            while not select.select([channel], [], [], 1.0)[0]:
-                if os.getppid() != parent:
-                    return
-            requests.put(json.loads(_receive(channel)))
-    except (OSError, EOFError):
-        return
-    finally:
-        os._exit(0)
-
-
-def _answer(channel: socket.socket, task: list[Any], file: PictureFile) -> None:
-    made: Any = None
-    try:
-        made = _work(task, file)
-        head = {"shape": made.shape, "dtype": made.dtype.name} if isinstance(made, np.ndarray) else {"value": made}
-    except BadFile as bad:
-        head = {"reason": bad.reason}
-    except MemoryError:
-        head = {"reason": "needs more memory to be read than there is"}
-    except Exception:
-        head = {"bug": traceback.format_exc()}
-    _send(channel, json.dumps(head).encode())
-    if isinstance(made, np.ndarray):
-        channel.sendall(made.data.cast("B"))
-
-
-def _work(task: list[Any], file: PictureFile) -> Any:
-    """Raises BadFile."""
-    match task:
-        case ["pixels", box, mirrored, content]:
-            return read_pixels(file, _unpacked_box(box), mirrored=mirrored, content=bytes.fromhex(content))
-        case ["mask", box, downscale, content]:
-            return read_mask(file, _unpacked_box(box), downscale, content=bytes.fromhex(content))
-        case ["size"]:
-            return read_size(file)
-        case ["hash"]:
-            return _hash(file)
-    raise ValueError(f"unknown task {task}")
-
-
-def _hash(file: PictureFile) -> str:
-    try:
-        digest = hashlib.blake2b(digest_size=CONTENT_BYTES)  # as content_hash, of files of any size
-        with file.open() as content:
-            while block := content.read(_BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise bad_picture(file, f"cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,39 @@ from safetensors import SafetensorError
 
 from utils.data.columns import Texts, map_columns, save_columns
 from utils.data.sources.images import CONTENT_BYTES
+from utils.data.sources.picture_files import PictureFile
 
 UNREAD = 0
 """A width that is not known."""
+NONE = -1
+"""In a column of numbers of rows: there is none."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A .tar or .parquet file with pictures."""
+
+    path: str
+    name: str
+    """Below the directory's path; empty when it is that path."""
+    column: str
+    """Of a .parquet file, where its pictures are; empty for a .tar."""
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Pictures that belong to pictures, masks or control pictures; one row each."""
+
+    paths: Texts
+    content: np.ndarray
+    """(n, 16) uint8: hashes of their bytes, zeros where they are not known yet."""
+
+    def file(self, row: int) -> PictureFile:
+        return PictureFile(Path(self.paths[row]))
+
+
+def no_companions() -> Companions:
+    return Companions(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
 
 
 @dataclass

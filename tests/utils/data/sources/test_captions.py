@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.sources.captions import TagShuffle, read_caption, read_caption_table, split_lines
+from utils.data.sources.captions import read_caption, read_caption_table, split_lines
 from utils.data.sources.images import BadFile
+from utils.data.sources.tags import TagShuffle
 
 TAGS = "  fox, snow , red fur,, night,1girl, moon "
 SHUFFLE = TagShuffle(num_orders=8, delimiter=", ", keep_tokens=2)

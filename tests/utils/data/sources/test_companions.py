@@ -11,12 +11,11 @@ from PIL import Image
 
 from tests.utils.data.pictures import left_half, quarters, save, save_turned
 from utils.data.columns import Texts
-from utils.data.pictures import NONE
 from utils.data.sources.companions import CONTROL, MASK, CompanionTable, Kind, same_shape
 from utils.data.sources.images import BadFile
 from utils.data.sources.listing import Lister, Listing, ListingSettings
 from utils.data.sources.readers import Readers
-from utils.data.sources.rows import Rows, unread_rows
+from utils.data.sources.rows import NONE, Rows, unread_rows
 
 ELSEWHERE = Path("elsewhere")
 

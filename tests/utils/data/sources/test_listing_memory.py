@@ -19,6 +19,7 @@ from tests.utils.data.sources.test_listing import SAMPLES, picture, png, write_p
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
 from utils.data.sources import caption_sources, listing
+from utils.data.sources.found import Found
 from utils.data.sources.images import BadFile
 from utils.data.sources.listing import Lister
 from utils.data.sources.picture_files import PictureFile
@@ -26,7 +27,7 @@ from utils.data.sources.readers import Readers
 
 
 class Counting:
-    """Readers that note which pictures' sizes they are asked for."""
+    """Readers that note which pictures' sizes they are asked for, and which tables."""
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
@@ -35,6 +36,10 @@ class Counting:
     def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int] | str]]:
         self.asked += [str(file) for file in files]
         return self._readers.sizes(files)
+
+    def parquet(self, path: Path, *columns: str | None) -> Future[tuple[list[Found], str, list[BadFile]]]:
+        self.asked.append(str(path))
+        return self._readers.parquet(path, *columns)
 
 
 class Looks:
@@ -50,7 +55,6 @@ class Looks:
             (caption_sources, "read_caption"),
             (listing, "read_caption_table"),
             (listing, "list_tar"),
-            (listing, "list_parquet"),
         ):
             patch.setattr(module, name, self._noting(getattr(module, name)))
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.utils.data.pictures import left_half, noise, save
 from utils.data.buckets import Bucket, crop_box
-from utils.data.sources import images, readers
+from utils.data.sources import images, reader_process, readers
 from utils.data.sources.images import BadFile
 from utils.data.sources.picture_files import PictureFile
 from utils.data.sources.readers import Readers
@@ -55,6 +55,15 @@ def traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAP_MARK", str(tmp_path / "mark"))
 
 
+_strangers: list[psutil.Process] = []
+
+
+@pytest.fixture(autouse=True)
+def strangers() -> None:
+    """Reader processes of other tests, which may share one that is kept to the end; they are not to be counted."""
+    _strangers[:] = reader_processes()
+
+
 @pytest.fixture
 def pool() -> Iterator[Readers]:
     with Readers(2, limit_seconds=30.0) as readers:
@@ -71,9 +80,13 @@ def picture(path: Path, shade: int = 0) -> PictureFile:
     return PictureFile(save(Image.eval(noise(), lambda value: (value + shade) % 256), path))
 
 
+def reader_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "utils.data.sources.reader_process" in child.cmdline()]
+
+
 def workers() -> list[psutil.Process]:
-    """The reader processes of this one."""
-    return [child for child in psutil.Process().children() if "utils.data.sources.readers" in child.cmdline()]
+    """The reader processes of this test."""
+    return [process for process in reader_processes() if process not in _strangers]
 
 
 def wait_until(what: str, seconds: float, happened: object) -> None:
@@ -171,7 +184,7 @@ def test_processes_start_when_they_are_needed_and_end_by_close(tmp_path: Path) -
         assert workers() == []
         pool.sizes([file]).result()
         (worker,) = workers()
-        assert worker.nice() == min(19, psutil.Process().nice() + readers.NICENESS)
+        assert worker.nice() == min(19, psutil.Process().nice() + reader_process.NICENESS)
     assert workers() == []
     with pytest.raises(RuntimeError):
         pool.sizes([file])
@@ -321,9 +334,9 @@ def test_readers_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = picture(tmp_path / "fox.png")
-    broken = tmp_path / "broken" / "utils" / "data"
+    broken = tmp_path / "broken" / "utils" / "data" / "sources"
     broken.mkdir(parents=True)
-    (broken / "readers.py").write_text("import a_module_that_is_not_there")
+    (broken / "reader_process.py").write_text("import a_module_that_is_not_there")
     monkeypatch.setattr(readers, "_ROOT", tmp_path / "broken")
     with Readers(1) as pool:
         for future in (pool.sizes([file]), pool.pixels(file, BOX)):
@@ -337,6 +350,7 @@ def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
 
 def test_a_reader_imports_no_torch() -> None:
     """It takes as long to import as reading twenty pictures, and as much memory."""
-    code = "import sys, utils.data.sources.readers; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
+    module = "utils.data.sources.reader_process"
+    code = f"import sys, {module}; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"

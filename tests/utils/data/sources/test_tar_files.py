@@ -1,14 +1,12 @@
-"""What is found in .tar and .parquet files: places, captions, and what is refused."""
+"""What is found in .tar files: places, captions, and what is refused."""
 
 from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from utils.data.sources import archives
-from utils.data.sources.archives import NOT_INSIDE, Found, list_parquet, list_tar
+from utils.data.sources import tar_files
 from utils.data.sources.images import BadFile
+from utils.data.sources.tar_files import list_tar
 
 LONG = f"{'a folder of a long name/' * 12}fox.png"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -51,9 +49,6 @@ def captions_in(path: Path, *, caption_per_line: bool = False) -> dict[str, list
 
 def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
     return {str(one.path).removeprefix(f"{path}/"): one.reason for one in bad}
-
-
-# --- .tar --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tar_format", FORMATS)
@@ -279,8 +274,6 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     for name, reason in (("none", "cannot be read: No such"), ("pipe.tar", "is not a regular"), (".", "is not a regular")):
         with pytest.raises(BadFile, match=reason):
             list_tar(tmp_path / name, caption_per_line=False)
-        with pytest.raises(BadFile, match=reason):
-            list_parquet(tmp_path / name, None, None)
 
 
 def test_an_archive_of_nothing_holds_nothing(tmp_path: Path) -> None:
@@ -301,7 +294,7 @@ def test_listing_reads_headers_and_captions_and_no_picture(tmp_path: Path, monke
         file.truncate(file.tell() + 1024)
     num_read: list[int] = []
     monkeypatch.setattr(os, "pread", count_bytes(os.pread, num_read))
-    monkeypatch.setattr(archives._HeaderFile, "read", count_bytes(archives._HeaderFile.read, num_read))
+    monkeypatch.setattr(tar_files._HeaderFile, "read", count_bytes(tar_files._HeaderFile.read, num_read))
     found, bad, _ = list_tar(path, caption_per_line=False)
     assert len(found) == num_samples and not bad and found[-1].captions == ["a fox"]
     assert 2 * num_samples * 512 <= sum(num_read) < 2 * num_samples * 600
@@ -314,127 +307,3 @@ def count_bytes(function: Any, counts: list[int]) -> Any:
         return content
 
     return counted
-
-
-# --- .parquet ----------------------------------------------------------------------------------------------------------
-
-
-def write_table(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=2, **options)
-    return path
-
-
-PICTURES = [{"bytes": content_of(str(row)), "path": f"{row}.png"} for row in range(5)]
-TEXTS = ["zero", " one ", None, "", "four"]
-CAPTIONS: list[list[str] | None] = [["zero"], ["one"], None, [""], ["four"]]
-
-
-@pytest.mark.parametrize("form", ["struct", "only bytes", "plain"])
-def test_every_row_of_a_table_is_a_picture_with_its_caption(tmp_path: Path, form: str) -> None:
-    forms: dict[str, list[Any]] = {
-        "struct": PICTURES,
-        "only bytes": [{"bytes": picture["bytes"]} for picture in PICTURES],
-        "plain": [picture["bytes"] for picture in PICTURES],
-    }
-    path = write_table(tmp_path / "a.parquet", {"seed": range(5), "image": forms[form], "text": TEXTS})
-    found, column, bad = list_parquet(path, None, None)
-    assert found == [Found(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
-    assert column == "image" and bad == []
-
-
-def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
-    pictures = [b"x", b"y"]
-    columns = {"path": ["p", "q"], "image": [1, 2], "bytes": pictures, "jpg": pictures, "prompt": ["a", "b"]}
-    path = write_table(tmp_path / "a.parquet", {**columns, "caption": ["c", "d"], "mine": [["e", "f"], ["g"]]})
-    found, column, _ = list_parquet(path, None, None)
-    assert (column, [one.captions for one in found]) == ("jpg", [["c"], ["d"]])
-    found, column, _ = list_parquet(path, "bytes", "mine")
-    assert (column, [one.captions for one in found]) == ("bytes", [["e", "f"], ["g"]])
-    found, column, _ = list_parquet(path, "path", "prompt")
-    assert (column, found[1]) == ("path", Found("q", NOT_INSIDE, 0, ["b"]))
-    found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": pictures}), None, None)
-    assert [one.captions for one in found] == [None, None]
-
-
-def test_paths_are_told_from_bytes_row_by_row(tmp_path: Path) -> None:
-    only_paths = [{"bytes": None, "path": path} for path in ("sub/1.png", "2.png")]
-    pictures = [PICTURES[0], *only_paths, {"bytes": b"", "path": None}]
-    for statistics in (True, False):
-        path = write_table(tmp_path / "a.parquet", {"image": pictures}, write_statistics=statistics)
-        found, column, bad = list_parquet(path, None, None)
-        assert [(one.name, one.start) for one in found] == [("0", 0), ("sub/1.png", -1), ("2.png", -1), ("3", 3)]
-        assert column == "image" and not bad
-
-
-def test_rows_without_a_usable_picture_or_caption_are_named(tmp_path: Path) -> None:
-    pictures = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "http://a/b.png"}, *PICTURES[:3]]
-    texts = [["a"], ["b"], ["c"], [], ["d", None], ["e"]]
-    for statistics in (True, False):
-        path = write_table(tmp_path / "a.parquet", {"image": pictures, "text": texts}, write_statistics=statistics)
-        found, _, bad = list_parquet(path, None, None)
-        assert found == [Found("5", 5, 0, ["e"])]
-        assert reasons(bad, path) == {
-            "row 0": "has no picture",
-            "row 1": "has no picture",
-            "row 2": "has an address, 'http://a/b.png': pictures are not downloaded",
-            "row 3": "is an empty list: must be a string or a list of at least one",
-            "row 4": "has null: must be a string or a list of strings",
-        }
-    found, _, bad = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": [b"x", None, b"y"]}), None, None)
-    assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no picture"}
-
-
-def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "a.parquet", {"url": ["a"], "key": [1]})
-    there = "its columns are 'url' (string), 'key' (int64)"
-    for image, caption, problem in (
-        (None, None, f"has no column of pictures; {there}"),
-        ("key", None, f"has no column 'key' with pictures or paths; {there}"),
-        ("url", "text", f"has no column 'text' with strings or lists of strings; {there}"),
-        ("url", "key", f"has no column 'key' with strings or lists of strings; {there}"),
-    ):
-        with pytest.raises(BadFile) as caught:
-            list_parquet(path, image, caption)
-        assert caught.value.reason == problem
-    with pytest.raises(BadFile, match=r"'19' \(int64\) and 980 more$"):
-        list_parquet(write_table(path, {str(number): [number] for number in range(1000)}), None, None)
-
-
-def test_listing_a_table_reads_no_bytes_of_pictures(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "a.parquet", {"image": PICTURES, "text": TEXTS}, compression="none")
-    from pyarrow import parquet
-
-    expected = list_parquet(path, None, None)
-    content = bytearray(path.read_bytes())
-    with parquet.ParquetFile(path) as table:
-        chunks = [table.metadata.row_group(group).column(0) for group in range(table.num_row_groups)]
-    for chunk in chunks:
-        assert chunk.path_in_schema == "image.bytes"
-        start = chunk.dictionary_page_offset or chunk.data_page_offset
-        content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
-    path.write_bytes(content)
-    assert list_parquet(path, None, None) == expected
-
-
-def test_a_table_cut_off_or_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "a.parquet", {"jpg": [b"x"] * 9, "text": ["a fox"] * 9})
-    whole = path.read_bytes()
-    damaged = whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]
-    for content in (whole[:-1], whole[: len(whole) // 2], b"a fox", b"PAR1" * 9, damaged):
-        path.write_bytes(content)
-        with pytest.raises(BadFile, match="cannot be read as a .parquet file: ") as caught:
-            list_parquet(path, None, None)
-        assert "\n" not in caught.value.reason
-    path.write_bytes(b"")
-    with pytest.raises(BadFile, match=r"is empty \(0 bytes\)"):
-        list_parquet(path, None, None)
-
-
-def test_without_pyarrow_a_table_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(json.dumps("any").encode())
-    with pytest.raises(BadFile, match="needs pyarrow to be read: pip install pyarrow"):
-        list_parquet(tmp_path / "a.parquet", None, None)

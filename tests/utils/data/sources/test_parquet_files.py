@@ -1,0 +1,231 @@
+"""What is found in .parquet files: rows, captions, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_model import make_tiny_dataset
+from tests.utils.data.scanning import Scan
+from utils.data.sources.found import NOT_INSIDE, Found
+from utils.data.sources.images import BadFile
+from utils.data.sources.parquet_files import list_parquet
+from utils.data.sources.readers import Readers
+
+
+def content_of(name: str) -> bytes:
+    """Any bytes, other ones for each name: listing must not look at them."""
+    return name.encode() * (1 + 7 * len(name))
+
+
+def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
+    return {str(one.path).removeprefix(f"{path}/"): one.reason for one in bad}
+
+
+def write_table(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=2, **options)
+    return path
+
+
+PICTURES = [{"bytes": content_of(str(row)), "path": f"{row}.png"} for row in range(5)]
+TEXTS = ["zero", " one ", None, "", "four"]
+CAPTIONS: list[list[str] | None] = [["zero"], ["one"], None, [""], ["four"]]
+
+
+@pytest.mark.parametrize("form", ["struct", "only bytes", "plain"])
+def test_every_row_of_a_table_is_a_picture_with_its_caption(tmp_path: Path, form: str) -> None:
+    forms: dict[str, list[Any]] = {
+        "struct": PICTURES,
+        "only bytes": [{"bytes": picture["bytes"]} for picture in PICTURES],
+        "plain": [picture["bytes"] for picture in PICTURES],
+    }
+    path = write_table(tmp_path / "a.parquet", {"seed": range(5), "image": forms[form], "text": TEXTS})
+    found, column, bad = list_parquet(path, None, None)
+    assert found == [Found(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
+    assert column == "image" and bad == []
+
+
+def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
+    pictures = [b"x", b"y"]
+    columns = {"path": ["p", "q"], "image": [1, 2], "bytes": pictures, "jpg": pictures, "prompt": ["a", "b"]}
+    path = write_table(tmp_path / "a.parquet", {**columns, "caption": ["c", "d"], "mine": [["e", "f"], ["g"]]})
+    found, column, _ = list_parquet(path, None, None)
+    assert (column, [one.captions for one in found]) == ("jpg", [["c"], ["d"]])
+    found, column, _ = list_parquet(path, "bytes", "mine")
+    assert (column, [one.captions for one in found]) == ("bytes", [["e", "f"], ["g"]])
+    found, column, _ = list_parquet(path, "path", "prompt")
+    assert (column, found[1]) == ("path", Found("q", NOT_INSIDE, 0, ["b"]))
+    found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": pictures}), None, None)
+    assert [one.captions for one in found] == [None, None]
+
+
+def test_paths_are_told_from_bytes_row_by_row(tmp_path: Path) -> None:
+    only_paths = [{"bytes": None, "path": path} for path in ("sub/1.png", "2.png")]
+    pictures = [PICTURES[0], *only_paths, {"bytes": b"", "path": None}]
+    for statistics in (True, False):
+        path = write_table(tmp_path / "a.parquet", {"image": pictures}, write_statistics=statistics)
+        found, column, bad = list_parquet(path, None, None)
+        assert [(one.name, one.start) for one in found] == [("0", 0), ("sub/1.png", -1), ("2.png", -1), ("3", 3)]
+        assert column == "image" and not bad
+
+
+def test_rows_without_a_usable_picture_or_caption_are_named(tmp_path: Path) -> None:
+    pictures = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "http://a/b.png"}, *PICTURES[:3]]
+    texts = [["a"], ["b"], ["c"], [], ["d", None], ["e"]]
+    for statistics in (True, False):
+        path = write_table(tmp_path / "a.parquet", {"image": pictures, "text": texts}, write_statistics=statistics)
+        found, _, bad = list_parquet(path, None, None)
+        assert found == [Found("5", 5, 0, ["e"])]
+        assert reasons(bad, path) == {
+            "row 0": "has no picture",
+            "row 1": "has no picture",
+            "row 2": "has an address, 'http://a/b.png': pictures are not downloaded",
+            "row 3": "is an empty list: must be a string or a list of at least one",
+            "row 4": "has null: must be a string or a list of strings",
+        }
+    found, _, bad = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": [b"x", None, b"y"]}), None, None)
+    assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no picture"}
+
+
+def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"url": ["a"], "key": [1]})
+    there = "its columns are 'url' (string), 'key' (int64)"
+    for image, caption, problem in (
+        (None, None, f"has no column of pictures; {there}"),
+        ("key", None, f"has no column 'key' with pictures or paths; {there}"),
+        ("url", "text", f"has no column 'text' with strings or lists of strings; {there}"),
+        ("url", "key", f"has no column 'key' with strings or lists of strings; {there}"),
+    ):
+        with pytest.raises(BadFile) as caught:
+            list_parquet(path, image, caption)
+        assert caught.value.reason == problem
+    with pytest.raises(BadFile, match=r"'19' \(int64\) and 980 more$"):
+        list_parquet(write_table(path, {str(number): [number] for number in range(1000)}), None, None)
+
+
+def test_listing_a_table_reads_no_bytes_of_pictures(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"image": PICTURES, "text": TEXTS}, compression="none")
+    from pyarrow import parquet
+
+    expected = list_parquet(path, None, None)
+    content = bytearray(path.read_bytes())
+    with parquet.ParquetFile(path) as table:
+        chunks = [table.metadata.row_group(group).column(0) for group in range(table.num_row_groups)]
+    for chunk in chunks:
+        assert chunk.path_in_schema == "image.bytes"
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    assert list_parquet(path, None, None) == expected
+
+
+def test_a_table_cut_off_or_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"jpg": [b"x"] * 9, "text": ["a fox"] * 9})
+    whole = path.read_bytes()
+    damaged = whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]
+    for content in (whole[:-1], whole[: len(whole) // 2], b"a fox", b"PAR1" * 9, damaged):
+        path.write_bytes(content)
+        with pytest.raises(BadFile, match="cannot be read as a .parquet file: ") as caught:
+            list_parquet(path, None, None)
+        assert "\n" not in caught.value.reason
+    path.write_bytes(b"")
+    with pytest.raises(BadFile, match=r"is empty \(0 bytes\)"):
+        list_parquet(path, None, None)
+
+
+def test_without_pyarrow_a_table_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(json.dumps("any").encode())
+    with pytest.raises(BadFile, match="needs pyarrow to be read: pip install pyarrow"):
+        list_parquet(tmp_path / "a.parquet", None, None)
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    reasons_of = {"none": "cannot be read: No such", "pipe.parquet": "is not a regular", ".": "is not a regular"}
+    for name, reason in reasons_of.items():
+        with pytest.raises(BadFile, match=reason):
+            list_parquet(tmp_path / name, None, None)
+
+
+# --- in a reader process -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_column", [None, "image"])
+def test_a_reader_process_lists_what_this_one_would(tmp_path: Path, readers: Readers, image_column: str | None) -> None:
+    pictures = [*PICTURES, None, {"bytes": None, "path": "sub/ä.png"}]
+    path = write_table(tmp_path / "a.parquet", {"image": pictures, "text": [*TEXTS, "five", "six"]})
+    found, column, bad = readers.parquet(path, image_column, None).result()
+    expected = list_parquet(path, image_column, None)
+    assert (found, column) == expected[:2] and [one.start for one in found] == [0, 1, 2, 3, 4, NOT_INSIDE]
+    assert [str(one) for one in bad] == [str(one) for one in expected[2]] == [f"{path}/row 5: has no picture"]
+
+
+def test_what_is_wrong_with_a_table_a_reader_process_says_of_the_name_the_user_gave(
+    tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(Path("a.parquet"), {"jpg": [b"x", None]})
+    with pytest.raises(BadFile, match="^a.parquet: has no column 'picture' with pictures or paths; its columns are 'jpg'"):
+        readers.parquet(Path("a.parquet"), "picture", None).result()
+    with pytest.raises(BadFile, match="^a.parquet: has no column 'word' with strings"):
+        readers.parquet(Path("a.parquet"), None, "word").result()
+    _, _, bad = readers.parquet(Path("a.parquet"), None, None).result()
+    assert [str(one) for one in bad] == ["a.parquet/row 1: has no picture"]
+
+
+def test_a_damaged_footer_ends_no_more_than_a_reader(tmp_path: Path) -> None:
+    """At one bit in a hundred or so, pyarrow 26 throws where nobody catches, which aborts its process."""
+    whole = write_table(tmp_path / "whole.parquet", {"image": [b"x"] * 2, "text": ["a", "b"]}).read_bytes()
+    start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    with Readers(1) as pool:
+        for place in range(start, len(whole), 4):
+            damaged = bytearray(whole)
+            damaged[place] ^= 0x10
+            path = tmp_path / f"{place}.parquet"
+            path.write_bytes(damaged)
+            try:
+                pool.parquet(path, None, None).result()
+            except BadFile as bad:
+                assert bad.path == path
+                refused += 1
+    assert refused
+
+
+def pretend_pyarrow(folder: Path, patch: pytest.MonkeyPatch, opening: str) -> None:
+    """Give reader processes that start from now on a pyarrow that does this with each .parquet file."""
+    package = folder / "site" / "pyarrow"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "parquet.py").write_text(f"import os, time\n\ndef ParquetFile(path):\n    {opening}\n")
+    patch.setenv("PYTHONPATH", str(folder / "site"))
+
+
+def test_a_table_that_ends_its_reader_is_named_and_the_rest_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_pyarrow(tmp_path, monkeypatch, "os.abort()")
+    folder = make_tiny_dataset(tmp_path / "pictures", 3)
+    (folder / "a.parquet").write_bytes(b"any")
+    with Readers(1) as pool:
+        found = Scan(pool)(folder)
+    assert len(found.examples) == 3
+    assert [str(bad) for bad in found.bad_files] == [f"{folder}/a.parquet: the process that read it died (signal 6)"]
+
+
+def test_listing_a_table_has_a_time_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_table(tmp_path / "a.parquet", {"jpg": [b"x"]})
+    with Readers(1, limit_seconds=0.01) as pool:
+        assert len(pool.parquet(path, None, None).result()[0]) == 1
+    monkeypatch.setattr("utils.data.sources.readers.TABLE_SECONDS", 0.5)
+    pretend_pyarrow(tmp_path, monkeypatch, "time.sleep(60)")
+    with Readers(1) as pool, pytest.raises(BadFile, match="a.parquet: took longer than 0.5 s to read"):
+        pool.parquet(path, None, None).result()
