@@ -26,11 +26,11 @@ from utils.banner import describe
 from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.cache.locks import CacheInUse
-from utils.data.cache.shards import DamagedShard
+from utils.data.cache.shards import CannotWrite, DamagedShard
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.precompute import Cached, CacheError, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.dataset_report.gather import DATASET_REPORT, Gatherer, write_bad_files, write_page
+from utils.dataset_report.gather import MAX_SHOWN_IN_LOG, Gatherer, write_bad_files, write_page
 from utils.log import RunLog, StepMetrics, say
 from utils.objective import LossTarget, Objective
 from utils.observe import Observer
@@ -156,8 +156,8 @@ def encode_dataset(
 ) -> tuple[EncodedData, Experiment]:
     """Fill the cache; returns it and the experiment with the examples that could be encoded, on every rank.
 
-    A page on the dataset is written if it is wanted, if anything was encoded, and if there is none. Raises ConfigError on
-    every rank for files that could not be encoded, unless they are to be skipped, and when the disk has no room.
+    A page on the dataset is written if it is wanted, and if anything was encoded. Raises ConfigError on every rank for files
+    that could not be encoded, unless they are to be skipped, and when the disk has no room.
     """
     config, world = experiment.config.experiment, distributed.world()
     texts = {EMPTY_CAPTION, *(text for prompt in experiment.prompts for text in (prompt.text, prompt.negative))}
@@ -165,12 +165,12 @@ def encode_dataset(
     run_data = RunData(tables, sorted(texts), experiment.memories)
     try:
         cached = cache_dataset(experiment.adapter, run_data, experiment.cache_settings, device, num_readers(world))
-    except (CacheError, CacheInUse, DamagedShard) as error:
+    except (CacheError, CacheInUse, DamagedShard, CannotWrite, PermissionError) as error:
         raise ConfigError([Problem(experiment.config.path, "cache_dir", str(error))]) from error
     if world.is_main:
         write_bad_files(config.output_dir, experiment.dataset, cached.unusable.bad_files)
     encoded = leave_out(experiment, cached)
-    if world.is_main and (wants_report or cached.encoded_any or not (config.output_dir / DATASET_REPORT).is_file()):
+    if world.is_main and (wants_report or cached.encoded_any):
         report_dataset(encoded, cached, device)
     distributed.wait_for_all("dataset encoded")
     return cached.data, encoded
@@ -206,7 +206,7 @@ def leave_out(experiment: Experiment, cached: Cached) -> Experiment:
             fatal.append(Problem(path, "directory", "no picture could be encoded"))
     if fatal:
         raise ConfigError(problems + fatal)
-    for problem in problems:
+    for problem in problems[:MAX_SHOWN_IN_LOG]:  # all are in the list of bad files, which has been told of
         say(f"left out: {problem}", is_main=distributed.world().is_main)
     dataset = replace(experiment.dataset, examples=usable.pop(TRAINING))
     return replace(experiment, dataset=dataset, eval_sets=usable)

@@ -9,6 +9,7 @@ from utils.config.presets import PRESETS
 from utils.config.schema import ObjectiveConfig
 from utils.data.batches import BatchOrder
 from utils.data.encoding.plan import room_for
+from utils.dataset_report.gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.log import bytes_in_words, table
 from utils.objective import keys_in_use, unread_keys
 from utils.preflight import Experiment
@@ -22,10 +23,21 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     notes = [f"note: {line}" for line in (*experiment.adapter.notes, *experiment.dataset.warnings)]
     notes += [f"note: {line}" for line in objective_notes(experiment.config.experiment.objective)]
     notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
-    notes += [f"left out: {bad}" for bad in experiment.dataset.bad_files]
+    notes += _left_out(experiment)
     notes += [f"note: {line}" for line in _start_notes(experiment)]
     rows = [*summary(experiment, order), ("output", output)]
     return "\n".join([table(rows), *(f"  {note}" for note in notes)])
+
+
+def _left_out(experiment: Experiment) -> list[str]:
+    """The first of the files that are not used, and how many there are besides."""
+    bad_files = experiment.dataset.bad_files
+    lines = [f"left out: {bad}" for bad in bad_files[:MAX_SHOWN_IN_LOG]]
+    rest = len(bad_files) - len(lines)
+    if rest:
+        path = experiment.config.experiment.output_dir / BAD_FILES
+        lines.append(f"left out: {rest} more files; a run lists all in {path}")
+    return lines
 
 
 def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run, found before any process group starts.
 
 Each rank checks for itself and comes to the same answer; nothing here talks to another rank, or changes a file but those in
-which rank 0 remembers what it found in the dataset's folders.
+which rank 0 remembers what it found in the dataset's folders, and its list of the files for which it refuses a run.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from utils.data.scan import scan
 from utils.data.sources.images import BadFile
 from utils.data.sources.listing import Lister
 from utils.data.sources.readers import Readers
+from utils.dataset_report.gather import write_bad_files
 from utils.distributed import World
 from utils.export import export_problems
 from utils.lora import AdapterPlan
@@ -237,7 +238,7 @@ def num_readers(world: World) -> int:
 def _open_datasets(
     config: Config, adapter: ModelAdapter, problems: list[Problem], world: World, *, may_write: bool
 ) -> Datasets:
-    """may_write: whether what was found in folders may be remembered in the cache."""
+    """may_write: whether what was found in folders may be remembered in the cache, and bad files be listed."""
     with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks are waiting
         lister = Lister(readers, config.experiment.cache_folder / "files", may_write=may_write)
         datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), adapter, problems, lister))
@@ -252,7 +253,16 @@ def _open_datasets(
                 warning = f"{both} pictures of the evaluation set {name!r} are trained on too"
                 datasets.training.warnings.append(warning)
             datasets.training.warnings.extend(found.warnings)
+            for told, more in zip(_told_files(datasets.training), _told_files(found), strict=True):
+                told.extend(more)
+    if may_write and datasets.training.fatal_files:  # later there is no run that could list them
+        write_bad_files(config.experiment.output_dir, datasets.training, ())
     return datasets
+
+
+def _told_files(dataset: Dataset) -> tuple[list[BadFile], list[BadFile], list[BadFile]]:
+    """The files that are told of when the run begins, or is refused."""
+    return dataset.bad_files, dataset.fatal_files, dataset.left_out
 
 
 def eval_set_names(config: Config) -> list[str]:

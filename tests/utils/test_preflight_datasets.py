@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.tiny_model import make_tiny_dataset, write_experiment, write_picture
 from utils import preflight
 from utils.config.load import ConfigError
 from utils.data.sources.readers import Readers
+from utils.dataset_report.gather import BAD_FILES
 from utils.distributed import World
 from utils.preflight import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_PICTURE_ADVICE, Experiment, num_readers, prepare
 
@@ -98,6 +100,31 @@ def test_many_bad_files_are_shown_shortened(desk: Desk) -> None:
         ("dataset.toml", "", "3 more files cannot be used"),
         ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE),
     ]
+
+
+def test_a_refused_run_lists_every_bad_file(desk: Desk) -> None:
+    paths = [spoil(desk.pictures, index) for index in range(10, 13 + MAX_BAD_FILES_SHOWN)]
+    desk.problems()
+    lines = (desk.folder / "experiment" / "output" / BAD_FILES).read_text().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == list(map(str, paths))
+
+
+def test_a_check_that_finds_bad_files_writes_nothing(desk: Desk) -> None:
+    spoil(desk.pictures)
+    desk.problems(only_look=True)
+    assert not (desk.folder / "experiment" / "output").exists()
+
+
+def test_files_left_out_of_an_evaluation_set_are_among_those_of_the_run(desk: Desk) -> None:
+    other = make_tiny_dataset(desk.folder / "other", 3)
+    bad = spoil(other)
+    Image.new("RGB", (300, 300)).save(other / "picture_001.png")
+    file = desk.folder / "other.toml"
+    table = {"resolutions": [32], "on_bad_file": "skip", "max_pixels": 80000, "directory": [{"path": str(other)}]}
+    file.write_text(toml.dumps(table))
+    dataset = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
+    assert [one.path for one in dataset.bad_files] == [bad]
+    assert [one.path.name for one in dataset.left_out] == ["picture_001.png"]
 
 
 def test_bad_files_of_an_evaluation_set_are_told_with_its_file(desk: Desk) -> None:

@@ -7,6 +7,7 @@ a safetensors file and read by mapping it: what nobody looks at is never in memo
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from utils.atomic import replace_file
 _ESCAPE = "surrogateescape"
 """Names of files may be bytes that are no UTF-8."""
 _DAY_SECONDS = 86400.0
+_CHECKSUM_BYTES = 8
 
 
 class FileBlock:
@@ -109,8 +111,17 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], header: str) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.from_numpy(np.require(column, requirements=["C", "W"])) for name, column in columns.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, {"header": header})
+    save_file(tensors, temporary, {"header": header, "checksum": _checksum(tensors, header)})
     replace_file(temporary, path)
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    """Of everything in a file of columns: what is on disks for long, changes there."""
+    digest = hashlib.blake2b(header.encode(), digest_size=_CHECKSUM_BYTES)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -139,8 +150,22 @@ def mark_used(path: Path) -> None:
         pass  # somebody else's cache, to read only
 
 
-def map_columns(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """What `save_columns` wrote; the columns are read from the file as they are looked at. Marks it as used."""
+def is_whole(path: Path) -> bool:
+    """Whether the file is there and as `save_columns` wrote it; reads all of it."""
+    try:
+        map_columns(path, checked=True)
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return True
+
+
+def map_columns(path: Path, *, checked: bool = False) -> tuple[dict[str, np.ndarray], str]:
+    """What `save_columns` wrote; the columns are read from the file as they are looked at. Marks it as used.
+
+    checked: read everything first. Raises ValueError when it is not what was written.
+    """
     mark_used(path)
     tensors, metadata = map_tensors(path)
+    if checked and metadata.get("checksum") != _checksum(tensors, metadata.get("header", "")):
+        raise ValueError(f"{path} is damaged: it is not what was written")
     return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata.get("header", "")

@@ -82,7 +82,7 @@ def _resolution_problem(directory: DirectoryConfig, resolution: int, latent: Lat
 
 
 def directory_problems(config: DatasetConfig) -> list[tuple[str, str]]:
-    """Folders that are not there or are given twice, as (key, message)."""
+    """Folders that are not there, or have two uses at once, as (key, message)."""
     problems = []
     for index, entry in enumerate(config.directory):
         place = f"directory[{index}]"

@@ -16,7 +16,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.columns import map_columns, save_columns
+from utils.data.columns import is_whole, map_columns, save_columns
 from utils.data.pictures import (
     Directory,
     Pictures,
@@ -277,7 +277,7 @@ class ExampleTable(Sequence[Example]):
             digest.update(f"{name} {column.shape}".encode())
             digest.update(np.ascontiguousarray(column).data)
         path = folder / f"{digest.hexdigest()}.safetensors"
-        if not path.is_file():
+        if not is_whole(path):
             save_columns(path, columns, text)
         return path
 

@@ -17,6 +17,7 @@ from PIL import Image
 from models.base import LENGTH, DecodeFunction, ModelAdapter
 from utils.atomic import write_text
 from utils.data.batches import BatchOrder
+from utils.data.cache.shards import SHARD_FILES
 from utils.data.cache.store import Store
 from utils.data.dataset import Dataset
 from utils.data.encoding.encoded import EncodedData
@@ -91,7 +92,7 @@ class Gatherer:
         epochs = num_steps / order.steps_per_epoch
         sizes = " and ".join(sorted({str(size) for one in table.directories for size in one.resolutions}, key=int))
         folder = self._data.folders.cache
-        total = sum(path.stat().st_size for path in folder.glob("*/*/*.safetensors"))
+        total = sum(path.stat().st_size for path in folder.glob(f"*/*/{SHARD_FILES}"))
         return [
             ("pictures", f"{table.num_pictures:,} files"),
             ("examples", f"{len(table):,}: each picture at each resolution ({sizes})"),

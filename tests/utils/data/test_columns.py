@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from utils.data.columns import FileBlock, Texts, map_columns, map_tensors, save_columns, tensor_place
+from utils.data.columns import FileBlock, Texts, is_whole, map_columns, map_tensors, save_columns, tensor_place
 
 ODD = ["", "fox", "", "Füchse 狐 🦊", "a\nline\0and", os.fsdecode(b"\xff\xfe.png"), "e\u0301", ""]
 
@@ -199,6 +199,17 @@ def test_mapping_a_table_marks_it_as_used_once_a_day(tmp_path: Path) -> None:
         os.utime(path, (then, then))
         map_columns(path)
         assert (path.stat().st_mtime > then + 1) == is_marked
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    assert not is_whole(path)
+    save_columns(path, COLUMNS, "header")
+    assert is_whole(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert not is_whole(path), f"byte {place} of {len(content)}"
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", b"\0" * 1000])

@@ -382,6 +382,15 @@ def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
+    path = mixed_table().save_in(tmp_path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damaged)
+        assert mixed_table().save_in(tmp_path) == path
+        assert list(ExampleTable.open(path)) == list(mixed_table())
+
+
 # --- joining -----------------------------------------------------------------------------------------------------------
 
 

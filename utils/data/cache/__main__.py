@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.data.cache.locks import CacheInUse
+from utils.data.cache.locks import CacheInUse, is_cache
 from utils.data.cache.maintenance import prune, stats, verify
 
 
@@ -16,12 +16,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
     verifying = commands.add_parser("verify", help="read everything and compare it with its checksums; exit 1 for damage")
     pruning = commands.add_parser("prune", help="delete damaged shards, and those that no run has used for long")
-    pruning.add_argument("--unused-days", type=float, default=30.0, help="how long is long (default: 30)")
+    pruning.add_argument("--unused-days", type=_days, default=30.0, help="how long is long (default: 30)")
     pruning.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     counting = commands.add_parser("stats", help="say what is in it")
     for command in (verifying, pruning, counting):
         command.add_argument("folder", type=Path, metavar="DIR", help="the cache: `cache_dir`, or `cache` in output_dir")
     return parser.parse_args(arguments)
+
+
+def _days(text: str) -> float:
+    days = float(text)
+    if not days >= 0:  # also what is no number
+        raise argparse.ArgumentTypeError(f"must be 0 or more, is {text}")
+    return days
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,16 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.folder.is_dir():
         print(f"{chosen.folder} is no folder", file=sys.stderr)
         return 1
+    if not is_cache(chosen.folder):  # it may be a folder of models: nothing in there is ours to judge
+        print(f"{chosen.folder} is no cache: no run has ever used it as its cache_dir", file=sys.stderr)
+        return 1
+    try:
+        return _look_after(chosen)
+    except (CacheInUse, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _look_after(chosen: argparse.Namespace) -> int:
+    """Do the command; the exit code."""
     if chosen.command == "verify":
         return 1 if verify(chosen.folder) else 0
     if chosen.command == "stats":
         stats(chosen.folder)
-        return 0
-    try:
+    else:
         prune(chosen.folder, unused_days=chosen.unused_days, dry_run=chosen.dry_run)
-    except CacheInUse as error:
-        print(error, file=sys.stderr)
-        return 1
     return 0
 
 

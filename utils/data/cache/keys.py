@@ -35,7 +35,7 @@ class FileHashes:
         name, status = str(path.resolve()), path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = self._entries.get(name)
-        if entry is not None and entry[:-1] == stamp:
+        if isinstance(entry, list) and entry[:-1] == stamp:
             return str(entry[-1])
         digest = hashlib.blake2b(digest_size=KEY_BYTES)
         with path.open("rb") as file:

@@ -31,6 +31,11 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether any run has ever used the folder as its cache."""
+    return (folder / _USE).is_file()
+
+
 class SharedUse:
     """Says that this process reads the cache, as long as the object lives."""
 

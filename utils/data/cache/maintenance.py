@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.data.cache.locks import WRITERS, exclusive_use, remove_leftovers
-from utils.data.cache.shards import CHECKSUMS, KEYS, DamagedShard, checksum, entry_of, map_shard, shard_name
+from utils.data.cache.shards import CHECKSUMS, KEYS, SHARD_FILES, DamagedShard, checksum, entry_of, map_shard, shard_name
 from utils.log import bytes_in_words
 
 DAY_SECONDS = 86400.0
@@ -37,7 +37,7 @@ class ShardFacts:
 
 def look_at_shards(cache_folder: Path, *, checksums: bool) -> Iterator[ShardFacts]:
     """Every shard; with `checksums`, every byte of it is read and compared with what was written."""
-    for path in sorted(cache_folder.glob("*/*/*.safetensors")):
+    for path in sorted(cache_folder.glob(f"*/*/{SHARD_FILES}")):
         status = path.stat()
         num_entries, damage = 0, None
         try:
@@ -119,7 +119,7 @@ def prune(cache_folder: Path, *, unused_days: float, dry_run: bool) -> None:
             elif facts.unused_days > unused_days:
                 doomed[facts.path] = f"not used for {facts.unused_days:.0f} days"
         for name in _REMADE:
-            for path in sorted((cache_folder / name).glob("*.safetensors")):
+            for path in sorted((cache_folder / name).glob(SHARD_FILES)):
                 if time.time() - path.stat().st_mtime > unused_days * DAY_SECONDS:
                     doomed[path] = "not used any more"
         for name in (*_REMADE, WRITERS):  # whoever wrote them is not here any more

@@ -25,6 +25,8 @@ from utils.data.columns import map_tensors
 
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 20.0
+SHARD_FILES = "[0-9a-f]" * 32 + ".safetensors"
+"""Pattern of the names of files that are named by a key. Others are not ours, whoever put them there."""
 KEYS, CHECKSUMS = "keys", "checksums"
 CHECKSUM_BYTES = 8
 _FORMAT = {"format": "mmdit-pipe cache", "version": "1"}
@@ -32,6 +34,10 @@ _FORMAT = {"format": "mmdit-pipe cache", "version": "1"}
 
 class DamagedShard(ValueError):
     """A file that has a shard's name and is none, or not a whole one."""
+
+
+class CannotWrite(OSError):
+    """A shard could not be written, such as for want of room."""
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> bytes:
@@ -105,7 +111,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added since, if anything."""
+        """Write what has been added since, if anything. Raises CannotWrite, as `add` does."""
         for group, members in self._groups.items():
             self._write(group, members.entries)
         self._groups = {}
@@ -119,8 +125,11 @@ class ShardWriter:
         tensors[CHECKSUMS] = _as_rows([checksum(entry) for entry in entries.values()])
         name = shard_name(entries)
         temporary = folder / f".{name}.{self._writer}.tmp"
-        save_file(tensors, temporary, _FORMAT)
-        replace_file(temporary, folder / f"{name}.safetensors")
+        try:
+            save_file(tensors, temporary, _FORMAT)
+            replace_file(temporary, folder / f"{name}.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise CannotWrite(f"{folder} cannot be written to ({error}); the next run goes on from what is there") from error
 
 
 def _as_rows(values: list[bytes]) -> Tensor:

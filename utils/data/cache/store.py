@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from utils.data.cache.shards import KEYS, entry_of, map_shard
+from utils.data.cache.shards import KEYS, SHARD_FILES, entry_of, map_shard
 from utils.data.columns import mark_used
 
 MAX_MAPPED_SHARDS = 512
@@ -41,7 +41,7 @@ class Store:
         known, shards = set(self._shards), list(self._shards)
         prefixes, numbers, end = [self._prefixes], [self._numbers], int(self._starts[-1])
         starts = self._starts.tolist()
-        for path in sorted(self.folder.glob("*/*.safetensors")):
+        for path in sorted(self.folder.glob(f"*/{SHARD_FILES}")):
             if path in known:
                 continue
             keys = map_shard(path)[KEYS].numpy()

@@ -172,7 +172,7 @@ class Memory:
         if self.path is None or not self.path.is_file():
             return None
         try:
-            columns, text = map_columns(self.path)
+            columns, text = map_columns(self.path, checked=True)
             header = json.loads(text)
             values = {
                 field.name: Texts(columns[f"{field.name}.offsets"], columns[f"{field.name}.block"])

@@ -95,10 +95,10 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert again.hash_of(path) == hashes.hash_of(path) == digest
 
 
-@pytest.mark.parametrize("content", ["", '{"/a": [1, 2', "[]", '{"/a": 3}', "null"])
+@pytest.mark.parametrize("content", ["", '{"/a": [1, 2', "[]", '{"/a": 3}', '{"PATH": 3}', "null"])
 def test_a_damaged_memory_is_forgotten(tmp_path: Path, content: str) -> None:
-    (tmp_path / "memory.json").write_text(content)
     path = tmp_path / "picture.png"
+    (tmp_path / "memory.json").write_text(content.replace("PATH", str(path)))
     path.write_bytes(b"content")
     hashes = FileHashes(tmp_path / "memory.json")
     digest = hashes.hash_of(path)

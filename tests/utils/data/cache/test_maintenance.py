@@ -28,7 +28,8 @@ def make_old(path: Path, days: float) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """Two encoders with two shards each."""
+    """Two encoders with two shards each, of a cache that a run has used."""
+    SharedUse(tmp_path)
     write(tmp_path / "vae-0", range(4))
     write(tmp_path / "clip_l-1", range(4), group="captions")
     return tmp_path
@@ -84,11 +85,47 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "none").exists()
 
 
+def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Models lie in folders like a cache's, and to a cache they are damaged shards."""
+    for name in ("sd3/vae/model.safetensors", "files/old.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"weights")
+        make_old(tmp_path / name, days=100)
+    for command in ("verify", "prune", "stats"):
+        assert main([command, str(tmp_path)]) == 1
+        assert capsys.readouterr() == ("", f"{tmp_path} is no cache: no run has ever used it as its cache_dir\n")
+    assert files_in(tmp_path) == ["model.safetensors", "old.safetensors"]
+
+
+def test_files_of_others_in_a_cache_are_left_alone(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("vae-0/32x32", "sd3/vae", "files"):
+        (cache / folder).mkdir(parents=True, exist_ok=True)
+        (cache / folder / "model.safetensors").write_bytes(b"weights")
+        make_old(cache / folder / "model.safetensors", days=100)
+    assert_holds(Store(cache / "vae-0"), range(4))
+    assert main(["verify", str(cache)]) == main(["prune", str(cache)]) == 0
+    assert files_in(cache).count("model.safetensors") == 3
+    assert "0 damaged shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "week"])
+def test_days_that_are_none_are_refused(cache: Path, days: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", "--unused-days", days, str(cache)])
+    assert len(shards_in(cache)) == 4
+
+
 def test_an_empty_cache_is_whole(tmp_path: Path) -> None:
+    SharedUse(tmp_path)
     assert main(["verify", str(tmp_path)]) == 0
 
 
 # --- prune -------------------------------------------------------------------------------------------------------------
+
+
+def remembered(number: int) -> str:
+    """Name of a file in `files` or `datasets`."""
+    return f"{number:032x}.safetensors"
 
 
 def make_prunable(cache: Path) -> list[str]:
@@ -98,13 +135,13 @@ def make_prunable(cache: Path) -> list[str]:
     make_old(old, days=31)
     for name, days in (("files", 40), ("datasets", 40), ("files", 20)):
         (cache / name).mkdir(exist_ok=True)
-        path = cache / name / f"{days}.safetensors"
+        path = cache / name / remembered(days)
         path.write_bytes(b"remembered")
         make_old(path, days)
     with other_process(cache, WRITES) as dead:
         kill(dead)
     leftovers = [name for name in files_in(cache) if f"-{dead.pid}-" in name]
-    return sorted([damaged.name, old.name, "40.safetensors", "40.safetensors", *leftovers])
+    return sorted([damaged.name, old.name, remembered(40), remembered(40), *leftovers])
 
 
 def test_pruning_deletes_what_is_damaged_unused_or_left_over_and_nothing_else(
@@ -117,7 +154,7 @@ def test_pruning_deletes_what_is_damaged_unused_or_left_over_and_nothing_else(
     left = files_in(cache)
     for name in doomed:
         before.remove(name)
-    assert sorted(left) == sorted({*before, ".in_use"})
+    assert sorted(left) == sorted(before)
     said = capsys.readouterr().out
     assert said.count("deleted /") == len(doomed) == 7
     for reason in (": damaged\n", ": not used for 31 days\n", ": left by a run that was killed\n", ": not used any more\n"):
@@ -131,7 +168,7 @@ def test_a_dry_run_deletes_nothing_and_says_the_same(cache: Path, capsys: pytest
     make_prunable(cache)
     before = files_in(cache)
     assert main(["prune", "--dry-run", str(cache)]) == 0
-    assert [name for name in files_in(cache) if name != ".in_use"] == before
+    assert files_in(cache) == before
     would = capsys.readouterr().out
     assert main(["prune", str(cache)]) == 0
     did = capsys.readouterr().out
@@ -167,7 +204,7 @@ def test_a_run_that_uses_a_shard_keeps_it_from_being_pruned(cache: Path) -> None
 
 
 def test_what_is_remembered_of_a_dataset_stays_as_long_as_it_is_looked_at(cache: Path) -> None:
-    paths = [cache / "files" / f"{name}.safetensors" for name in ("looked at", "not")]
+    paths = [cache / "files" / name for name in (remembered(1), remembered(2))]
     for path in paths:
         save_columns(path, {}, "")
         make_old(path, days=40)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.utils.data.cache.entries import (
@@ -24,7 +25,8 @@ from tests.utils.data.cache.entries import (
     write,
     write_one,
 )
-from utils.data.cache.shards import CHECKSUMS, KEYS, DamagedShard, ShardWriter, checksum, map_shard, shard_name
+from utils.data.cache import shards
+from utils.data.cache.shards import CHECKSUMS, KEYS, CannotWrite, DamagedShard, ShardWriter, checksum, map_shard, shard_name
 from utils.data.cache.store import Store
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -159,6 +161,21 @@ def test_a_shard_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path: Path, 
     monkeypatch.setattr(Path, "replace", replace)
     write(tmp_path, range(1))
     assert happened == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "replace_file"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
+def test_a_disk_that_is_full_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    write(tmp_path, range(2))
+    monkeypatch.setattr(shards, step, fail)
+    with pytest.raises(CannotWrite, match=f"{tmp_path / GROUP} cannot be written to .*No space left.*next run goes on"):
+        write(tmp_path, range(2, 4))
+    assert_holds(Store(tmp_path), range(2))
 
 
 def test_unfinished_files_carry_their_writer_s_name_and_are_no_shards(

@@ -104,13 +104,14 @@ def test_a_damaged_shard_found_later_leaves_an_open_store_as_it_was(tmp_path: Pa
     write(tmp_path, range(2), group="b")
     store = Store(tmp_path)
     write(tmp_path, range(2, 4), group="a")
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "bad.safetensors").write_bytes(b"nothing")
+    bad = tmp_path / "c" / f"{0:032x}.safetensors"
+    bad.parent.mkdir()
+    bad.write_bytes(b"nothing")
     with pytest.raises(DamagedShard):
         store.refresh()
     assert len(store) == 2
     assert_holds(store, range(2))
-    (tmp_path / "c" / "bad.safetensors").unlink()
+    bad.unlink()
     store.refresh()
     assert_holds(store, range(4))
 

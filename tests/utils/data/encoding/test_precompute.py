@@ -18,7 +18,7 @@ from tests.tiny_model import write_picture
 from tests.utils.data.caching import Adapter, Workshop, cache_alone
 from tests.utils.data.pictures import noise, read_pixels, save
 from utils.data.cache.shards import ShardWriter
-from utils.data.encoding import precompute
+from utils.data.encoding import encoder_pass, precompute
 from utils.data.encoding.encoded import latents_key
 from utils.data.encoding.plan import make_plan, room_for
 from utils.data.encoding.precompute import Cached, CacheError
@@ -420,7 +420,7 @@ def test_an_encoder_that_fails_keeps_what_was_written_before(workshop: Workshop,
         def __init__(self, folder: Path, writer: str) -> None:
             super().__init__(folder, writer, max_bytes=1)
 
-    monkeypatch.setattr(precompute, "ShardWriter", OneEach)
+    monkeypatch.setattr(encoder_pass, "ShardWriter", OneEach)
     adapter = Adapter(workshop.folder)
     real_value = adapter.image_encoder.value
 
@@ -448,7 +448,7 @@ def test_what_fails_while_results_are_written_stops_the_pass(workshop: Workshop,
         def __init__(self, folder: Path, writer: str) -> None:
             super().__init__(folder, writer, max_bytes=1)
 
-    monkeypatch.setattr(precompute, "ShardWriter", Full)
+    monkeypatch.setattr(encoder_pass, "ShardWriter", Full)
     with pytest.raises(OSError, match="No space left on device"):
         workshop.run(Adapter(workshop.folder))
 

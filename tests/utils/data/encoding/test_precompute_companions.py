@@ -16,7 +16,7 @@ from tests.utils.data.pictures import left_half, noise, read_mask, read_pixels, 
 from utils.data.buckets import CropBox
 from utils.data.cache.shards import ShardWriter
 from utils.data.cache.store import Store
-from utils.data.encoding import precompute
+from utils.data.encoding import encoder_pass
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_masks_take_the_same_way_to_the_disk(
             written.append(self.folder.name.partition("-")[0])
             super().add(group, key, tensors)
 
-    monkeypatch.setattr(precompute, "ShardWriter", Noting)
+    monkeypatch.setattr(encoder_pass, "ShardWriter", Noting)
     workshop.run(Adapter(workshop.folder), **masked)
     assert set(written) == {"vae", "mask", "clip_l", "t5xxl"}
     assert written.count("mask") == num_cached_masks(workshop)

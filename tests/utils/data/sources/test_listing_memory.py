@@ -185,6 +185,15 @@ def test_a_damaged_memory_costs_a_look_and_nothing_else(looks: Looks, content: b
     assert looks.opened() == []
 
 
+def test_a_flipped_bit_in_a_remembered_caption_is_not_trained_on(looks: Looks) -> None:
+    looks.look()
+    (memory,) = (looks.folder / "memory").iterdir()
+    content = memory.read_bytes()
+    memory.write_bytes(content.replace(b"number 1", b"number 3"))
+    assert memory.read_bytes() != content
+    assert looks.opened() == EVERYTHING
+
+
 def test_captions_by_line_are_not_taken_for_whole_ones(looks: Looks) -> None:
     (looks.pictures / "picture_000.txt").write_text("one\ntwo")
     plain, by_line = ({"directory": [{"path": looks.pictures, "caption_per_line": value}]} for value in (False, True))
