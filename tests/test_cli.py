@@ -23,7 +23,7 @@ from tests.distributed.lab import Lab
 from tests.distributed.launch import newest_run, run_alone, run_deepspeed, run_torchrun, start_ranks
 from tests.tiny_model import make_tiny_dataset, random_weights, tiny_shapes, write_experiment
 from utils.config.load import load_config
-from utils.dataset_report.gather import DATASET_REPORT
+from utils.dataset_report.gather import BAD_FILES, DATASET_REPORT
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,13 @@ class Bench:
 
     def refused(self, experiment: Path, *arguments: str, world_size: int = 1) -> list[str]:
         """The problems main() names; it must exit with 1, and leave no trace unless it had to look at pictures: what it
-        found, the next start need not look for."""
+        found, the next start need not look for, and which are bad, the user wants to know."""
         before = tree(self.folder)
         refusal = self.main("--config", str(experiment), *arguments, world_size=world_size)
         assert refusal.exit_code == 1, refusal.error
         memory = self.folder / "output" / "cache" / "files"
-        remembered = {str(path) for path in (memory, *memory.parents, *memory.glob("*.safetensors"))}
+        bad_files = self.folder / "output" / BAD_FILES
+        remembered = {str(path) for path in (memory, *memory.parents, *memory.glob("*.safetensors"), bad_files)}
         assert set(tree(self.folder)) - remembered == set(before) - remembered
         count = len(refusal.problems)
         assert f"This run cannot start; {count} problem{'s' if count > 1 else ''}:" in refusal.error

@@ -32,9 +32,15 @@ def replace_file(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name for a file that is to take the path's place. No other writer's: containers that share a disk share numbers of
+    processes too."""
+    return path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, or leave the old one as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     temporary.write_text(text, encoding="utf-8")
     replace_file(temporary, path)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import atomic
 from utils.atomic import replace_file, write_text
 
 
@@ -40,6 +41,22 @@ def test_an_unfinished_file_is_hidden_from_patterns(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "replace", replace)
     write_text(tmp_path / "note.txt", "new")
     assert seen == []
+
+
+def test_processes_of_one_number_write_one_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of two containers do that share a folder."""
+    path, real_replace = tmp_path / "note.txt", atomic.replace_file
+
+    def meanwhile(temporary: Path, target: Path) -> None:
+        monkeypatch.setattr(atomic, "replace_file", real_replace)
+        write_text(path, "the other's")
+        assert path.read_text() == "the other's"
+        real_replace(temporary, target)
+
+    monkeypatch.setattr(atomic, "replace_file", meanwhile)
+    write_text(path, "this one's")
+    assert path.read_text() == "this one's"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_finished_file_takes_the_place_of_an_old_one(tmp_path: Path) -> None:

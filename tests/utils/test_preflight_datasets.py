@@ -13,9 +13,11 @@ from PIL import Image
 
 from tests.tiny_model import make_tiny_dataset, write_experiment, write_picture
 from utils import preflight
+from utils.banner import describe
 from utils.config.load import ConfigError
+from utils.data.batches import BatchOrder
 from utils.data.sources.readers import Readers
-from utils.dataset_report.gather import BAD_FILES
+from utils.dataset_report.gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.distributed import World
 from utils.preflight import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_PICTURE_ADVICE, Experiment, num_readers, prepare
 
@@ -107,6 +109,19 @@ def test_a_refused_run_lists_every_bad_file(desk: Desk) -> None:
     desk.problems()
     lines = (desk.folder / "experiment" / "output" / BAD_FILES).read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == list(map(str, paths))
+
+
+@pytest.mark.parametrize("num_bad", [1, MAX_SHOWN_IN_LOG, MAX_SHOWN_IN_LOG + 3])
+def test_the_banner_shows_the_first_of_the_files_left_out(desk: Desk, num_bad: int) -> None:
+    for index in range(10, 10 + num_bad):
+        spoil(desk.pictures, index)
+    experiment = desk.prepare(dataset_file={"on_bad_file": "skip"})
+    order = BatchOrder(experiment.dataset.examples, experiment.global_batch, 0)
+    lines = [line.strip() for line in describe(experiment, order, "nowhere").splitlines() if "left out: " in line]
+    assert lines[0] == f"left out: {desk.pictures / 'picture_010.png'}: is not a picture Pillow can read"
+    assert len(lines) == min(num_bad, MAX_SHOWN_IN_LOG + 1)
+    rest = f"left out: 3 more files; a run lists all in {desk.folder / 'experiment' / 'output' / BAD_FILES}"
+    assert (lines[-1] == rest) == (num_bad > MAX_SHOWN_IN_LOG)
 
 
 def test_a_check_that_finds_bad_files_writes_nothing(desk: Desk) -> None:

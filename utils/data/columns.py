@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.atomic import replace_file
+from utils.atomic import replace_file, temporary_beside
 
 _ESCAPE = "surrogateescape"
 """Names of files may be bytes that are no UTF-8."""
@@ -110,7 +110,7 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], header: str) -> 
     """Write the columns and a text, or leave the old file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.from_numpy(np.require(column, requirements=["C", "W"])) for name, column in columns.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     save_file(tensors, temporary, {"header": header, "checksum": _checksum(tensors, header)})
     replace_file(temporary, path)
 

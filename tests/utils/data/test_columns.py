@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from utils.atomic import replace_file
 from utils.data.columns import FileBlock, Texts, is_whole, map_columns, map_tensors, save_columns, tensor_place
 
 ODD = ["", "fox", "", "Füchse 狐 🦊", "a\nline\0and", os.fsdecode(b"\xff\xfe.png"), "e\u0301", ""]
@@ -165,6 +166,21 @@ def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     columns, header = map_columns(path)
     assert_equal(columns)
     assert header == "old"
+
+
+def test_processes_of_one_number_write_one_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.safetensors"
+
+    def meanwhile(temporary: Path, target: Path) -> None:
+        monkeypatch.setattr("utils.data.columns.replace_file", replace_file)
+        save_columns(path, {}, "the other's")
+        assert map_columns(path) == ({}, "the other's")
+        replace_file(temporary, target)
+
+    monkeypatch.setattr("utils.data.columns.replace_file", meanwhile)
+    save_columns(path, COLUMNS, "this one's")
+    assert map_columns(path)[1] == "this one's"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_mapped_table_is_not_read_and_holds_no_file_open(tmp_path: Path) -> None:

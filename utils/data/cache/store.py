@@ -82,7 +82,8 @@ class Store:
         """
         found = self._find(key)
         if found is None:
-            raise KeyError(key.hex())
+            command = f"python -m utils.data.cache verify {self.folder.parent}"
+            raise KeyError(f"{self.folder} has no entry {key.hex()}; `{command}` says whether a shard is damaged")
         return entry_of(*found)
 
     def _find(self, key: bytes) -> tuple[dict[str, Tensor], int] | None:

@@ -75,9 +75,13 @@ class CaptionSources:
         captions = self._table.get(name) or self._table.get(stem) if self.tables else None
         if captions:
             return captions
-        where = f", and {' and '.join(table.path.name for table in self.tables)} do not name it" if self.tables else ""
-        reason = f"has no caption: {Path(stem).name}.txt is missing (an empty file is an empty caption){where}"
-        return BadFile(self._folder / name, reason)
+        reason = f"has no caption: {Path(stem).name}.txt is missing (an empty file is an empty caption)"
+        return BadFile(self._folder / name, reason + self._why_no_table())
+
+    def _why_no_table(self) -> str:
+        unread = {bad.path for bad in self.bad_tables}
+        whys = ["cannot be read" if table.path in unread else "does not name it" for table in self.tables]
+        return "".join(f", and {table.path.name} {why}" for table, why in zip(self.tables, whys, strict=True))
 
     def named_pictures(self) -> list[str]:
         """Pictures that tables name, wherever they are."""

@@ -198,7 +198,7 @@ def _opened(content: BinaryIO) -> Iterator[Image.Image]:
     start = content.read(12)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            warnings.simplefilter("ignore")  # Pillow's name no file; and the limit of pixels is ours
             with Image.open(content) as image:
                 _check(image)
                 yield image

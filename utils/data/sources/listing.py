@@ -126,9 +126,10 @@ class Lister:
         def captions_of(row: int) -> list[str] | BadFile:
             return captions.captions_of(files.names[row])
 
-        found_any = self._read_missing(rows, file_of, captions_of if settings.has_captions else None, listing.bad_files)
+        bad_files: list[BadFile] = []
+        found_any = self._read_missing(rows, file_of, captions_of if settings.has_captions else None, bad_files)
+        listing.bad_files += captions.bad_tables + bad_files  # of many, the first are shown: the table, not all it lacks
         if settings.has_captions:
-            listing.bad_files += captions.bad_tables
             listing.warnings += captions.warnings(files.names) + _unused(folder, found)
         if found_any or old is None or not same_tables or not _same_files(rows, old):
             same_names = same_tables and old is not None and rows.names == old.names

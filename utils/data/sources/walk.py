@@ -61,12 +61,12 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
 
 
 def stat_files(folder: Path, names: Iterable[str]) -> Files:
-    """Those of the files that are there."""
+    """Those of the files that are there; no name that somebody wrote into a table is too odd."""
     found, numbers = [], array("q")
     for name in names:
         try:
             status = os.stat(folder / name)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: it has a null character, or half a surrogate pair
             continue
         found.append(name)
         numbers.extend(_numbers(status))

@@ -37,7 +37,7 @@ def test_a_missing_entry_is_a_key_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match=key_of(0).hex()):
         store.get(key_of(0))
     write(tmp_path, range(5))
-    with pytest.raises(KeyError, match=key_of(7).hex()):
+    with pytest.raises(KeyError, match=f"{key_of(7).hex()}; `python -m utils.data.cache verify {tmp_path.parent}`"):
         Store(tmp_path).get(key_of(7))
 
 

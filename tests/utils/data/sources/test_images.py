@@ -336,8 +336,8 @@ def test_pixels_may_be_written_to(tmp_path: Path) -> None:
         assert pixels.flags.c_contiguous
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_make_a_picture_bad(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error")
+def test_broken_exif_does_not_make_a_picture_bad_and_is_not_told(tmp_path: Path) -> None:
     path = save(noise(), tmp_path / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
     assert read_size(path) == (200, 150)
     assert read_pixels(path, whole(200, 150)).shape == (3, 150, 200)

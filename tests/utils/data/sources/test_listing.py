@@ -223,7 +223,8 @@ def test_a_picture_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tm
     write_table(tmp_path / "captions.json", {})
     ((name, reason),) = bad(scan_folders(tmp_path))
     assert name == "fox.png"
-    assert reason.startswith("has no caption: fox.txt is missing") and reason.endswith("and captions.json do not name it")
+    assert reason.startswith("has no caption: fox.txt is missing")
+    assert reason.endswith(", and captions.json does not name it")
 
 
 def test_a_table_that_cannot_be_read_is_named_and_so_are_the_pictures_it_would_have_named(
@@ -234,8 +235,20 @@ def test_a_table_that_cannot_be_read_is_named_and_so_are_the_pictures_it_would_h
     (tmp_path / "captions.json").write_text('{"fox.png": ')
     found = scan_folders(tmp_path)
     assert captions(found) == {"owl.png": ("an owl",)}
-    assert sorted(name for name, _ in bad(found)) == ["captions.json", "fox.png"]
-    assert "is not JSON" in dict(bad(found))["captions.json"]
+    (name, reason), (picture_name, why) = bad(found)
+    assert (name, picture_name) == ("captions.json", "fox.png"), "the cause comes first"
+    assert "is not JSON" in reason
+    assert why.endswith(", and captions.json cannot be read")
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "a/\0/b.png", "\ud800.png", "f" * 300 + ".png", "/dev/null/x.png"])
+def test_a_name_in_a_table_that_no_file_can_have_names_no_picture(scan_folders: Scan, tmp_path: Path, name: str) -> None:
+    picture(tmp_path, "fox.png")
+    (tmp_path / "captions.json").write_text(json.dumps({"fox.png": "a fox", name: "nothing"}))
+    found = scan_folders(tmp_path)
+    assert captions(found) == {"fox.png": ("a fox",)}
+    assert found.bad_files == []
+    assert len(found.warnings) == 1 and "1 entries of caption tables name no picture" in found.warnings[0]
 
 
 # --- archives ----------------------------------------------------------------------------------------------------------
