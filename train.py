@@ -6,6 +6,7 @@ The story of a run: check everything, encode the dataset, cut the network over t
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import sys
 import time
@@ -68,7 +69,11 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         world, check, resume = distributed.world(), arguments.check, arguments.resume
+        # What imports and looking make, stays: the collector would go through a million objects again and again.
+        gc.disable()
         experiment = prepare(arguments.config, arguments.overrides, resume, world, only_look=check)
+        gc.freeze()
+        gc.enable()
         if check:
             output = f"nothing: only checked; a run would write to {experiment.config.experiment.output_dir}"
             tell(experiment, output)
