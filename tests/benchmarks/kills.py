@@ -11,7 +11,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from tests.distributed.kills import kill_and_go_on, make_pass, undisturbed
+from tests.distributed.kills import assert_nothing_was_lost, kill_and_go_on, make_pass, undisturbed
 from tests.tiny_model import make_tiny_dataset, make_tiny_model
 
 
@@ -23,7 +23,10 @@ def main(times: int, seed: int) -> None:
         whole = undisturbed(work)
         print(f"undisturbed: {len(whole.entries)} entries in {whole.seconds:.1f} s", flush=True)
         for number in range(1, times + 1):
-            print(f"{number:2}: {kill_and_go_on(work, whole, moments.uniform(0, whole.seconds))}", flush=True)
+            seconds = moments.uniform(0, whole.seconds)
+            outcome = kill_and_go_on(work, seconds)
+            assert_nothing_was_lost(outcome, whole)
+            print(f"{number:2}: killed after {seconds:.2f} s: {outcome.describe()}", flush=True)
 
 
 if __name__ == "__main__":

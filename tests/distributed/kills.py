@@ -86,8 +86,27 @@ def undisturbed(work: Pass) -> Undisturbed:
     return Undisturbed(entries, seconds)
 
 
-def kill_and_go_on(work: Pass, whole: Undisturbed, seconds: float) -> str:
-    """Kill both ranks so many seconds after the first entry, start again, and compare. Returns what happened, in words."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a killed pass left, and what a second start made of it."""
+
+    kept: Entries
+    """In whole shards after the kill."""
+    added: int
+    """Entries the killed pass had encoded."""
+    again: Counter[tuple[str, bytes]]
+    """What the second start encoded."""
+    entries: Entries
+    """In the end."""
+    leftovers: list[Path]
+    """Unfinished files in the end."""
+
+    def describe(self) -> str:
+        return f"{len(self.kept)} of {len(self.entries)} kept, {self.added - len(self.kept)} encoded twice"
+
+
+def kill_and_go_on(work: Pass, seconds: float) -> Outcome:
+    """Kill both ranks so many seconds after the first entry of a new cache, and start again."""
     shutil.rmtree(work.cache, ignore_errors=True)
     for name in ("killed", "second"):
         (work.experiment.parent / f"{name}.txt").unlink(missing_ok=True)
@@ -100,11 +119,15 @@ def kill_and_go_on(work: Pass, whole: Undisturbed, seconds: float) -> str:
     kept = entries_of(work.cache)
     finished = work.start("second").wait()
     assert finished.exit_code == 0, finished.output
-    assert entries_of(work.cache) == whole.entries, "other entries than those of an undisturbed pass"
-    again = work.encoded("second")
-    assert set(again.values()) <= {1}
-    assert not set(again) & set(kept), "encoded again though a whole shard had it"
-    assert set(again) | set(kept) == set(whole.entries)
-    assert not list(work.cache.rglob(".*.tmp")), "left by the killed pass"
-    lost = sum(work.encoded("killed").values()) - len(kept)
-    return f"killed after {seconds:.2f} s: {len(kept)} of {len(whole.entries)} kept, {lost} encoded twice"
+    leftovers = list(work.cache.rglob(".*.tmp"))
+    added = sum(work.encoded("killed").values())
+    return Outcome(kept, added, work.encoded("second"), entries_of(work.cache), leftovers)
+
+
+def assert_nothing_was_lost(outcome: Outcome, whole: Undisturbed) -> None:
+    """The cache is an undisturbed pass's, and nothing was encoded that a whole shard had."""
+    assert outcome.entries == whole.entries
+    assert set(outcome.again.values()) <= {1}
+    assert not outcome.again.keys() & outcome.kept.keys()
+    assert outcome.again.keys() | outcome.kept.keys() == whole.entries.keys()
+    assert outcome.leftovers == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.kills import Pass, Undisturbed, kill_and_go_on, make_pass, undisturbed
+from tests.distributed.kills import Pass, Undisturbed, assert_nothing_was_lost, kill_and_go_on, make_pass, undisturbed
 
 pytestmark = pytest.mark.distributed
 
@@ -24,4 +24,6 @@ def whole(work: Pass) -> Undisturbed:
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.8])
 def test_a_killed_pass_goes_on_to_the_same_cache(work: Pass, whole: Undisturbed, share: float) -> None:
     """`python -m tests.benchmarks.kills` does it at thirty random moments."""
-    kill_and_go_on(work, whole, share * whole.seconds)
+    outcome = kill_and_go_on(work, share * whole.seconds)
+    assert outcome.entries == whole.entries
+    assert_nothing_was_lost(outcome, whole)

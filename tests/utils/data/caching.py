@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -71,8 +72,9 @@ class Counting(FrozenEncoder):
 
         return encode
 
+    @abstractmethod
     def value(self, item: Any) -> EncodedItem:
-        raise NotImplementedError
+        """What one item is encoded to."""
 
 
 class CountingImages(Counting, ImageEncoder):

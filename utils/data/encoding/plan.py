@@ -257,27 +257,17 @@ def _missing(folder: Path, wanted: Wanted) -> tuple[np.ndarray, int]:
 
 
 def _pictures_work(folder: Path, wanted: Wanted, tables: Sequence[ExampleTable], bytes_per_pixel: float) -> Work:
-    """The largest first: what is left for the end is small, so that ranks end together."""
+    """One bucket after the other, the largest first: what is left for the end is small, so that ranks end together."""
     items, num_there = _missing(folder, wanted)
-    pixels = np.zeros(len(items), np.int64)
+    sides = np.zeros((len(items), 2), np.int64)
     for number, table in enumerate(tables):
-        of_bucket = np.array([bucket.width * bucket.height for bucket in table.buckets], np.int64)
+        of_bucket = np.array([(bucket.width, bucket.height) for bucket in table.buckets], np.int64).reshape(-1, 2)
         chosen = items[:, 0] == number
-        pixels[chosen] = of_bucket[table.rows[items[chosen, 1], 2]]
-    order = np.lexsort((np.arange(len(items)), _bucket_ranks(items, tables), -pixels))
+        sides[chosen] = of_bucket[table.rows[items[chosen, 1], 2]]
+    pixels = sides.prod(axis=1)
+    order = np.lexsort((sides[:, 1], sides[:, 0], -pixels))  # stable: those of one bucket stay in their order
     num_bytes = int(pixels.sum() * bytes_per_pixel) + _BESIDES * len(items)
     return Work(folder, items[order], num_bytes, num_there)
-
-
-def _bucket_ranks(items: np.ndarray, tables: Sequence[ExampleTable]) -> np.ndarray:
-    """A number for each item's bucket, the same in all tables: those of one bucket come one after the other."""
-    everyones = sorted({bucket for table in tables for bucket in table.buckets})
-    ranks = np.zeros(len(items), np.int64)
-    for number, table in enumerate(tables):
-        of_bucket = np.array([everyones.index(bucket) for bucket in table.buckets], np.int64)
-        chosen = items[:, 0] == number
-        ranks[chosen] = of_bucket[table.rows[items[chosen, 1], 2]]
-    return ranks
 
 
 def _captions_work(folder: Path, wanted: Wanted, encoder: TextEncoder, settings: CacheSettings) -> Work:
