@@ -171,15 +171,17 @@ class Gatherer:
             places = permutation(0, "thumbnails", str(bucket), length=len(members))[:each]
             chosen += np.sort(members[places]).tolist()
         decode = self._adapter.load_decoder(device, self._tile_pixels)
-        return [thumbnail for row in chosen if (thumbnail := self._thumbnail(table[row], decode)) is not None]
+        found = (self._thumbnail(table[row], decode, wants_mirror=place % 2 == 1) for place, row in enumerate(chosen))
+        return [thumbnail for thumbnail in found if thumbnail is not None]
 
-    def _thumbnail(self, example: Example, decode: DecodeFunction) -> Thumbnail | None:
-        """None for a file that has gone since it was encoded."""
+    def _thumbnail(self, example: Example, decode: DecodeFunction, *, wants_mirror: bool) -> Thumbnail | None:
+        """None for a file that has gone since it was encoded. Mirrored, if it is wanted and ever trained on so."""
+        mirrored = wants_mirror and example.may_flip
         try:
             picture, (width, height) = read_thumbnail(example.image, THUMBNAIL_PIXELS)
         except BadFile:
             return None
-        pixels = decode(self._data.latents(example)[None])[0]
+        pixels = decode(self._data.latents(example, flipped=mirrored)[None])[0]
         box, bucket = example.box, example.bucket
         left, top = box.left / box.resized_width, box.top / box.resized_height
         right, bottom = left + bucket.width / box.resized_width, top + bucket.height / box.resized_height
@@ -192,7 +194,7 @@ class Gatherer:
             crop=(left, top, right, bottom),
             original=_jpeg(picture),
             encoded=_jpeg(Image.fromarray(pixels.permute(1, 2, 0).numpy())),
-            mirrored=False,
+            mirrored=mirrored,
         )
 
 

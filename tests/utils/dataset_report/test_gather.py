@@ -176,6 +176,17 @@ def test_thumbnails_show_the_file_its_crop_and_what_was_encoded(desk: Desk) -> N
     assert desk.adapter.tile_pixels == 64
 
 
+def test_of_pictures_that_are_mirrored_every_other_is_shown_so(desk: Desk) -> None:
+    for path in desk.pictures.glob("*.png"):
+        save(quarters(64, 64), path)
+    straight, mirrored = (desk.gather(horizontal_flip=flip).thumbnails for flip in (False, True))
+    assert not any(thumbnail.mirrored for thumbnail in straight)
+    assert [thumbnail.mirrored for thumbnail in mirrored] == [False, True, False, True]
+    for plain, other in zip(straight, mirrored, strict=True):
+        pixels = opened(plain.encoded)[:, ::-1] if other.mirrored else opened(plain.encoded)
+        assert np.abs(opened(other.encoded).astype(int) - pixels).mean() < 10, "but for JPEG"
+
+
 def test_every_bucket_has_thumbnails_and_many_pictures_have_a_choice_that_stays(desk: Desk) -> None:
     for index in range(10, 10 + NUM_THUMBNAILS):
         save(noise(40, 40), desk.pictures / f"more_{index}.png").with_suffix(".txt").write_text("more")
