@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.utils.html_elements import Page
 from utils import report
 from utils.config.schema import ObjectiveConfig
 from utils.evaluation import evaluate
@@ -26,52 +26,20 @@ NASTY = """<script>alert("1")</script> & 'quoted' """
 SUMMARY = [("model", "a tiny one"), ("cache", "/a/b")]
 OBJECTIVE_ROWS = [("shift", "3")]
 DEFAULT = Objective(ObjectiveConfig())
-VOID = {"meta", "img", "br"}
 
 
-class Page(HTMLParser):
-    """A page's elements; fails where they are not balanced."""
+class ReportPage(Page):
+    """The page on a run."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attributes]
-        assert len(names) == len(set(names)), (tag, attributes)
-        self.elements.append((tag, {name: value or "" for name, value in attributes}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.words)
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+    void = Page.void | {"br"}
 
     @property
     def headings(self) -> list[str]:
         return re.findall(r"^(?:Run|Objective|Loss|Evaluation|Previews)$", self.text, flags=re.MULTILINE)
 
 
-def page_of(folder: Path, objective: Objective = DEFAULT) -> Page:
-    return Page(render(folder, SUMMARY, OBJECTIVE_ROWS, objective))
+def page_of(folder: Path, objective: Objective = DEFAULT) -> ReportPage:
+    return ReportPage(render(folder, SUMMARY, OBJECTIVE_ROWS, objective))
 
 
 def add_losses(folder: Path, losses: list[float]) -> None:
@@ -122,7 +90,7 @@ def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
     assert page_of(tmp_path).headings == ["Run", "Objective", "Loss"]
     add_previews(tmp_path, 0, ["a fox"])
     assert page_of(tmp_path).headings == ["Run", "Objective", "Loss", "Previews"]
-    assert "Run" not in Page(render(tmp_path, [], OBJECTIVE_ROWS, DEFAULT)).headings
+    assert "Run" not in ReportPage(render(tmp_path, [], OBJECTIVE_ROWS, DEFAULT)).headings
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
@@ -155,7 +123,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     folder.mkdir()
     add_previews(folder, 0, [NASTY], negative_prompt=NASTY)
     add_evaluations(folder, [0])
-    page = Page(render(folder, [(NASTY, NASTY)], [(NASTY, NASTY)], DEFAULT))
+    page = ReportPage(render(folder, [(NASTY, NASTY)], [(NASTY, NASTY)], DEFAULT))
     assert not page.all("script") and not page.all("i")
     assert page.text.count(NASTY.strip()) == 6
     assert "set <x>" in page.text
@@ -215,7 +183,7 @@ def test_the_objective_is_put_in_words(tmp_path: Path, settings: dict[str, objec
 )
 def test_an_extreme_objective_is_drawn_in_numbers(tmp_path: Path, settings: dict[str, object]) -> None:
     text = render(tmp_path, SUMMARY, OBJECTIVE_ROWS, Objective(ObjectiveConfig.model_validate(settings)))
-    Page(text)
+    ReportPage(text)
     paths = re.findall(r'<path d="([^"]*)"', text)
     assert len(paths) > 5
     assert not re.search("nan|inf", " ".join(paths), flags=re.IGNORECASE)

@@ -7,12 +7,12 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 
 from tests.utils.dataset_report.make_facts import ATTACK, UNBROKEN, empty_facts, hostile_facts, usual_facts
+from tests.utils.html_elements import Page
 from utils.dataset_report.facts import CutCaption, DatasetFacts, EncoderFacts
 from utils.dataset_report.page import MAX_CHARACTERS, MAX_GROUP, MAX_LISTED, render
 from utils.html_page import html_of
@@ -20,43 +20,6 @@ from utils.plots import MAX_BARS, token_bars
 
 HEADINGS = ["Summary", "Buckets", "Pictures", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
 USUAL, HOSTILE, EMPTY = usual_facts(), hostile_facts(), empty_facts()
-VOID = {"meta", "img"}
-
-
-class Page(HTMLParser):
-    """A page's elements and words; fails where elements are not balanced or an attribute is there twice."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        assert len(attributes) == len(dict(attributes)), (tag, attributes)
-        self.elements.append((tag, {name: value or "" for name, value in attributes}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.words)
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @cache
