@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.base import PipelineLayer
-from utils import checkpoint, distributed, export, lora
-from utils.atomic import write_text
-from utils.banner import describe
+from models.family import PipelineLayer
+from utils.checkpoint import save as checkpoint
 from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.cache.locks import CacheInUse
@@ -31,15 +29,20 @@ from utils.data.cache.shards import CannotWrite, DamagedShard
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.precompute import Cached, CacheError, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.dataset_report.gather import MAX_SHOWN_IN_LOG, Gatherer, write_bad_files, write_page
-from utils.log import RunLog, StepMetrics, say
-from utils.objective import LossTarget, Objective
-from utils.observe import Observer
-from utils.optimizer import ema_decay, learning_rate, make_optimizer
+from utils.distributed import group as distributed
+from utils.export import weights as export
+from utils.files.atomic import write_text
+from utils.objective.objective import LossTarget, Objective
+from utils.optim.registry import ema_decay, learning_rate, make_optimizer
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
-from utils.preflight import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, eval_set_names, num_readers, prepare, run_files
+from utils.report.dataset_gather import MAX_SHOWN_IN_LOG, Gatherer, write_bad_files, write_page
+from utils.run.banner import describe
+from utils.run.events import Observer
+from utils.run.prepare import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, eval_set_names, num_readers, prepare, run_files
+from utils.tracking.metrics import RunLog, StepMetrics, say
+from utils.trainable import lora
 
 EXIT_BAD_INPUT = 1
 FOLLOWER_PATIENCE_SECONDS = 10.0

@@ -1,7 +1,7 @@
 """Draws the plots of docs/objective.md:  python -m docs.draw_plots [FOLDER]
 
-Every curve is computed by utils/timesteps.py and utils/rectified_flow.py; no formula stands here. A test compares what this
-draws with what lies in docs/plots.
+Every curve is computed by the code in utils/objective/; no formula stands here. A test compares the output of this script
+with the files in docs/plots.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils.plots import INK, SIGMA_COLOR, T_COLOR, as_svg, draw_density, new_figure, unit_axis
-from utils.rectified_flow import LossType, penalty, shift_time
-from utils.timesteps import Density, TimeSampler, TimestepSampling, Weighting, WeightingScheme
+from utils.objective.rectified_flow import LossType, penalty, shift_time
+from utils.objective.timestep_sampling import Density, TimeSampler, TimestepSampling, Weighting, WeightingScheme
+from utils.report.plots import INK, SIGMA_COLOR, T_COLOR, as_svg, draw_density, new_figure, unit_axis
 
 FOLDER = Path(__file__).resolve().parent / "plots"
 SHIFT = 3.0

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _FAMILIES = {
-    "sd3": ("models.sd3.settings:SD3Settings", "models.sd3.adapter:SD3Adapter"),
+    "sd3": ("models.sd3.settings:SD3Settings", "models.sd3.family:SD3Adapter"),
 }
 
 

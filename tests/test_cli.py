@@ -23,7 +23,7 @@ from tests.distributed.lab import Lab
 from tests.distributed.launch import newest_run, run_alone, run_deepspeed, run_torchrun, start_ranks
 from tests.tiny_model import make_tiny_dataset, random_weights, tiny_shapes, write_experiment
 from utils.config.load import load_config
-from utils.dataset_report.gather import BAD_FILES, DATASET_REPORT
+from utils.report.dataset_gather import BAD_FILES, DATASET_REPORT
 
 
 @dataclass(frozen=True)

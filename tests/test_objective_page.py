@@ -11,10 +11,17 @@ import torch
 
 from docs.draw_plots import PLOTS
 from utils.config.presets import PRESETS
-from utils.config.schema import ObjectiveConfig
-from utils.plots import as_svg
-from utils.rectified_flow import LossType, PredictionType, shift_time
-from utils.timesteps import Density, TimeSampler, TimestepGrid, TimestepSampling, Weighting, WeightingScheme
+from utils.config.schema.tables import ObjectiveConfig
+from utils.objective.rectified_flow import LossType, PredictionType, shift_time
+from utils.objective.timestep_sampling import (
+    Density,
+    TimeSampler,
+    TimestepGrid,
+    TimestepSampling,
+    Weighting,
+    WeightingScheme,
+)
+from utils.report.plots import as_svg
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")

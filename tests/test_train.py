@@ -13,13 +13,13 @@ import toml
 
 import train
 from tests.tiny_model import make_tiny_dataset, write_experiment
-from utils import preflight
 from utils.config.load import ConfigError
 from utils.data.encoding.precompute import Cached, Unusable
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
-from utils.distributed import World
-from utils.preflight import BAD_FILE_ADVICE, Experiment, prepare
+from utils.distributed.group import World
+from utils.run import prepare as preflight
+from utils.run.prepare import BAD_FILE_ADVICE, Experiment, prepare
 
 
 class Desk:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.quickstart import pictures
+from examples.quickstart import images as pictures
 from examples.quickstart.folders import make_folder, package_folder
-from examples.quickstart.pictures import Combination
+from examples.quickstart.images import Combination
 
 SEED = 20240305
 PINK_IMAGES = 200

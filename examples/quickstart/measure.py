@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.quickstart import pictures
-from examples.quickstart.pictures import Combination
+from examples.quickstart import images as pictures
+from examples.quickstart.images import Combination
 
 NUM_COLUMNS = 5
 PICTURE_PIXELS = 160

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.base import BlockLayer
+from models.family import BlockLayer
 from models.sd3.mmdit import Embedders, FinalLayer, JointBlock, MMDiTConfig
 
 LAYER_LIST_VERSION = 1

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.base import LENGTH, EncodedItem, EncodeFunction, FileTensor, TextEncoder
+from models.family import LENGTH, EncodedItem, EncodeFunction, FileTensor, TextEncoder
 from models.sd3.mmdit import MMDiTConfig
 from models.sd3.settings import DTYPES, SD3Settings
 from models.sd3.sources import PREFIXES, Part, what_it_is

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.base import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, ImageEncoder
+from models.family import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, ImageEncoder
 from models.sd3.sources import PREFIXES, Part, what_it_is
 from models.tensor_files import shape_problems
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from models.base import AdapterFile, ModelFilesError
+from models.family import AdapterFile, ModelFilesError
 from models.sd3 import diffusers_names
-from models.sd3.adapter_files import merged
 from models.sd3.layers import layer_prefix, make_layer
+from models.sd3.lora_files import merged
 from models.sd3.mmdit import HEAD_WIDTH, MMDiT, MMDiTConfig
 from models.sd3.sources import what_it_is
 from models.tensor_files import TensorFiles, shape_problems

@@ -22,15 +22,15 @@ from PIL import Image
 from skimage import data as photographs
 
 import train
-from models.base import EncodedItem, EncodeFunction
+from models.family import EncodedItem, EncodeFunction
 from models.sd3.text_encoders import SD3TextEncoder
 from models.sd3.vae import SD3ImageEncoder
 from tests.distributed.launch import start_ranks
 from tests.tiny_model import make_tiny_model, write_experiment
 from utils.data.encoding.encoder_pass import EncoderPass
-from utils.data.sources.images import read_pixels
-from utils.distributed import World
-from utils.preflight import prepare
+from utils.data.sources.decoding import read_pixels
+from utils.distributed.group import World
+from utils.run.prepare import prepare
 
 RANKS = 2
 PLACE, ALONE = "BENCHMARK_FOLDER", "BENCHMARK_ALONE"

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import train
 from tests.distributed.launch import start_ranks
-from utils import background, distributed
+from utils import background
+from utils.distributed import group as distributed
 from utils.pipeline import feed
 
 RANKS = 2

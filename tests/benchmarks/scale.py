@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.base import LENGTH
-from utils.config.schema import DatasetConfig
+from models.family import LENGTH
+from utils.config.schema.tables import DatasetConfig
 from utils.data.batches import BatchOrder
 from utils.data.cache.shards import ShardWriter
 from utils.data.columns import Texts

@@ -24,17 +24,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.base import PipelineLayer
+from models.family import PipelineLayer
 from models.sd3 import weights
-from models.sd3.adapter import SD3Adapter
+from models.sd3.family import SD3Adapter
 from models.sd3.layers import layer_cost, layer_prefix, num_layers
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes
-from utils import distributed, export
+from utils.distributed import group as distributed
+from utils.export import weights as export
+from utils.files.safetensors_writer import Entry, create_file, plan_file
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.partition import balanced_bounds
-from utils.safetensors_file import Entry, create_file, plan_file
 
 WIDTH, CONTEXT_DIM, POOLED_DIM, POSITIONS = 2432, 4096, 2048, 192
 CONTEXT_LENGTH = 77 + 256

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.base import LENGTH
-from models.sd3.adapter import SD3Adapter
-from utils import rectified_flow
+from models.family import LENGTH
+from models.sd3.family import SD3Adapter
 from utils.config.load import load_config
 from utils.data.encoding.text_storage import TextCacheDtype, pack, unpack
-from utils.data.sources.images import read_pixels
-from utils.distributed import World
-from utils.preflight import prepare
+from utils.data.sources.decoding import read_pixels
+from utils.distributed.group import World
+from utils.objective import rectified_flow
+from utils.run.prepare import prepare
 
 CONFIG = Path("examples/quickstart_lora.toml")
 """Its network is the trained one."""

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.base import PipelineLayer
-from utils import distributed
-from utils.config.schema import OptimizerConfig
-from utils.optimizer import make_optimizer
+from models.family import PipelineLayer
+from utils.config.schema.tables import OptimizerConfig
+from utils.distributed import group as distributed
+from utils.optim.registry import make_optimizer
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import MicroBatch
 from utils.pipeline.optimizer_state import EMA

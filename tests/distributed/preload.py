@@ -8,5 +8,5 @@ import torch._dynamo  # noqa: F401  what torch imports with its first optimizer
 from diffusers import AutoencoderKL  # noqa: F401
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer  # noqa: F401
 
-import models.sd3.adapter  # noqa: F401
+import models.sd3.family  # noqa: F401
 import train  # noqa: F401

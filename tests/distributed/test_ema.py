@@ -17,7 +17,7 @@ from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run, start_ranks
 from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_same_weights
 from tests.distributed.test_resume import copy_of, prepare_resume
-from utils.checkpoint import step_folder
+from utils.checkpoint.save import step_folder
 from utils.config.load import ConfigError
 from utils.pipeline.optimizer_state import EMA, MASTER
 

@@ -13,22 +13,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.base import ModelAdapter
+from models.family import ModelAdapter
 from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, assert_same_run, assert_same_weights
 from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import make_tiny_dataset, write_picture
-from utils import rectified_flow
-from utils.checkpoint import step_folder
+from utils.checkpoint.save import step_folder
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.plan import CacheSettings, make_plan
-from utils.distributed import World
+from utils.distributed.group import World
 from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
-from utils.evaluation.panel import PanelEntry, make_panel, noise_of
-from utils.objective import Objective
-from utils.preflight import prepare
+from utils.evaluation.points import PanelEntry, make_panel, noise_of
+from utils.objective import rectified_flow
+from utils.objective.objective import Objective
+from utils.run.prepare import prepare
 
 pytestmark = pytest.mark.distributed
 

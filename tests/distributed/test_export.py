@@ -27,9 +27,9 @@ from tests.distributed.test_layouts import BFLOAT16, FULL, LORA
 from tests.distributed.test_previews import PREVIEWS, pictures
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import tiny_shapes
-from utils import lora
-from utils.distributed import World
-from utils.preflight import Experiment, prepare
+from utils.distributed.group import World
+from utils.run.prepare import Experiment, prepare
+from utils.trainable import lora
 
 pytestmark = pytest.mark.distributed
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run, read_metrics, read_weights, run_alone, run_deepspeed, run_torchrun
 from utils.data.batches import BatchOrder
-from utils.distributed import World
-from utils.preflight import prepare
+from utils.distributed.group import World
+from utils.run.prepare import prepare
 
 pytestmark = pytest.mark.distributed
 

@@ -24,8 +24,8 @@ from tests.distributed.test_layouts import FULL, LORA, assert_same_run
 from tests.models.sd3.diffusers_reference import diffusers_network
 from utils import randomness
 from utils.config.load import ConfigError
-from utils.distributed import World
-from utils.preflight import Experiment, prepare
+from utils.distributed.group import World
+from utils.run.prepare import Experiment, prepare
 
 pytestmark = pytest.mark.distributed
 

@@ -15,11 +15,11 @@ from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_close_run, assert_same_run
 from tests.tiny_model import make_tiny_dataset
-from utils.checkpoint import find_checkpoints
+from utils.checkpoint.save import find_checkpoints
 from utils.config.load import ConfigError
 from utils.data.cache.shards import KEYS
-from utils.distributed import World
-from utils.preflight import Experiment, prepare
+from utils.distributed.group import World
+from utils.run.prepare import Experiment, prepare
 
 pytestmark = pytest.mark.distributed
 

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import models
-from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
+from utils.config.schema.tables import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
 
 _INTRODUCTION = """# Every key
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 import models
 from utils.config.lines import line_of
-from utils.config.schema import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
+from utils.config.schema.tables import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
 
 TableT = TypeVar("TableT", bound=BaseModel)
 TRAINING = ""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.atomic import replace_file, temporary_beside
+from utils.files.atomic import replace_file, temporary_beside
 
 _ESCAPE = "surrogateescape"
 """Names of files may be bytes that are no UTF-8."""

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from models.base import LatentSpec
-from utils.config.schema import DatasetConfig, DirectoryConfig, PictureConfig
+from models.family import LatentSpec
+from utils.config.schema.tables import DatasetConfig, DirectoryConfig, PictureConfig
 from utils.data.buckets import Bucket, make_buckets
 from utils.data.examples import ExampleTable, empty_table
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
+from utils.data.sources.directory_scan import ARCHIVE_SUFFIXES
 from utils.data.sources.rows import Remembered
-from utils.data.sources.walk import ARCHIVE_SUFFIXES
 from utils.randomness import fraction
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.data.buckets import Bucket, CropBox, crop_box
 from utils.data.columns import is_whole, map_columns, save_columns
-from utils.data.pictures import (
+from utils.data.image_table import (
     Directory,
     Pictures,
     companion_of,
@@ -31,8 +31,8 @@ from utils.data.pictures import (
     unflat,
     unknown,
 )
-from utils.data.sources.images import CONTENT_BYTES
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.rows import NONE, Companions, Container, no_companions
 from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.config.schema import DatasetConfig, DirectoryConfig
+from utils.config.schema.tables import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, nearest_buckets
 from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_problems
 from utils.data.examples import ExampleTable
-from utils.data.pictures import Directory, Pictures, joined_pictures
+from utils.data.image_table import Directory, Pictures, joined_pictures
 from utils.data.sources.caption_sources import some
-from utils.data.sources.companions import CONTROL, MASK, CompanionTable, Kind
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.listing import Lister, ListingSettings, Part
+from utils.data.sources.paired_images import CONTROL, MASK, CompanionTable, Kind
 from utils.data.sources.rows import NONE, Container, Remembered, Rows
 from utils.data.sources.tags import TagShuffle
 

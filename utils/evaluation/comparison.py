@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.atomic import write_text
 from utils.evaluation import statistics
-from utils.evaluation.panel import PanelEntry
+from utils.evaluation.points import PanelEntry
 from utils.evaluation.statistics import Interval
+from utils.files.atomic import write_text
 
 ALL = "all"
 

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.base import ModelAdapter
-from utils import distributed, rectified_flow
-from utils.config.schema import EvalConfig
+from models.family import ModelAdapter
+from utils.config.schema.tables import EvalConfig
 from utils.data.encoding.encoded import EncodedData
+from utils.distributed import group as distributed
 from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
-from utils.evaluation.panel import PanelEntry, fingerprint, make_rounds, noise_of
-from utils.log import bar_seconds, say
+from utils.evaluation.points import PanelEntry, fingerprint, make_rounds, noise_of
+from utils.objective import rectified_flow
+from utils.objective.rectified_flow import PredictionType
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
-from utils.rectified_flow import PredictionType
+from utils.tracking.metrics import bar_seconds, say
 
 EVALUATIONS = "evaluations.jsonl"
 MAX_BATCHES_AT_ONCE = 32

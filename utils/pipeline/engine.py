@@ -24,8 +24,8 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-import utils.distributed  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
-from models.base import BlockLayer, PipelineLayer
+import utils.distributed.group  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
+from models.family import BlockLayer, PipelineLayer
 from utils.pipeline.feed import MicroBatch
 from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, update_ema, write_states
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.base import ModelAdapter
-from utils import randomness, rectified_flow
+from models.family import ModelAdapter
+from utils import randomness
 from utils.background import ahead
 from utils.data.batches import BatchOrder, Visit
 from utils.data.encoding.encoded import EncodedData
-from utils.objective import NO_TARGET, NoiseLevel, Objective
+from utils.objective import rectified_flow
+from utils.objective.objective import NO_TARGET, NoiseLevel, Objective
 
 MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 EMPTY_CAPTION = ""

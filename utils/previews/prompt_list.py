@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.base import LatentSpec
+from models.family import LatentSpec
 from utils.config.load import Problem, check_table
-from utils.config.schema import PromptConfig, SamplingConfig, SkipLayerConfig
+from utils.config.schema.tables import PromptConfig, SamplingConfig, SkipLayerConfig
 from utils.previews.prompts import FLAGS, parse_prompt
 from utils.previews.samplers import skips_layers
 

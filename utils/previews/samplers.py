@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from utils.rectified_flow import shift_time
+from utils.objective.rectified_flow import shift_time
 
 SamplerName = Literal["euler", "dpmpp_2m"]
 

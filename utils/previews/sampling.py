@@ -26,17 +26,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.base import ModelAdapter
-from utils import distributed, randomness, rectified_flow
-from utils.atomic import remove_folder, sync_folder, write_text
-from utils.config.schema import SamplingConfig
+from models.family import ModelAdapter
+from utils import randomness
+from utils.config.schema.tables import SamplingConfig
 from utils.data.encoding.encoded import EncodedData
-from utils.log import bar_seconds
+from utils.distributed import group as distributed
+from utils.files.atomic import remove_folder, sync_folder, write_text
+from utils.objective import rectified_flow
+from utils.objective.rectified_flow import PredictionType
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
 from utils.previews import samplers
 from utils.previews.prompt_list import Prompt
-from utils.rectified_flow import PredictionType
+from utils.tracking.metrics import bar_seconds
 
 Batch = list[int]
 """Places in the list of prompts."""

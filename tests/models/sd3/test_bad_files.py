@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.base import ModelFilesError
-from models.sd3.adapter import SD3Adapter
+from models.family import ModelFilesError
+from models.sd3.family import SD3Adapter
 from models.tensor_files import open_folder
 from tests import public_files
 from tests.model_copies import linked_copy, rewrite, settings_for

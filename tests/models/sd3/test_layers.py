@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.base import BlockLayer
+from models.family import BlockLayer
 from models.sd3.layers import layer_cost, layer_prefix, make_layer, num_layers, pack, unpack
 from models.sd3.mmdit import MMDiT, unpatchify
 from models.sd3.weights import NetworkFiles

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import ModelFilesError
-from models.sd3.adapter import SD3Adapter
+from models.family import ModelFilesError
+from models.sd3.family import SD3Adapter
 from tests.model_copies import settings_for
 from tests.public_files import diffusers_network, load_encoder, original_part
 from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, POOLED_DIM

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import LENGTH, EncodedItem
-from models.sd3.adapter import SD3Adapter
+from models.family import LENGTH, EncodedItem
+from models.sd3.family import SD3Adapter
 from models.sd3.layers import layer_prefix
 from models.tensor_files import open_file
 from tests import public_files

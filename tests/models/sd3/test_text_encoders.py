@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import LENGTH, EncodedItem
+from models.family import LENGTH, EncodedItem
 from models.sd3 import text_encoders
-from models.sd3.adapter import SD3Adapter
+from models.sd3.family import SD3Adapter
 from models.sd3.settings import SD3Settings
 from models.sd3.sources import Part
 from models.sd3.text_encoders import SD3TextEncoder, join_text

@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from models.base import ModelFilesError
-from models.sd3.adapter import SD3Adapter
+from models.family import ModelFilesError
+from models.sd3.family import SD3Adapter
 from models.sd3.text_encoders import SD3TextEncoder
 from tests.model_copies import linked_copy, settings_for
 from tests.public_files import TOKENIZERS

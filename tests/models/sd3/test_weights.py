@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import tensor_files
-from models.base import ModelFilesError
+from models.family import ModelFilesError
 from models.sd3 import diffusers_names, weights
 from models.sd3.layers import layer_prefix, num_layers
 from models.sd3.mmdit import MMDiTConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.config.document import document
 from utils.config.load import known_keys
-from utils.config.schema import DatasetConfig, experiment_class
+from utils.config.schema.tables import DatasetConfig, experiment_class
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
 

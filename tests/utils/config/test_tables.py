@@ -10,7 +10,7 @@ import toml
 
 from tests.utils.config.test_load import load, only_problem, problems_of, write
 from utils.config.load import dump_toml
-from utils.config.schema import DatasetConfig, EvalConfig, SamplingConfig
+from utils.config.schema.tables import DatasetConfig, EvalConfig, SamplingConfig
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.base import (
+from models.family import (
     LENGTH,
     DecodeFunction,
     EncodedItem,
@@ -34,7 +34,7 @@ from utils.data.encoding import precompute
 from utils.data.encoding.plan import CacheSettings
 from utils.data.encoding.precompute import Cached, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.readers import Readers
 
 CPU = torch.device("cpu")
@@ -144,9 +144,7 @@ class NotingReaders:
         self._readers = readers
         self.asked: list[tuple[str, str]] = []
 
-    def pixels(
-        self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b""
-    ) -> Future[np.ndarray]:
+    def pixels(self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b"") -> Future[np.ndarray]:
         self.asked.append(("pixels", file.path.name))
         return self._readers.pixels(file, box, mirrored=mirrored, content=content)
 

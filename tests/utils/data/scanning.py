@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.base import LatentSpec
-from utils.config.schema import DatasetConfig
+from models.family import LatentSpec
+from utils.config.schema.tables import DatasetConfig
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
 from utils.data.sources.listing import Lister

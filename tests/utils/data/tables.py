@@ -10,8 +10,8 @@ import numpy as np
 from utils.data.buckets import Bucket
 from utils.data.columns import Texts
 from utils.data.examples import ExampleTable
-from utils.data.pictures import Directory, Pictures, joined_pictures
-from utils.data.sources.images import CONTENT_BYTES
+from utils.data.image_table import Directory, Pictures, joined_pictures
+from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.rows import NONE, Companions, firsts
 
 DIRECTORY = Directory(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from utils.atomic import replace_file
 from utils.data.columns import FileBlock, Texts, is_whole, map_columns, map_tensors, save_columns, tensor_place
+from utils.files.atomic import replace_file
 
 ODD = ["", "fox", "", "Füchse 狐 🦊", "a\nline\0and", os.fsdecode(b"\xff\xfe.png"), "e\u0301", ""]
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.utils.data.pictures import noise, save
+from tests.utils.data.image_makers import noise, save
 from tests.utils.data.scanning import Scan
 from tests.utils.data.tables import DIRECTORY, Shown, pictures_of, table_of
 from utils.data.buckets import Bucket, crop_box
 from utils.data.columns import Texts
 from utils.data.examples import Example, ExampleTable, empty_table
-from utils.data.pictures import Directory, Pictures, joined_pictures
-from utils.data.sources.images import CONTENT_BYTES
-from utils.data.sources.picture_files import PictureFile
+from utils.data.image_table import Directory, Pictures, joined_pictures
+from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.rows import NONE, Companions, Container, no_companions
 from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction

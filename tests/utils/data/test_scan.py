@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from tests.tiny_model import make_tiny_dataset
-from tests.utils.data.pictures import quarters, save
+from tests.utils.data.image_makers import quarters, save
 from tests.utils.data.scanning import Scan, names
 from utils.data.buckets import Bucket
 from utils.data.dataset import Dataset
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.image_files import PictureFile
 
 
 def test_every_picture_is_found_with_its_caption(scan_folders: Scan, tiny_dataset: Path) -> None:

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.base import LatentSpec
-from utils import distributed, randomness
-from utils.config.schema import DatasetConfig, EvalConfig
+from models.family import LatentSpec
+from utils import randomness
+from utils.config.schema.tables import DatasetConfig, EvalConfig
 from utils.data.examples import Example
 from utils.data.scan import scan
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.listing import Lister
-from utils.data.sources.picture_files import PictureFile
 from utils.data.sources.readers import Readers
+from utils.distributed import group as distributed
 from utils.evaluation.comparison import (
     Difference,
     EvaluationResult,
@@ -35,7 +36,7 @@ from utils.evaluation.comparison import (
     unchanged_since,
 )
 from utils.evaluation.evaluate import EVALUATIONS, Evaluation
-from utils.evaluation.panel import PanelEntry, fingerprint, make_panel, make_rounds, noise_of
+from utils.evaluation.points import PanelEntry, fingerprint, make_panel, make_rounds, noise_of
 from utils.evaluation.statistics import Interval
 
 SEED = 5

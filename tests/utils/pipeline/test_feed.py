@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tests.utils.data.tables import DIRECTORY, Shown, table_of
-from utils import randomness, rectified_flow
-from utils.config.schema import ObjectiveConfig
+from utils import randomness
+from utils.config.schema.tables import ObjectiveConfig
 from utils.data.batches import BatchOrder, Visit
 from utils.data.examples import Example
 from utils.data.sources.tags import TagShuffle
-from utils.objective import NO_TARGET, LossTarget, Objective
+from utils.objective import rectified_flow
+from utils.objective.objective import NO_TARGET, LossTarget, Objective
 from utils.pipeline.feed import (
     EMPTY_CAPTION,
     MICRO_BATCHES_AHEAD,

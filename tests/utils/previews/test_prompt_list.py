@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from models.base import LatentSpec
-from utils.config.schema import SamplingConfig
+from models.family import LatentSpec
+from utils.config.schema.tables import SamplingConfig
 from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)

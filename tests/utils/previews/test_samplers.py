@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils import rectified_flow
+from utils.objective import rectified_flow
 from utils.previews import samplers
 from utils.previews.samplers import SamplerName, make_sampler, sampling_sigmas
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.atomic import write_text
+from utils.files.atomic import write_text
 
 KEY_BYTES = 16
 

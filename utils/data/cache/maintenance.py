@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.data.cache.locks import WRITERS, exclusive_use, remove_leftovers
 from utils.data.cache.shards import CHECKSUMS, KEYS, SHARD_FILES, DamagedShard, checksum, entry_of, map_shard, shard_name
-from utils.log import bytes_in_words
+from utils.tracking.metrics import bytes_in_words
 
 DAY_SECONDS = 86400.0
 _REMADE = ("files", "datasets")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.base import LENGTH
+from models.family import LENGTH
 from utils.data.cache.keys import content_key
 from utils.data.cache.locks import SharedUse
 from utils.data.cache.store import Store
 from utils.data.encoding.text_storage import unpack
 from utils.data.examples import Example
-from utils.data.sources.images import PIXELS_VERSION
+from utils.data.sources.decoding import PIXELS_VERSION
 
 
 def latents_key(content: bytes, geometry: str, *, mirrored: bool = False) -> bytes:

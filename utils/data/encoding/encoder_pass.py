@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.base import EncodedItem, EncodeFunction, FrozenEncoder, ModelAdapter
-from utils import distributed
+from models.family import EncodedItem, EncodeFunction, FrozenEncoder, ModelAdapter
 from utils.background import Behind
 from utils.data.cache.locks import WriterLock
 from utils.data.cache.shards import ShardWriter
@@ -29,9 +28,10 @@ from utils.data.encoding.masks import MaskEncoder
 from utils.data.encoding.plan import CONTROL, CONTROL_MIRRORED, MIRRORED, TEXTS, CachePlan, CacheSettings, Work
 from utils.data.encoding.text_storage import pack
 from utils.data.examples import Example, ExampleTable
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
-from utils.log import bar_seconds, say
+from utils.distributed import group as distributed
+from utils.tracking.metrics import bar_seconds, say
 
 Item = tuple[int, int, int]
 """Table, example, variant; as in plan.Work."""

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from utils.data.dataset import ContentMemory
 from utils.data.examples import ExampleTable, Unhashed
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
-from utils.log import bar_seconds
+from utils.tracking.metrics import bar_seconds
 
 HASHES_AT_ONCE = 16
 """Files that a reader process is asked to hash in one go."""

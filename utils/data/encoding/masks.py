@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.base import EncodedItem, EncodeFunction, FrozenEncoder
-from utils.data.sources.images import MASK_VERSION
+from models.family import EncodedItem, EncodeFunction, FrozenEncoder
+from utils.data.sources.decoding import MASK_VERSION
 
 
 class MaskEncoder(FrozenEncoder):

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from models.base import FrozenEncoder, ModelAdapter, TextEncoder
+from models.family import FrozenEncoder, ModelAdapter, TextEncoder
 from utils.data.cache.keys import KEY_BYTES, FileHashes, content_key
 from utils.data.cache.store import Store
 from utils.data.encoding.encoded import CacheFolders, caption_key, latents_key, mask_key
@@ -25,7 +25,7 @@ from utils.data.encoding.masks import MaskEncoder
 from utils.data.encoding.text_storage import TextCacheDtype, packed_bytes
 from utils.data.examples import ExampleTable
 from utils.data.sources.rows import NONE
-from utils.log import bar_seconds, bytes_in_words
+from utils.tracking.metrics import bar_seconds, bytes_in_words
 
 T = TypeVar("T")
 TEXTS = -1

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.base import ModelAdapter
-from utils import distributed
+from models.family import ModelAdapter
 from utils.data.cache.locks import SharedUse, remove_leftovers
 from utils.data.dataset import ContentMemory
 from utils.data.encoding.encoded import EncodedData
@@ -33,9 +32,10 @@ from utils.data.encoding.plan import (
     wanted_masks,
 )
 from utils.data.examples import Example, ExampleTable
-from utils.data.sources.images import CONTENT_BYTES, BadFile
+from utils.data.sources.decoding import CONTENT_BYTES, BadFile
 from utils.data.sources.readers import Readers
-from utils.log import say
+from utils.distributed import group as distributed
+from utils.tracking.metrics import say
 
 
 class CacheError(Exception):

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.sources.captions import read_caption, split_lines
-from utils.data.sources.images import IMAGE_SUFFIXES, BadFile
-from utils.data.sources.walk import Files
+from utils.data.sources.decoding import IMAGE_SUFFIXES, BadFile
+from utils.data.sources.directory_scan import Files
 
 Captions = Mapping[str, Sequence[str]]
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 """What other programs call a picture's caption; the first that is there is used."""

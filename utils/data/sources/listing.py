@@ -18,15 +18,15 @@ import numpy as np
 
 from utils.data.cache.keys import content_key
 from utils.data.columns import Texts
+from utils.data.sources.archive_entries import NOT_INSIDE, Found
 from utils.data.sources.caption_sources import CaptionSources, CaptionTable, some
 from utils.data.sources.captions import read_caption_table
-from utils.data.sources.found import NOT_INSIDE, Found
-from utils.data.sources.images import BadFile
-from utils.data.sources.picture_files import TABLE_SUFFIX, PictureFile
+from utils.data.sources.decoding import BadFile
+from utils.data.sources.directory_scan import Walk, merged, stamp_of, stat_files, walk
+from utils.data.sources.image_files import TABLE_SUFFIX, PictureFile
 from utils.data.sources.readers import Readers
 from utils.data.sources.rows import UNREAD, Container, Memory, Rows, add_captions, carry_over, set_captions, unread_rows
 from utils.data.sources.tar_files import list_tar
-from utils.data.sources.walk import Walk, merged, stamp_of, stat_files, walk
 
 FILES_AT_ONCE = 256
 """Headers that a reader process is asked for in one go."""

@@ -12,18 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.data.sources.archive_entries import NOT_INSIDE, Found, check_regular
 from utils.data.sources.captions import CAPTION_KEYS, as_captions, shown
-from utils.data.sources.found import NOT_INSIDE, Found, check_regular
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 
 _MAX_COLUMNS_SHOWN = 20
 _BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 _PATH_COLUMNS = ("image", "image_path", "path", "file_name")
 
 
-def list_parquet(
-    path: Path, image_column: str | None, caption_column: str | None
-) -> tuple[list[Found], str, list[BadFile]]:
+def list_parquet(path: Path, image_column: str | None, caption_column: str | None) -> tuple[list[Found], str, list[BadFile]]:
     """Pictures by row; the column they are in; rows that cannot be used.
 
     Where no column is named, the first usable one of the usual names is taken; without one for captions there are none.

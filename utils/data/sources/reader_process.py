@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox
-from utils.data.sources.images import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.decoding import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
+from utils.data.sources.image_files import PictureFile
 
 NICENESS = 5
 """Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import CropBox
-from utils.data.sources.found import Found
-from utils.data.sources.images import BadFile, bad_picture
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.archive_entries import Found
+from utils.data.sources.decoding import BadFile, bad_picture
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.reader_process import fill, packed_box, packed_file, receive, send
 
 START_SECONDS = 120.0
@@ -57,9 +57,7 @@ class Readers:
         self._running: set[_ReaderProcess] = set()
         self._closed = False
 
-    def pixels(
-        self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b""
-    ) -> Future[np.ndarray]:
+    def pixels(self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b"") -> Future[np.ndarray]:
         """What `read_pixels` returns."""
         return self._threads.submit(self._read, file, ["pixels", packed_box(box), mirrored, content.hex()])
 

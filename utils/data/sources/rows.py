@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from utils.data.columns import Texts, map_columns, save_columns
-from utils.data.sources.images import CONTENT_BYTES
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.image_files import PictureFile
 
 UNREAD = 0
 """A width that is not known."""

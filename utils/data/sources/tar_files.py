@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.data.sources.archive_entries import Found, check_regular
 from utils.data.sources.captions import caption_key, captions_of, decode_text, parse_json, shown, split_lines
-from utils.data.sources.found import Found, check_regular
-from utils.data.sources.images import IMAGE_SUFFIXES, BadFile
+from utils.data.sources.decoding import IMAGE_SUFFIXES, BadFile
 
 _CAPTION_SUFFIXES = (".txt", ".json")
 _MAX_CAPTION_BYTES = 2**20

@@ -165,9 +165,7 @@ def test_a_shard_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path: Path, 
 
 @pytest.mark.parametrize("step", ["save_file", "replace_file"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
-def test_a_disk_that_is_full_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
-) -> None:
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception) -> None:
     def fail(*_arguments: object) -> None:
         raise error
 

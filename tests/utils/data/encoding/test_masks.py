@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.utils.data.pictures import TURNS, left_half, read_mask, read_pixels, save, save_turned, whole
+from tests.utils.data.image_makers import TURNS, left_half, read_mask, read_pixels, save, save_turned, whole
 from utils.data.buckets import Bucket, crop_box
 from utils.data.encoding.masks import MaskEncoder
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 
 DOWNSCALE = 8
 BUCKETS = [Bucket(32, 32), Bucket(48, 16), Bucket(16, 48), Bucket(64, 32), Bucket(16, 16)]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import EncodedItem
+from models.family import EncodedItem
 from tests.tiny_model import write_picture
 from tests.utils.data.caching import Adapter, Workshop, cache_alone
-from tests.utils.data.pictures import noise, read_pixels, save
+from tests.utils.data.image_makers import noise, read_pixels, save
 from utils.data.cache.shards import ShardWriter
 from utils.data.encoding import encoder_pass, precompute
 from utils.data.encoding.encoded import latents_key

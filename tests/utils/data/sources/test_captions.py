@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.data.sources.captions import read_caption, read_caption_table, split_lines
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.tags import TagShuffle
 
 TAGS = "  fox, snow , red fur,, night,1girl, moon "
@@ -33,7 +33,9 @@ Write = Callable[[str, str | bytes], Path]
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_caption_is_its_file_without_mark_and_white_space_around(write: Write, mark: bytes) -> None:
-    assert read_caption(write("a.txt", mark + " \n ein Fuchs – 狐\r\nim Schnee\r \n".encode())) == "ein Fuchs – 狐\nim Schnee"
+    assert (
+        read_caption(write("a.txt", mark + " \n ein Fuchs – 狐\r\nim Schnee\r \n".encode())) == "ein Fuchs – 狐\nim Schnee"
+    )
     assert read_caption(write("a.txt", mark)) == ""
 
 
@@ -76,9 +78,12 @@ def test_every_form_of_table_gives_the_same_captions(write: Write) -> None:
     assert read_caption_table(write("captions.json", json.dumps(plain))) == expected
     assert read_caption_table(write("meta.JSON", json.dumps(scripts))) == expected
     assert read_caption_table(write("metadata.jsonl", f"\ufeff{jsonl}\r\n\r\n")) == expected
-    assert read_caption_table(
-        write("metadata.csv", '\ufefffile_name,id,text\nfox.jpg,1,"a fox,\n""red"""\n\nsub/owl.png,2,an owl\nelk,3,\n')
-    ) == expected
+    assert (
+        read_caption_table(
+            write("metadata.csv", '\ufefffile_name,id,text\nfox.jpg,1,"a fox,\n""red"""\n\nsub/owl.png,2,an owl\nelk,3,\n')
+        )
+        == expected
+    )
 
 
 def test_several_captions_of_one_picture_keep_their_order(write: Write) -> None:

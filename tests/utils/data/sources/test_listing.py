@@ -17,11 +17,11 @@ import pytest
 from pyarrow import parquet
 
 from tests.tiny_model import make_tiny_dataset, write_picture
-from tests.utils.data.pictures import noise, quarters, save
+from tests.utils.data.image_makers import noise, quarters, save
 from tests.utils.data.scanning import Scan, names
 from utils.data.dataset import Dataset
-from utils.data.sources.images import read_pixels
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.decoding import read_pixels
+from utils.data.sources.image_files import PictureFile
 
 
 def picture(folder: Path, name: str, caption: str | None = None) -> Path:

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from tests.tiny_model import make_tiny_dataset, write_picture
-from tests.utils.data.pictures import left_half, quarters, read_size, save
+from tests.utils.data.image_makers import left_half, quarters, read_size, save
 from tests.utils.data.scanning import Scan, config_of, names
 from tests.utils.data.sources.test_listing import SAMPLES, picture, png, write_parquet, write_tar
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
 from utils.data.sources import caption_sources, listing
-from utils.data.sources.found import Found
-from utils.data.sources.images import BadFile
+from utils.data.sources.archive_entries import Found
+from utils.data.sources.decoding import BadFile
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.listing import Lister
-from utils.data.sources.picture_files import PictureFile
 from utils.data.sources.readers import Readers
 
 

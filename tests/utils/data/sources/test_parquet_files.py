@@ -13,8 +13,8 @@ import pytest
 
 from tests.tiny_model import make_tiny_dataset
 from tests.utils.data.scanning import Scan
-from utils.data.sources.found import NOT_INSIDE, Found
-from utils.data.sources.images import BadFile
+from utils.data.sources.archive_entries import NOT_INSIDE, Found
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.parquet_files import list_parquet
 from utils.data.sources.readers import Readers
 

@@ -17,11 +17,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.utils.data.pictures import left_half, noise, save
+from tests.utils.data.image_makers import left_half, noise, save
 from utils.data.buckets import Bucket, crop_box
-from utils.data.sources import images, reader_process, readers
-from utils.data.sources.images import BadFile
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources import decoding as images
+from utils.data.sources import reader_process, readers
+from utils.data.sources.decoding import BadFile
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.readers import Readers
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -285,7 +286,7 @@ def test_close_cancels_what_has_not_been_read(tmp_path: Path, traps: None) -> No
 PARENT = """
 import sys, time
 from pathlib import Path
-from utils.data.sources.picture_files import PictureFile
+from utils.data.sources.image_files import PictureFile
 from utils.data.sources.readers import Readers
 
 pool = Readers(2)

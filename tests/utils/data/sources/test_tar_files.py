@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from utils.data.sources import tar_files
-from utils.data.sources.images import BadFile
+from utils.data.sources.decoding import BadFile
 from utils.data.sources.tar_files import list_tar
 
 LONG = f"{'a folder of a long name/' * 12}fox.png"

@@ -1,0 +1,202 @@
+"""Stable Diffusion 3 and 3.5 as a ModelAdapter: joins the files of this folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.family import (
+    AdapterFile,
+    DecodeFunction,
+    FileTensor,
+    LatentSpec,
+    ModelAdapter,
+    ModelFilesError,
+    ModuleAdapter,
+    PipelineLayer,
+)
+from models.sd3 import diffusers_names, text_encoders, vae, weights
+from models.sd3 import lora_files as adapter_files
+from models.sd3.layers import LAYER_LIST_VERSION, layer_cost, layer_prefix, num_layers
+from models.sd3.mmdit import unpatchify
+from models.sd3.settings import SD3Settings
+from models.sd3.sources import TEXT_ENCODERS, Part, find_parts
+from models.sd3.tokenizers import find_tokenizers
+from models.tensor_files import TensorFiles
+
+TIMESTEP_SCALE = 1000.0
+
+
+class SD3Adapter(ModelAdapter):
+    """Checks every file's header and shapes; reads no weights until a layer or an encoder is asked for.
+
+    Raises ModelFilesError with every problem of every file.
+    """
+
+    layer_list_version = LAYER_LIST_VERSION
+    native_prefix = weights.CHECKPOINT_PREFIX
+    lora_target_groups = {
+        "attn": r"joint_blocks\.\d+\.(x_block|context_block)\.attn\.(qkv|proj)",
+        "attn2": r"joint_blocks\.\d+\.x_block\.attn2\.(qkv|proj)",
+        "mlp": r"joint_blocks\.\d+\.(x_block|context_block)\.mlp\.(fc1|fc2)",
+        "adaLN_modulation": r"joint_blocks\.\d+\.(x_block|context_block)\.adaLN_modulation\.1",
+        "final_layer": r"final_layer\..*",
+        "embedders": r"(x_embedder\.proj|context_embedder|[ty]_embedder\.mlp\.[02])",
+    }
+    default_lora_targets = ("attn", "mlp", "final_layer")
+
+    def __init__(self, settings: SD3Settings) -> None:
+        tensors, parts, problems = find_parts(settings)
+        encoders = {name: parts[name] for name in TEXT_ENCODERS if name in parts}
+        network, unfit = _check(tensors, parts.get("vae"), encoders, settings)
+        tokenizers, missing = find_tokenizers(settings, encoders)
+        merges, unmergeable = _open_merges(settings, network)
+        problems += unfit + missing + unmergeable
+        if problems or network is None:
+            raise ModelFilesError(problems)
+        for file, strength in merges:
+            network.merge(file, strength)
+        config = network.config
+        self.latent = LatentSpec(
+            channels=config.in_channels,
+            downscale=vae.SPATIAL_DOWNSCALE,
+            patch=config.patch_size,
+            max_side_pixels=config.pos_embed_max_size * config.patch_size * vae.SPATIAL_DOWNSCALE,
+        )
+        self.settings = settings
+        self.config = config
+        self.vae_part = parts["vae"]
+        self.encoder_parts = encoders
+        self.num_blocks = config.depth
+        self.network_files = (*network.paths, *(file.path for file, _ in merges))
+        self.network_settings = {"merge strengths": [strength for _, strength in merges]}
+        self.image_encoder = vae.SD3ImageEncoder(self.vae_part)
+        self.text_encoders = text_encoders.make_text_encoders(encoders, tokenizers, settings)
+        self.adaptable_modules = weights.adaptable_modules(config)
+        self.layers = tuple(self._layer(network, index) for index in range(num_layers(config)))
+        self.sources = {
+            "mmdit": network.source,
+            "vae": self.vae_part.tensors.source,
+            **{name: part.tensors.source for name, part in self.encoder_parts.items()},
+            **{f"{name}_tokenizer": folder for name, folder in tokenizers.items()},
+        }
+        self.notes = tuple(_notes(settings, self.vae_part, merges))
+
+    def _layer(self, network: weights.NetworkFiles, index: int) -> PipelineLayer:
+        prefix = layer_prefix(self.config, index)
+        return PipelineLayer(
+            name=prefix.rstrip(".") or "embedders",
+            prefix=prefix,
+            cost=layer_cost(self.config, index),
+            shapes=network.layer_shapes(index, self.settings.context_length),
+            build=partial(network.load_layer, index, self.settings.context_length, self.settings.torch_dtype),
+            block=self.block_of(prefix),
+        )
+
+    def describe(self) -> str:
+        off = [name for name in TEXT_ENCODERS if name not in self.encoder_parts]
+        return ", ".join([weights.variant_name(self.config), self.settings.dtype, *(f"without {name}" for name in off)])
+
+    def block_of(self, module: str) -> int | None:
+        match = re.match(r"joint_blocks\.(\d+)\.", module)
+        return int(match.group(1)) if match else None
+
+    # --- what the network takes and gives ----------------------------------------------------------------------------
+
+    def network_inputs(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        context, pooled = text_encoders.join_text(text, self.settings, self.config)
+        dtype = noisy_latents.dtype
+        return noisy_latents, TIMESTEP_SCALE * sigma.float(), context.to(dtype), pooled.to(dtype)
+
+    def velocity(self, output: Tensor, height: int, width: int) -> Tensor:
+        return unpatchify(output, height, width, self.config.patch_size)
+
+    def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
+        return vae.load_decoder(self.vae_part, device, tile_pixels)
+
+    # --- public files ------------------------------------------------------------------------------------------------
+
+    def open_adapter_file(self, path: Path) -> AdapterFile:
+        return adapter_files.open_adapter_file(path, self.adaptable_modules, self.config.depth)
+
+    def native_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
+        return adapter_files.native_adapter(modules)
+
+    def diffusers_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
+        return adapter_files.diffusers_adapter(modules, self.config.depth)
+
+    def diffusers_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            renamed.update(diffusers_names.to_diffusers(name, tensor, self.config.depth))
+        return renamed
+
+    def diffusers_config(self) -> dict[str, Any]:
+        return diffusers_names.transformer_config(self.config)
+
+    def frozen_tensors(self) -> list[FileTensor]:
+        parts = self.encoder_parts.values()
+        problems = [("vae", text) for text in vae.file_problems(self.vae_part)]
+        problems += [(part.key, text) for part in parts for text in text_encoders.file_problems(part)]
+        if problems:
+            raise ModelFilesError(problems)
+        tensors = vae.file_tensors(self.vae_part)
+        return tensors + [tensor for part in parts for tensor in text_encoders.file_tensors(part)]
+
+    def export_metadata(self) -> dict[str, str]:
+        return {"modelspec.architecture": weights.architecture_id(self.config)}
+
+
+def _check(
+    tensors: TensorFiles | None, vae_part: Part | None, encoders: Mapping[str, Part], settings: SD3Settings
+) -> tuple[weights.NetworkFiles | None, list[tuple[str, str]]]:
+    """The network, if its files are whole, and what is wrong with any part that is there, as (key, message)."""
+    network, problems = None, []
+    try:
+        network = weights.NetworkFiles(tensors) if tensors is not None else None
+    except ModelFilesError as error:
+        problems += error.problems
+    if vae_part is not None:
+        problems += vae.check_part(vae_part, network.config.in_channels if network else None)
+    problems += text_encoders.check_parts(encoders, settings, network.config if network else None)
+    return network, problems
+
+
+def _open_merges(
+    settings: SD3Settings, network: weights.NetworkFiles | None
+) -> tuple[list[tuple[AdapterFile, float]], list[tuple[str, str]]]:
+    """The adapters to merge, and what is wrong with them, as (key, message)."""
+    merges: list[tuple[AdapterFile, float]] = []
+    problems: list[tuple[str, str]] = []
+    if network is None:
+        return merges, problems
+    modules = weights.adaptable_modules(network.config) if settings.merge_adapters else {}
+    for index, merge in enumerate(settings.merge_adapters):
+        try:
+            file = adapter_files.open_adapter_file(merge.path, modules, network.config.depth)
+            merges.append((file, merge.strength))
+        except ModelFilesError as error:
+            problems += [(f"merge_adapters[{index}].path", text) for _, text in error.problems]
+    return merges, problems
+
+
+def _notes(settings: SD3Settings, vae_part: Part, merges: list[tuple[AdapterFile, float]]) -> list[str]:
+    notes = vae.scale_notes(vae_part)
+    notes += [f"{file.path} is merged into {len(file.shapes)} modules, strength {strength:g}" for file, strength in merges]
+    notes += [
+        f"{file.path} also has {len(file.left_out)} tensors for text encoders, which are left out"
+        for file, _ in merges
+        if file.left_out
+    ]
+    clips_off = settings.clip_l is False and settings.clip_g is False
+    off = [name for name, is_off in (("CLIPs", clips_off), ("T5", settings.t5xxl is False)) if is_off]
+    if off:
+        what = "zeros stand" if settings.missing_encoders == "zeros" else "nothing stands"
+        notes.append(f"{what} for the tokens of the missing {' and '.join(off)} (model.missing_encoders)")
+    return notes

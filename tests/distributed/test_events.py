@@ -1,0 +1,47 @@
+"""What a run shows of itself: the objective in force, evaluations, the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.lab import Lab
+from utils.config.schema.tables import ObjectiveConfig
+from utils.evaluation.comparison import read_evaluations
+from utils.evaluation.evaluate import EVALUATIONS
+from utils.objective.objective import Objective
+
+pytestmark = pytest.mark.distributed
+
+OBJECTIVE: dict[str, Any] = {"weighting_scheme": "mode", "mode_mean": 0.3, "discrete_flow_shift": 2.0}
+
+
+def test_curves_and_report_show_the_density_in_force_and_every_evaluation(lab: Lab) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {
+        "objective": OBJECTIVE,
+        "eval": {"holdout_images": 3, "every_n_steps": 2},
+        "monitoring": {"tensorboard": True},
+        "max_steps": 4,
+    }
+    run = lab.shared_run(2, changes)
+    events = EventAccumulator(str(run.folder), size_guidance={"histograms": 0, "scalars": 0}).Reload()
+    (times,) = events.Histograms("objective/t")
+    sampler = Objective(ObjectiveConfig(**OBJECTIVE)).sampler(2.0)
+    drawn = sampler.draw((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000)
+    shares = torch.tensor(times.histogram_value.bucket, dtype=torch.float64)
+    torch.testing.assert_close(shares, torch.histc(drawn, len(shares), 0, 1) / 100_000, rtol=0, atol=1e-4)
+    (sigmas,) = events.Histograms("objective/sigma")
+    shifted = torch.histc(2 * drawn / (1 + drawn), len(shares), 0, 1) / 100_000
+    torch.testing.assert_close(torch.tensor(sigmas.histogram_value.bucket).double(), shifted, rtol=0, atol=1e-4)
+    recorded = read_evaluations(run.folder / EVALUATIONS)
+    curve = [(point.step, point.value) for point in events.Scalars("eval/loss")]
+    assert [step for step, _ in curve] == [0, 2, 4]
+    assert [value for _, value in curve] == pytest.approx([result.loss for result in recorded])
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "mode by sampling" in page
+    assert "objective        " in run.output and "loss weight mode by sampling" in run.output
+    assert "evaluation on holdout" in run.output

@@ -1,0 +1,102 @@
+"""Which checkpoints are found, and which a run cannot go on from. Saving and loading: tests/distributed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models.family import PipelineLayer
+from utils.checkpoint.save import (
+    NETWORK_FILES,
+    CheckpointError,
+    SavedState,
+    find_checkpoints,
+    identity_problems,
+    save,
+    step_folder,
+)
+from utils.pipeline.engine import LocalLayer
+
+IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, "adapter": "none"}
+
+
+def make_checkpoint(parent: Path, step: int) -> Path:
+    folder = step_folder(parent, step)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"format": 2, "step": step, "identity": IDENTITY}))
+    return folder
+
+
+def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (20, 100, 3, 1_234_567):
+        make_checkpoint(tmp_path, step)
+    found = find_checkpoints(tmp_path)
+    assert [saved.step for saved in found] == [3, 20, 100, 1_234_567]
+    assert found[0] == SavedState(tmp_path / "step_000003", 3, IDENTITY)
+
+
+def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10)
+    (tmp_path / "step_000020").mkdir()
+    make_checkpoint(tmp_path, 30).rename(tmp_path / ".step_000030.tmp")
+    make_checkpoint(tmp_path, 40).rename(tmp_path / "step_000040_copy")
+    (tmp_path / "step_000050").write_text("a file")
+    assert [saved.step for saved in find_checkpoints(tmp_path)] == [10]
+
+
+def test_no_folder_has_no_checkpoints(tmp_path: Path) -> None:
+    assert find_checkpoints(tmp_path / "none") == []
+
+
+def test_every_difference_of_identity_is_named_with_both_values(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10)
+    (saved,) = find_checkpoints(tmp_path)
+    assert identity_problems(saved, IDENTITY) == []
+    problems = identity_problems(saved, {**IDENTITY, "seed": 8, "adapter": {"rank": 4}})
+    assert len(problems) == 2
+    assert problems[0].startswith(f"seed was 7 in {saved.folder} and is 8 now")
+    assert "adapter was 'none'" in problems[1]
+
+
+@pytest.mark.parametrize("text", ["{ half a", "[]", "{}", '{"format": 99, "step": 1, "identity": {}}'])
+def test_a_checkpoint_that_cannot_be_understood_is_named(tmp_path: Path, text: str) -> None:
+    folder = make_checkpoint(tmp_path, 10)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match="step_000010"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_network_file_that_differs_is_told_without_its_hash(tmp_path: Path) -> None:
+    saved = SavedState(tmp_path, 1, {**IDENTITY, NETWORK_FILES: ["0123"]})
+    (text,) = identity_problems(saved, {**IDENTITY, NETWORK_FILES: ["4567"]})
+    assert text.startswith("the network's weights file is another")
+    assert "4567" not in text
+
+
+class OneParameter:
+    """A pipeline with one layer of one parameter, whose weights are given."""
+
+    def __init__(self, weight: float) -> None:
+        self.replica = 0
+        self._layer = nn.Linear(1, 1, bias=False)
+        self._weight = weight
+
+    def local_layers(self) -> list[LocalLayer]:
+        return [LocalLayer(0, PipelineLayer("one", "one.", 1.0, {}, nn.Identity), self._layer)]
+
+    def read_state(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        return {"master": torch.full_like(parameter, self._weight)}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch: Any, weight: float) -> None:
+    monkeypatch.setattr("utils.checkpoint.save.distributed.wait_for_all", lambda name: None)
+    save(OneParameter(1.0), tmp_path, 1, IDENTITY, keep_last=1)  # type: ignore[arg-type]
+    with pytest.raises(FloatingPointError, match=r"one\.weight"):
+        save(OneParameter(weight), tmp_path, 2, IDENTITY, keep_last=1)  # type: ignore[arg-type]
+    assert [saved.step for saved in find_checkpoints(tmp_path)] == [1]

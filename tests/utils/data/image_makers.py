@@ -1,0 +1,89 @@
+"""Pictures for tests: made of coloured quarters, so that any turn, mirror or crop shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.data.buckets import Bucket, CropBox, crop_box
+from utils.data.sources import decoding as images
+from utils.data.sources.image_files import PictureFile
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+QUARTERS = (RED, GREEN, BLUE, WHITE)
+"""Top left, top right, bottom left, bottom right."""
+TURNS: dict[int, Image.Transpose | None] = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> how the camera turned what it saw before it stored it (each the inverse of what a viewer does)."""
+
+
+def quarters(width: int = 48, height: int = 32) -> Image.Image:
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    half_height, half_width = height // 2, width // 2
+    pixels[:half_height, :half_width], pixels[:half_height, half_width:] = RED, GREEN
+    pixels[half_height:, :half_width], pixels[half_height:, half_width:] = BLUE, WHITE
+    return Image.fromarray(pixels)
+
+
+def noise(width: int = 200, height: int = 150) -> Image.Image:
+    """No two pixels alike: large in every format, and damage anywhere in its file shows."""
+    return Image.fromarray(np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+def left_half(width: int = 48, height: int = 32) -> Image.Image:
+    """A mask: white, right half black."""
+    pixels = np.zeros((height, width), dtype=np.uint8)
+    pixels[:, : width // 2] = 255
+    return Image.fromarray(pixels)
+
+
+def save(picture: Image.Image, path: Path, **options: Any) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def save_turned(picture: Image.Image, path: Path, orientation: int, **options: Any) -> Path:
+    """Stored as a camera stores it that was held so; viewers show the picture upright."""
+    turn, exif = TURNS[orientation], Image.Exif()
+    exif[274] = orientation
+    return save(picture if turn is None else picture.transpose(turn), path, exif=exif, **options)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Of a picture in a file of its own."""
+    return images.read_size(PictureFile(path))
+
+
+def read_pixels(path: Path, box: CropBox, *, mirrored: bool = False) -> Tensor:
+    """Of a picture in a file of its own."""
+    return torch.from_numpy(images.read_pixels(PictureFile(path), box, mirrored=mirrored))
+
+
+def read_mask(path: Path, box: CropBox, downscale: int) -> Tensor:
+    """Of a mask in a file of its own."""
+    return torch.from_numpy(images.read_mask(PictureFile(path), box, downscale))
+
+
+def whole(width: int, height: int) -> CropBox:
+    """Nothing scaled, nothing cut off."""
+    return crop_box(width, height, Bucket(width, height))
+
+
+def corners(pixels: Tensor) -> list[tuple[int, ...]]:
+    """Colours of the four quarters' middles, in QUARTERS' order; pixels (3, H, W)."""
+    _, height, width = pixels.shape
+    rows, columns = (height // 4, height - height // 4 - 1), (width // 4, width - width // 4 - 1)
+    return [tuple(pixels[:, row, column].tolist()) for row in rows for column in columns]

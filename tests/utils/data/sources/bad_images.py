@@ -1,0 +1,232 @@
+"""Pictures that cannot be used, of every kind a large dataset has, and odd ones that can; each with its caption."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from tests.utils.data.image_makers import noise, quarters
+
+Maker = Callable[[np.random.Generator], bytes]
+
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF"}
+ODD_SIZE = (48, 32)
+"""Width and height of every odd picture, as it is to be looked at."""
+
+
+# --- bad ones ----------------------------------------------------------------------------------------------------------
+
+
+def make_bad_pictures(folder: Path, count: int = 200, seed: int = 0) -> dict[str, str]:
+    """Write that many pictures that cannot be used, and their captions; returns name -> what is wrong with it."""
+    generator = np.random.default_rng(seed)
+    contents, places = _contents(), _places()
+    kinds = [*contents, *places]
+    made = {}
+    for number in range(count):
+        kind, suffix = kinds[number % len(kinds)]
+        path = folder / f"bad{number:04d}.{suffix}"
+        if (kind, suffix) in places:
+            places[kind, suffix](path)
+        else:
+            path.write_bytes(contents[kind, suffix](generator))
+        path.with_suffix(".txt").write_text(f"a picture that is bad: {kind}")
+        made[path.name] = kind
+    return made
+
+
+def _contents() -> dict[tuple[str, str], Maker]:
+    """(What is wrong, suffix) -> what makes such a file's content."""
+    made: dict[tuple[str, str], Maker] = {("cut off", suffix): _cut_off(name) for suffix, name in FORMATS.items()}
+    made |= {("only the beginning", suffix): _first_bytes(name) for suffix, name in FORMATS.items()}
+    made |= {("damaged in the middle", "png"): _damaged_png, ("a wrong checksum", "png"): _wrong_checksum}
+    made |= {("empty", suffix): lambda _: b"" for suffix in ("jpg", "png")}
+    made |= {("text", "png"): lambda _: b"nothing to see\n", ("a page of the web", "jpg"): _web_page}
+    made |= {("random bytes", "webp"): lambda generator: generator.bytes(5000), ("zeros", "jpg"): lambda _: bytes(4096)}
+    made |= {("announces 60000x60000 pixels", "png"): lambda _: _announcing(60000, 60000)}
+    made |= {("announces 60000x60000 pixels", "bmp"): lambda _: _huge_bitmap(), ("announces no pixels", "png"): _no_pixels}
+    made |= {("wrong magic", "png"): lambda _: b"\x89PNX" + _encoded("PNG")[4:], ("no pixels", "jpg"): _head_of_jpeg}
+    made |= {("random bytes behind a head", "jpg"): _random_jpeg, ("random bytes behind a head", "gif"): _random_gif}
+    made |= {("floating point", "tif"): _floating_point, ("PostScript", "png"): lambda _: _encoded("EPS")}
+    made |= {("one pixel high", "png"): lambda _: _thin(400, 1), ("one pixel wide", "jpg"): lambda _: _thin(1, 400)}
+    made |= {("no picture though it has one's box", "avif"): _empty_box, ("an archive", "jpg"): lambda _: b"PK\x03\x04" * 50}
+    return made
+
+
+def _places() -> dict[tuple[str, str], Callable[[Path], object]]:
+    """(What is wrong, suffix) -> what puts such a thing there that is no file."""
+    made: dict[tuple[str, str], Callable[[Path], object]] = {
+        ("a folder", "png"): Path.mkdir,
+        ("a link to nothing", "jpg"): lambda path: path.symlink_to(path.with_name("nowhere.jpg")),
+        ("a link to itself", "png"): lambda path: path.symlink_to(path.name),
+        ("a pipe", "gif"): os.mkfifo,
+    }
+    if os.geteuid() != 0:  # who is root may read everything
+        made["no permission", "png"] = lambda path: path.touch(0)
+    return made
+
+
+def _encoded(name: str, picture: Image.Image | None = None) -> bytes:
+    file = io.BytesIO()
+    (noise(64, 48) if picture is None else picture).save(file, name)
+    return file.getvalue()
+
+
+def _cut_off(name: str) -> Maker:
+    def make(generator: np.random.Generator) -> bytes:
+        content = _encoded(name)
+        return content[: int(len(content) * generator.uniform(0.2, 0.97))]
+
+    return make
+
+
+def _first_bytes(name: str) -> Maker:
+    return lambda generator: _encoded(name)[: int(generator.integers(1, 25))]
+
+
+def _damaged_png(generator: np.random.Generator) -> bytes:
+    content = bytearray(_encoded("PNG"))
+    start = len(content) // 2 + int(generator.integers(-1000, 1000))
+    content[start : start + 64] = bytes(64)
+    return _with_right_end(content, generator)
+
+
+def _with_right_end(content: bytearray, generator: np.random.Generator) -> bytes:
+    """As a camera's damaged card leaves it: the last bytes are those of a whole file, or something lies behind them."""
+    return bytes(content) + (b"" if generator.random() < 0.5 else b"\x00")
+
+
+def _wrong_checksum(_: np.random.Generator) -> bytes:
+    content = bytearray(_encoded("PNG"))
+    content[29] ^= 255  # of the header
+    return bytes(content)
+
+
+def _web_page(_: np.random.Generator) -> bytes:
+    return b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>"
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def _announcing(width: int, height: int) -> bytes:
+    """A PNG file of that size by its header, with the pixels of a few rows."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(200_000))
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+
+
+def _no_pixels(_: np.random.Generator) -> bytes:
+    return _announcing(0, 0)
+
+
+def _huge_bitmap() -> bytes:
+    content = bytearray(_encoded("BMP"))
+    content[18:26] = struct.pack("<ii", 60000, 60000)
+    return bytes(content)
+
+
+def _head_of_jpeg(_: np.random.Generator) -> bytes:
+    content = _encoded("JPEG")
+    return content[: content.index(b"\xff\xda")] + b"\xff\xd9"
+
+
+def _random_jpeg(generator: np.random.Generator) -> bytes:
+    return b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00" + generator.bytes(3000)
+
+
+def _random_gif(generator: np.random.Generator) -> bytes:
+    return b"GIF89a" + struct.pack("<HHBBB", 64, 48, 0, 0, 0) + b"\x00" + generator.bytes(3000)
+
+
+def _floating_point(_: np.random.Generator) -> bytes:
+    return _encoded("TIFF", Image.fromarray(np.zeros((32, 48), dtype=np.float32)))
+
+
+def _thin(width: int, height: int) -> bytes:
+    return _encoded("PNG" if height == 1 else "JPEG", noise(width, height))
+
+
+def _empty_box(_: np.random.Generator) -> bytes:
+    return _encoded("AVIF")[:32] + struct.pack(">I4s", 8, b"mdat")
+
+
+# --- odd ones ----------------------------------------------------------------------------------------------------------
+
+
+def make_odd_pictures(folder: Path) -> dict[str, str]:
+    """Write pictures that look like trouble and are none, all of ODD_SIZE, and captions; returns name -> what is odd.
+
+    Those of one stem share a caption.
+    """
+    for name, kind in _ODD.items():
+        path = folder / name
+        _write_odd(path, kind)
+        path.with_suffix(".txt").write_text(f"an odd picture: {kind}")
+    return dict(_ODD)
+
+
+_ODD = {
+    "print.jpg": "CMYK",
+    "deep.png": "16 bits",
+    "deep.tif": "16 bits",
+    "palette.png": "a palette with alpha",
+    "grey_alpha.png": "LA",
+    "bits.png": "1 bit",
+    "film.gif": "animated",
+    "film.webp": "animated",
+    "film.png": "animated",
+    "gif_in_truth.jpg": "wrong suffix",
+    "jpeg_in_truth.png": "wrong suffix",
+    "png_in_truth.webp": "wrong suffix",
+    "turned.jpg": "EXIF turned",
+    "turned.webp": "EXIF turned",
+    "long.jpg": "bytes behind the end",
+    "long.png": "bytes behind the end",
+    "long.gif": "bytes behind the end",
+    "progressive.jpg": "progressive",
+    "interlaced.gif": "interlaced",
+    "comments.png": "long texts",
+    "exif.jpg": "broken EXIF",
+    "Umlaut ä\tö.JPG": "its name",
+}
+
+
+def _write_odd(path: Path, kind: str) -> None:
+    picture, suffix = quarters(*ODD_SIZE), path.suffix[1:].lower()
+    if kind == "wrong suffix":
+        picture.save(path, {"gif": "GIF", "jpeg": "JPEG", "png": "PNG"}[path.name.split("_")[0]])
+    elif kind == "EXIF turned":
+        exif = Image.Exif()
+        exif[274] = 6
+        picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    elif kind == "bytes behind the end":
+        path.write_bytes(_encoded(FORMATS[suffix], picture) + b"made by a camera")
+    elif kind == "animated":
+        picture.save(path, save_all=True, append_images=[Image.new("RGB", ODD_SIZE, (255, 0, 0))])
+    elif kind == "long texts":
+        texts = PngImagePlugin.PngInfo()
+        texts.add_text("prompt", "a fox " * 2000, zip=True)
+        picture.save(path, pnginfo=texts)
+    elif kind == "broken EXIF":
+        picture.save(path, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
+    elif kind == "progressive":
+        picture.save(path, progressive=True)
+    else:
+        _in_odd_mode(picture, kind).save(path)
+
+
+def _in_odd_mode(picture: Image.Image, kind: str) -> Image.Image:
+    if kind == "16 bits":
+        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    if kind == "a palette with alpha":
+        return picture.convert("RGBA").quantize(4)
+    return picture.convert({"CMYK": "CMYK", "LA": "LA", "1 bit": "1"}.get(kind, "RGB"))

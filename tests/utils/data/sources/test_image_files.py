@@ -1,0 +1,151 @@
+"""A picture's bytes are the same wherever they lie, and what is missing of them is an OSError."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.data.sources import image_files as picture_files
+from utils.data.sources.image_files import PictureFile
+
+CONTENTS = [bytes([number]) * (1000 + number) for number in range(10)]
+
+
+def make_tar(path: Path) -> list[PictureFile]:
+    with tarfile.open(path, "w") as archive:
+        for number, content in enumerate(CONTENTS):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with tarfile.open(path) as archive:
+        return [PictureFile(path, member.name, member.offset_data, member.size) for member in archive]
+
+
+def make_table(path: Path, *, in_struct: bool, contents: list[bytes] = CONTENTS) -> list[PictureFile]:
+    """In row groups of four."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values: list[Any] = [{"bytes": content, "path": None} for content in contents] if in_struct else contents
+    parquet.write_table(pyarrow.table({"text": ["a"] * len(values), "image": values}), path, row_group_size=4)
+    return [PictureFile(path, "image", row) for row in range(len(values))]
+
+
+def make_files(folder: Path) -> list[PictureFile]:
+    for number, content in enumerate(CONTENTS):
+        (folder / f"{number}.png").write_bytes(content)
+    return [PictureFile(folder / f"{number}.png") for number in range(len(CONTENTS))]
+
+
+def make(folder: Path, kind: str) -> list[PictureFile]:
+    if kind == "files":
+        return make_files(folder)
+    if kind == "tar":
+        return make_tar(folder / "shard.tar")
+    return make_table(folder / "part.parquet", in_struct=kind == "struct")
+
+
+@pytest.mark.parametrize("kind", ["files", "tar", "column", "struct"])
+def test_a_picture_s_bytes_are_the_same_wherever_they_lie(tmp_path: Path, kind: str) -> None:
+    files = make(tmp_path, kind)
+    assert [file.read() for file in files] == CONTENTS
+    for file, content in zip(reversed(files), reversed(CONTENTS), strict=True):
+        with file.open() as opened:
+            assert opened.seek(0, os.SEEK_END) == len(content)
+            opened.seek(1)
+            assert opened.read() == content[1:]
+
+
+def test_names_say_where_a_picture_is() -> None:
+    assert str(PictureFile(Path("a/fox.jpg"))) == "a/fox.jpg"
+    assert str(PictureFile(Path("a/shard.tar"), "in/fox.jpg", 512, 9)) == "a/shard.tar/in/fox.jpg"
+    assert str(PictureFile(Path("a/part.parquet"), "image", 17)) == "a/part.parquet/row 17"
+
+
+@pytest.mark.parametrize("kind", ["files", "tar", "column", "struct"])
+def test_what_was_deleted_is_missing(tmp_path: Path, kind: str) -> None:
+    """Also of a table of which a row has just been read."""
+    first, second, *_ = make(tmp_path, kind)
+    first.read()
+    second.path.unlink()
+    with pytest.raises(FileNotFoundError):
+        second.read()
+    with pytest.raises(FileNotFoundError):
+        second.open()
+
+
+@pytest.mark.parametrize("kind", ["column", "struct"])
+def test_a_damaged_table_is_an_oserror(tmp_path: Path, kind: str) -> None:
+    first, second, *_ = make(tmp_path, kind)
+    first.read()
+    second.path.write_bytes(second.path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="row 1 of part.parquet: ") as caught:
+        second.read()
+    assert caught.value.strerror
+    assert "\n" not in caught.value.strerror
+
+
+def test_a_member_of_a_shortened_archive_is_never_returned_short(tmp_path: Path) -> None:
+    file = make_tar(tmp_path / "shard.tar")[3]
+    os.truncate(file.path, file.start + 10)
+    with pytest.raises(OSError, match="shard.tar is cut off: of 1003 bytes 10 are there"):
+        file.read()
+    os.truncate(file.path, 5)
+    with pytest.raises(OSError, match="of 1003 bytes 0 are there"):
+        file.read()
+
+
+def test_a_length_that_cannot_be_right_takes_no_memory(tmp_path: Path) -> None:
+    file = make_tar(tmp_path / "shard.tar")[0]
+    with pytest.raises(OSError, match="is cut off"):
+        PictureFile(file.path, file.member, file.start, 2**60).read()
+
+
+@pytest.mark.parametrize(("column", "row", "reason"), [("image", 99, "row 99"), ("none", 0, "none"), ("text", 0, "bytes")])
+def test_what_a_table_does_not_have_is_an_oserror(tmp_path: Path, column: str, row: int, reason: str) -> None:
+    path = make_table(tmp_path / "part.parquet", in_struct=True)[0].path
+    with pytest.raises(OSError, match=reason):
+        PictureFile(path, column, row).read()
+
+
+def test_an_empty_cell_is_an_oserror(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "part.parquet"
+    table = pyarrow.table({"column": [b"content", None], "struct": [{"bytes": b"content"}, None]})
+    parquet.write_table(table, path)
+    for column in ("column", "struct"):
+        assert PictureFile(path, column, 0).read() == b"content"
+        with pytest.raises(OSError, match=f"row 1 of part.parquet has no bytes in column {column}"):
+            PictureFile(path, column, 1).read()
+
+
+def test_rows_in_order_read_each_row_group_once(tmp_path: Path) -> None:
+    files = make_table(tmp_path / "part.parquet", in_struct=True)
+    picture_files._row_group.cache_clear()
+    for file in files:
+        file.read()
+    assert picture_files._row_group.cache_info().misses == 3
+
+
+def test_a_table_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    file = make_table(tmp_path / "part.parquet", in_struct=False)[0]
+    assert file.read() == CONTENTS[0]
+    other = make_table(tmp_path / "other.parquet", in_struct=False, contents=CONTENTS[::-1])[0]
+    other.path.replace(file.path)
+    assert file.read() == CONTENTS[-1]
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", "."):
+        with pytest.raises(OSError, match="Not a regular file|Is a directory"):
+            PictureFile(tmp_path / name).open()
+        with pytest.raises(OSError, match="Not a regular file|Is a directory"):
+            PictureFile(tmp_path / name, "member", 0, 10).read()

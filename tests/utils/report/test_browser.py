@@ -1,0 +1,176 @@
+"""The page on a dataset in a browser: at a phone's width and a screen's, with usual texts and with such as mean harm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.utils.report.make_facts import hostile_facts, usual_facts
+from utils.report.dataset_facts import DatasetFacts
+from utils.report.dataset_page import render
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
+
+HEADINGS = ["Summary", "Buckets", "Pictures", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+FACTS: dict[str, DatasetFacts] = {"usual": usual_facts(), "hostile": hostile_facts()}
+PHONE, SCREEN = 360, 1280
+SMALLEST_LETTERS = """
+const hasWords = element => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+const sizes = [...document.body.querySelectorAll('*')]
+    .filter(element => !element.closest('svg') && hasWords(element))
+    .map(element => parseFloat(getComputedStyle(element).fontSize));
+return Math.min(...sizes);
+"""
+PAIRS = """
+const place = element => { const box = element.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]; };
+return [...document.querySelectorAll('.pair')].map(pair => ({
+    images: [...pair.querySelectorAll('img')].map(place), crop: place(pair.querySelector('.crop')) }));
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One for all tests of the file. It keeps a log of what it says and of what it asks for."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SE_OFFLINE", "true")  # selenium is not to look for a driver elsewhere
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    paths = {name: folder / f"{name}.html" for name in FACTS}
+    for name, path in paths.items():
+        path.write_text(render(FACTS[name]), encoding="utf-8")
+    return paths
+
+
+def open_page(browser: Any, path: Path, width: int = SCREEN, scheme: str = "light") -> None:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    for log in ("browser", "performance"):
+        browser.get_log(log)  # reading empties it
+    browser.get(path.as_uri())
+
+
+def requests(browser: Any) -> list[str]:
+    """Addresses that were asked for since the page was opened."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
+def is_wider_than_the_window(browser: Any) -> bool:
+    return bool(browser.execute_script("return document.documentElement.scrollWidth > innerWidth"))
+
+
+both = pytest.mark.parametrize("name", FACTS)
+widths = pytest.mark.parametrize("width", [PHONE, SCREEN])
+
+
+def test_a_page_that_asks_for_more_would_be_caught(browser: Any, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    bad.write_text('<img src="http://127.0.0.1:9/a.png"><script>boom()</script><p style="width:2000px">wide')
+    open_page(browser, bad)
+    assert "http://127.0.0.1:9/a.png" in requests(browser)
+    assert any("boom" in entry["message"] for entry in browser.get_log("browser"))
+    assert is_wider_than_the_window(browser)
+
+
+@both
+def test_the_page_asks_for_nothing_and_complains_of_nothing(browser: Any, pages: dict[str, Path], name: str) -> None:
+    open_page(browser, pages[name])
+    browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert browser.get_log("browser") == []
+    asked = requests(browser)
+    assert pages[name].as_uri() in asked
+    assert {address for address in asked if not address.startswith("data:")} == {pages[name].as_uri()}
+
+
+@both
+@widths
+def test_the_page_is_no_wider_than_the_window(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
+    open_page(browser, pages[name], width)
+    assert browser.execute_script("return innerWidth") == width
+    assert not is_wider_than_the_window(browser)
+    browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert not is_wider_than_the_window(browser)
+
+
+@both
+def test_every_section_and_picture_is_seen(browser: Any, pages: dict[str, Path], name: str) -> None:
+    open_page(browser, pages[name])
+    seen = "return [...document.querySelectorAll('h2')].filter(one => one.checkVisibility()).map(one => one.innerText)"
+    assert browser.execute_script(seen) == HEADINGS
+    natural = browser.execute_script("return [...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+    assert len(natural) == 2 * len(FACTS[name].thumbnails) and min(natural) > 0
+
+
+@both
+@widths
+def test_the_frame_is_where_the_crop_is(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
+    open_page(browser, pages[name], width)
+    pairs = browser.execute_script(PAIRS)
+    thumbnails = FACTS[name].thumbnails
+    buckets = list(dict.fromkeys(picture.bucket for picture in thumbnails))
+    in_order = sorted(thumbnails, key=lambda picture: buckets.index(picture.bucket))
+    for thumbnail, pair in zip(in_order, pairs, strict=True):
+        left, top, right, bottom = pair["images"][0]
+        shares = thumbnail.crop
+        wanted = [left + shares[0] * (right - left), top + shares[1] * (bottom - top)]
+        wanted += [left + shares[2] * (right - left), top + shares[3] * (bottom - top)]
+        assert pair["crop"] == pytest.approx(wanted, abs=1.5)
+
+
+@widths
+def test_both_pictures_of_a_pair_are_of_one_height_and_beside_each_other(
+    browser: Any, pages: dict[str, Path], width: int
+) -> None:
+    open_page(browser, pages["usual"], width)
+    for pair in browser.execute_script(PAIRS):
+        (_, top, right, bottom), (left, other_top, end, other_bottom) = pair["images"]
+        assert (other_top, other_bottom) == pytest.approx((top, bottom), abs=1.5)
+        assert right < left < end <= width and bottom - top > 40
+
+
+@both
+@widths
+def test_letters_are_large_enough(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
+    open_page(browser, pages[name], width)
+    assert browser.execute_script(SMALLEST_LETTERS) >= 12
+
+
+def test_the_page_is_as_dark_as_the_reader_has_it(browser: Any, pages: dict[str, Path]) -> None:
+    grounds = []
+    for scheme in ("light", "dark"):
+        open_page(browser, pages["usual"], scheme=scheme)
+        grounds.append(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert grounds == ["rgb(255, 255, 255)", "rgb(22, 24, 28)"]
+
+
+def test_a_long_caption_unfolds_without_a_script(browser: Any, pages: dict[str, Path]) -> None:
+    open_page(browser, pages["usual"])
+    part = browser.find_element("css selector", "details.long")
+    whole, start = part.find_element("css selector", "div.text"), part.find_element("css selector", "summary span")
+    assert start.is_displayed() and not whole.is_displayed()
+    part.find_element("css selector", "summary").click()
+    assert whole.is_displayed() and not start.is_displayed()

@@ -1,0 +1,50 @@
+"""What the start banner says of the objective."""
+
+from __future__ import annotations
+
+import pytest
+
+from utils.config.presets import PRESETS
+from utils.config.schema.tables import ObjectiveConfig
+from utils.run.banner import objective_notes, objective_rows
+
+
+def test_the_objective_in_force_is_told() -> None:
+    assert objective_rows(ObjectiveConfig()) == [
+        ("time density", "sigma"),
+        ("loss weight", "logit_normal by sampling"),
+        ("shift", "3"),
+        ("prediction", "raw"),
+        ("loss", "l2"),
+        ("numbers", "logit_mean 0, logit_std 1"),
+    ]
+    config = ObjectiveConfig(timestep_sampling="mode", shift_resolution=512, min_t=0.25, loss_type="huber")
+    assert objective_rows(config) == [
+        ("time density", "mode"),
+        ("loss weight", "none"),
+        ("shift", "3 at 512x512, times the root of the pixels elsewhere"),
+        ("prediction", "raw"),
+        ("loss", "huber"),
+        ("t", "from 0.25 to 1"),
+        ("numbers", "mode_scale 1.29, huber_c 0.1"),
+    ]
+    rows = dict(objective_rows(ObjectiveConfig(preset="sd_scripts", encoder_dropout_rate={"clip_l": 0.5})))
+    assert rows["rounding"] == "as sd_scripts"
+    assert rows["encoders dropped"] == "{'clip_l': 0.5}"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_preset_says_what_it_set_and_what_was_written_instead(preset: str) -> None:
+    (note,) = objective_notes(ObjectiveConfig(preset=preset, discrete_flow_shift=1.25))
+    assert note.startswith(f"objective.preset = '{preset}' is ")
+    assert note.endswith("; but written is discrete_flow_shift = 1.25")
+    assert all(f"{key} = {value!r}" in note for key, value in PRESETS[preset].items())
+    assert "but written" not in objective_notes(ObjectiveConfig(preset=preset))[0]
+
+
+def test_a_key_that_changes_nothing_and_an_output_nobody_else_reads_are_noted() -> None:
+    assert objective_notes(ObjectiveConfig()) == []
+    (note,) = objective_notes(ObjectiveConfig(mode_scale=0.5))
+    assert note == "objective.mode_scale has no effect on this objective"
+    (note,) = objective_notes(ObjectiveConfig(model_prediction_type="additive"))
+    assert "other programs cannot use it" in note

@@ -1,0 +1,219 @@
+"""What is found of a run's datasets before it starts: what refuses it, what is left out, and who looks."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+from PIL import Image
+
+from tests.tiny_model import make_tiny_dataset, write_experiment, write_picture
+from utils.config.load import ConfigError
+from utils.data.batches import BatchOrder
+from utils.data.sources.readers import Readers
+from utils.distributed.group import World
+from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
+from utils.run import prepare as preflight
+from utils.run.banner import describe
+from utils.run.prepare import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_PICTURE_ADVICE, Experiment, num_readers, prepare
+
+ALONE = World(0, 0, 1, 1)
+
+
+class Desk:
+    """Writes experiments on pictures of the test's own, and checks them."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self._model = folder, model
+        self.pictures = make_tiny_dataset(folder / "pictures", 6)
+
+    def prepare(self, world: World = ALONE, *, only_look: bool = False, **changes: Any) -> Experiment:
+        file = write_experiment(self.folder / "experiment", self._model, self.pictures, **changes)
+        return prepare(file, [], None, world, only_look=only_look)
+
+    def problems(self, **changes: Any) -> list[tuple[str, str, str]]:
+        """(Name of the file, key, message) of each."""
+        with pytest.raises(ConfigError) as caught:
+            self.prepare(**changes)
+        return [(problem.file.name, problem.key, problem.message) for problem in caught.value.problems]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr(preflight, "Readers", lambda _: nullcontext(readers))  # one for all tests
+    return Desk(tmp_path, tiny_model)
+
+
+def spoil(folder: Path, index: int = 0) -> Path:
+    path = write_picture(folder, index)
+    path.write_bytes(b"no picture")
+    return path
+
+
+# --- bad files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spoiled", "is_refused"), [("pictures", False), ("other", True)])
+def test_bad_files_are_left_out_of_the_directories_that_say_so(desk: Desk, spoiled: str, is_refused: bool) -> None:
+    other = make_tiny_dataset(desk.folder / "other", 6)
+    path = spoil(desk.folder / spoiled)
+    directories = [{"path": str(desk.pictures), "on_bad_file": "skip"}, {"path": str(other)}]
+    if is_refused:
+        (name, _, _), *_, advice = desk.problems(dataset_file={"directory": directories})
+        assert name == path.name
+        assert advice == ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE)
+    else:
+        dataset = desk.prepare(dataset_file={"directory": directories}).dataset
+        assert ([bad.path for bad in dataset.bad_files], dataset.num_images) == ([path], 11)
+
+
+@pytest.mark.parametrize("inner", ["error", "skip"])
+def test_what_a_directory_inside_another_says_counts_for_its_own_files(desk: Desk, inner: str) -> None:
+    outer = "skip" if inner == "error" else "error"
+    inside = make_tiny_dataset(desk.pictures / "inside", 3)
+    spoil(inside)
+    directories = [{"path": str(desk.pictures), "on_bad_file": outer}, {"path": str(inside), "on_bad_file": inner}]
+    if inner == "skip":
+        assert desk.prepare(dataset_file={"directory": directories}).dataset.num_images == 6 + 2
+    else:
+        assert desk.problems(dataset_file={"directory": directories})[-1][1] == "on_bad_file"
+
+
+@pytest.mark.parametrize("key", ["mask_path", "control_path"])
+def test_bad_masks_and_control_pictures_go_by_their_directory(desk: Desk, key: str) -> None:
+    companions = make_tiny_dataset(desk.folder / "companions", 6)
+    spoil(companions)
+    directory = {"path": str(desk.pictures), key: str(companions)}
+    assert desk.problems(dataset_file={"directory": [directory]})[-1][1] == "on_bad_file"
+    dataset = desk.prepare(dataset_file={"directory": [{**directory, "on_bad_file": "skip"}]}).dataset
+    assert (dataset.num_images, [bad.path.parent for bad in dataset.bad_files]) == (5, [companions])
+
+
+def test_many_bad_files_are_shown_shortened(desk: Desk) -> None:
+    for index in range(10, 13 + MAX_BAD_FILES_SHOWN):
+        spoil(desk.pictures, index)
+    problems = desk.problems()
+    assert len(problems) == MAX_BAD_FILES_SHOWN + 2
+    assert problems[-2:] == [
+        ("dataset.toml", "", "3 more files cannot be used"),
+        ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE),
+    ]
+
+
+def test_a_refused_run_lists_every_bad_file(desk: Desk) -> None:
+    paths = [spoil(desk.pictures, index) for index in range(10, 13 + MAX_BAD_FILES_SHOWN)]
+    desk.problems()
+    lines = (desk.folder / "experiment" / "output" / BAD_FILES).read_text().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == list(map(str, paths))
+
+
+@pytest.mark.parametrize("num_bad", [1, MAX_SHOWN_IN_LOG, MAX_SHOWN_IN_LOG + 3])
+def test_the_banner_shows_the_first_of_the_files_left_out(desk: Desk, num_bad: int) -> None:
+    for index in range(10, 10 + num_bad):
+        spoil(desk.pictures, index)
+    experiment = desk.prepare(dataset_file={"on_bad_file": "skip"})
+    order = BatchOrder(experiment.dataset.examples, experiment.global_batch, 0)
+    lines = [line.strip() for line in describe(experiment, order, "nowhere").splitlines() if "left out: " in line]
+    assert lines[0] == f"left out: {desk.pictures / 'picture_010.png'}: is not a picture Pillow can read"
+    assert len(lines) == min(num_bad, MAX_SHOWN_IN_LOG + 1)
+    rest = f"left out: 3 more files; a run lists all in {desk.folder / 'experiment' / 'output' / BAD_FILES}"
+    assert (lines[-1] == rest) == (num_bad > MAX_SHOWN_IN_LOG)
+
+
+def test_a_check_that_finds_bad_files_writes_nothing(desk: Desk) -> None:
+    spoil(desk.pictures)
+    desk.problems(only_look=True)
+    assert not (desk.folder / "experiment" / "output").exists()
+
+
+def test_files_left_out_of_an_evaluation_set_are_among_those_of_the_run(desk: Desk) -> None:
+    other = make_tiny_dataset(desk.folder / "other", 3)
+    bad = spoil(other)
+    Image.new("RGB", (300, 300)).save(other / "picture_001.png")
+    file = desk.folder / "other.toml"
+    table = {"resolutions": [32], "on_bad_file": "skip", "max_pixels": 80000, "directory": [{"path": str(other)}]}
+    file.write_text(toml.dumps(table))
+    dataset = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
+    assert [one.path for one in dataset.bad_files] == [bad]
+    assert [one.path.name for one in dataset.left_out] == ["picture_001.png"]
+
+
+def test_bad_files_of_an_evaluation_set_are_told_with_its_file(desk: Desk) -> None:
+    other = make_tiny_dataset(desk.folder / "other", 2)
+    spoil(other)
+    file = desk.folder / "other.toml"
+    file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(other)}]}))
+    problems = desk.problems(eval={"sets": [{"name": "other", "dataset": str(file)}]})
+    assert [(name, key) for name, key, _ in problems] == [("picture_000.png", ""), ("other.toml", "on_bad_file")]
+
+
+# --- small pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_small_pictures_refuse_a_run_that_says_so_and_no_other(desk: Desk) -> None:
+    size = {"resolutions": [64]}
+    Image.new("RGB", (100, 100)).save(desk.pictures / "picture_005.png")
+    problems = desk.problems(dataset_file={**size, "upscale": "error", "on_bad_file": "skip"})
+    assert len(problems) == 5 + 1
+    assert problems[0] == (
+        "picture_000.png",
+        "",
+        'is 40x40 pixels, smaller than its bucket 64x64; upscale = "error"',
+    )
+    assert problems[-1] == ("dataset.toml", "upscale", SMALL_PICTURE_ADVICE)
+    assert any("enlarged" in text for text in desk.prepare(dataset_file=size).dataset.warnings)
+
+
+def test_a_dataset_of_which_everything_is_left_out_is_refused(desk: Desk) -> None:
+    (problem,) = desk.problems(dataset_file={"resolutions": [64], "upscale": "never"})
+    assert problem[:2] == ("dataset.toml", "directory")
+    (problem,) = desk.problems(dataset_file={"max_pixels": 9})
+    assert problem == ("dataset.toml", "directory", f"no usable picture with a caption in {desk.pictures}")
+
+
+# --- who looks ---------------------------------------------------------------------------------------------------------
+
+
+def test_other_ranks_do_not_look_at_pictures(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read pictures"))
+    experiment = desk.prepare(World(1, 1, 2, 2), pipeline={"pipeline_stages": 1})
+    assert (len(experiment.dataset.examples), experiment.memories) == (0, [])
+
+
+def test_a_second_start_opens_no_picture(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = desk.prepare().dataset
+    monkeypatch.setattr(Readers, "sizes", lambda *_: pytest.fail("a picture was opened"))
+    second = desk.prepare().dataset
+    assert list(first.examples) == list(second.examples)
+
+
+def test_a_check_writes_nothing(desk: Desk) -> None:
+    desk.prepare(only_look=True)
+    assert {path.name for path in (desk.folder / "experiment").iterdir()} == {"experiment.toml", "dataset.toml"}
+
+
+def test_a_run_refused_for_its_settings_writes_nothing(desk: Desk) -> None:
+    changes: dict[str, Any] = {"adapter": {"type": "lora", "targets": ["no"]}, "sampling": {"prompts": ["a"], "width": 40}}
+    desk.problems(**changes)
+    assert not (desk.folder / "experiment" / "output").exists()
+
+
+def test_pictures_in_training_and_evaluation_are_warned_of(desk: Desk) -> None:
+    file = desk.folder / "other.toml"
+    file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(desk.pictures), "max_pixels": 1600}]}))
+    experiment = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}], "holdout_images": 1})
+    shared = {example.image for example in experiment.dataset.examples}
+    num_both = len(shared & {example.image for example in experiment.eval_sets["other"]})
+    assert f"{num_both} pictures of the evaluation set 'other' are trained on too" in experiment.dataset.warnings
+    assert list(experiment.eval_sets) == ["holdout", "other"]
+    assert len(experiment.memories) == 2, "pictures held out are remembered with those they are taken from"
+
+
+@pytest.mark.parametrize(("cores", "ranks", "expected"), [(1, 1, 1), (8, 1, 7), (8, 4, 1), (64, 2, 16), (2, 8, 1)])
+def test_readers_leave_a_core_to_each_rank(monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, expected: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert num_readers(World(0, 0, ranks, ranks)) == expected

@@ -1,0 +1,231 @@
+"""Gathers what the page on a dataset shows, out of tables and the cache; and lists in a file what was not used.
+
+Numbers are of all pictures; pictures, cut captions and equal files are shown as examples. Nothing here knows HTML.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models.family import LENGTH, DecodeFunction, ModelAdapter
+from utils.data.batches import BatchOrder
+from utils.data.cache.shards import SHARD_FILES
+from utils.data.cache.store import Store
+from utils.data.dataset import Dataset
+from utils.data.encoding.encoded import EncodedData
+from utils.data.encoding.plan import Wanted, wanted_captions
+from utils.data.examples import Example, ExampleTable
+from utils.data.sources.decoding import BadFile, read_thumbnail
+from utils.data.sources.image_files import PictureFile
+from utils.files.atomic import write_text
+from utils.randomness import permutation
+from utils.report.dataset_facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts, Thumbnail
+from utils.report.dataset_page import render
+from utils.tracking.metrics import bytes_in_words, say
+
+DATASET_REPORT = "dataset_report.html"
+BAD_FILES = "bad_files.jsonl"
+NUM_THUMBNAILS = 48
+THUMBNAIL_PIXELS = 256
+"""Longest side of a picture on the page."""
+JPEG_QUALITY = 80
+NUM_CUT_SHOWN, NUM_DUPLICATES_SHOWN, NUM_FILES_SHOWN = 50, 300, 300
+MAX_SHOWN_IN_LOG = 20
+
+
+def write_bad_files(folder: Path, dataset: Dataset, unusable: Sequence[BadFile]) -> None:
+    """List every file that is not used in BAD_FILES, with its reason; no file when there is none. Says how many."""
+    entries = [("bad", bad) for bad in (*dataset.bad_files, *unusable)] + [("left out", bad) for bad in dataset.left_out]
+    path = folder / BAD_FILES
+    if not entries:
+        path.unlink(missing_ok=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"path": str(bad.path), "kind": kind, "reason": bad.reason}) for kind, bad in entries)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    num_left_out = len(dataset.left_out)
+    say(f"{len(entries) - num_left_out} bad files, {num_left_out} left out on purpose; each with its reason in {path}")
+
+
+class Gatherer:
+    """Looks at one dataset as it will be trained."""
+
+    def __init__(
+        self, adapter: ModelAdapter, data: EncodedData, table: ExampleTable, order: BatchOrder, tile_pixels: int
+    ) -> None:
+        """tile_pixels: as of `load_decoder`."""
+        self._adapter, self._data, self._table, self._order = adapter, data, table, order
+        self._tile_pixels = tile_pixels
+        self._captions = wanted_captions([table], ())
+
+    def facts(
+        self, title: str, dataset: Dataset, bad_files: Sequence[BadFile], num_steps: int, device: torch.device
+    ) -> DatasetFacts:
+        """Everything the page says."""
+        encoders = [self._encoder(encoder.name, encoder.num_tokens) for encoder in self._adapter.text_encoders]
+        duplicates, num_duplicates = self._duplicates()
+        return DatasetFacts(
+            title=title,
+            rows=self._rows(num_steps),
+            buckets=self._buckets(),
+            thumbnails=self._thumbnails(device),
+            encoders=encoders,
+            exposure=self._exposure(),
+            bad_files=[(str(bad.path), bad.reason) for bad in bad_files[:NUM_FILES_SHOWN]],
+            num_bad=len(bad_files),
+            left_out=[(str(bad.path), bad.reason) for bad in dataset.left_out[:NUM_FILES_SHOWN]],
+            num_left_out=len(dataset.left_out),
+            duplicates=duplicates,
+            num_duplicates=num_duplicates,
+            warnings=dataset.warnings,
+        )
+
+    def _rows(self, num_steps: int) -> list[tuple[str, str]]:
+        table, order = self._table, self._order
+        epochs = num_steps / order.steps_per_epoch
+        sizes = " and ".join(sorted({str(size) for one in table.directories for size in one.resolutions}, key=int))
+        folder = self._data.folders.cache
+        total = sum(path.stat().st_size for path in folder.glob(f"*/*/{SHARD_FILES}"))
+        return [
+            ("pictures", f"{table.num_pictures:,} files"),
+            ("examples", f"{len(table):,}: each picture at each resolution ({sizes})"),
+            ("captions", f"{len(np.unique(_as_numbers(self._captions.keys), axis=0)):,} different ones"),
+            ("an epoch", f"{order.steps_per_epoch:,} steps, {order.num_fillers:,} showings only fill batches"),
+            ("the run", f"{num_steps:,} steps: {epochs:,.2f} epochs"),
+            ("cache", f"{folder}: {bytes_in_words(total)}, all that is in it"),
+        ]
+
+    def _buckets(self) -> list[BucketFacts]:
+        table, counts = self._table, self._table.bucket_counts()
+        sides = np.array([(bucket.width, bucket.height) for bucket in table.buckets], np.int64)[table.rows[:, 2]]
+        enlarged = (sides > table.pictures.sizes[table.rows[:, 0]]).any(axis=1)
+        facts = []
+        for bucket, (shown, fillers) in self._order.bucket_showings().items():
+            is_here = table.rows[:, 2] == table.buckets.index(bucket)
+            facts.append(BucketFacts(str(bucket), counts[bucket], shown, fillers, int((enlarged & is_here).sum())))
+        return facts
+
+    def _exposure(self) -> list[tuple[float, int]]:
+        """(Showings in an epoch on the average, number of pictures), fillers shared out evenly over their bucket."""
+        table, showings = self._table, self._order.bucket_showings()
+        factors = np.ones(len(table.buckets))
+        for bucket, (shown, fillers) in showings.items():
+            factors[table.buckets.index(bucket)] = shown / (shown - fillers)
+        of_example = table.repeats * factors[table.rows[:, 2]]
+        of_picture = np.bincount(table.rows[:, 0], weights=of_example)
+        values, counts = np.unique(of_picture[of_picture > 0].round(2), return_counts=True)
+        return [(float(value), int(count)) for value, count in zip(values, counts, strict=True)]
+
+    def _duplicates(self) -> tuple[list[list[str]], int]:
+        """(Some groups of files of equal content, how many there are); one file under two names is no such group."""
+        table = self._table
+        pictures = np.unique(table.rows[:, 0])
+        numbers = _as_numbers(table.pictures.content[pictures])
+        _, groups, counts = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
+        repeated = np.flatnonzero(counts > 1)
+        order = np.argsort(groups.reshape(-1), kind="stable")
+        ends = np.cumsum(counts)
+        shown: list[list[str]] = []
+        num_groups = 0
+        for group in repeated.tolist():
+            members = pictures[order[ends[group] - counts[group] : ends[group]]]
+            files = {_identity(file): str(file) for file in map(table.file, members.tolist())}
+            num_groups += len(files) > 1
+            if len(files) > 1 and len(shown) < NUM_DUPLICATES_SHOWN:
+                shown.append(list(files.values()))
+        return shown, num_groups
+
+    # --- captions ----------------------------------------------------------------------------------------------------
+
+    def _encoder(self, name: str, max_tokens: int) -> EncoderFacts:
+        lengths = _lengths(self._data.folders.texts[name], self._captions)
+        values, counts = np.unique(lengths[:, 0], return_counts=True)
+        is_cut = np.flatnonzero(lengths[:, 0] > max_tokens)
+        cut = []
+        for place in is_cut[:NUM_CUT_SHOWN].tolist():
+            _, row, variant = self._captions.items[place].tolist()
+            tokens, characters = lengths[place].tolist()
+            example = self._table[row]
+            caption = example.caption(variant)
+            cut.append(CutCaption(str(example.image), caption[:characters], caption[characters:], tokens))
+        histogram = [(int(value), int(count)) for value, count in zip(values, counts, strict=True)]
+        return EncoderFacts(name, max_tokens, histogram, len(is_cut), cut)
+
+    # --- pictures ----------------------------------------------------------------------------------------------------
+
+    def _thumbnails(self, device: torch.device) -> list[Thumbnail]:
+        """Some pictures of each bucket, always the same ones."""
+        table = self._table
+        chosen: list[int] = []
+        buckets = list(table.bucket_counts())
+        each = max(1, NUM_THUMBNAILS // len(buckets))
+        for bucket in buckets[:NUM_THUMBNAILS]:
+            members = np.flatnonzero(table.rows[:, 2] == table.buckets.index(bucket))
+            places = permutation(0, "thumbnails", str(bucket), length=len(members))[:each]
+            chosen += np.sort(members[places]).tolist()
+        decode = self._adapter.load_decoder(device, self._tile_pixels)
+        found = (self._thumbnail(table[row], decode, wants_mirror=place % 2 == 1) for place, row in enumerate(chosen))
+        return [thumbnail for thumbnail in found if thumbnail is not None]
+
+    def _thumbnail(self, example: Example, decode: DecodeFunction, *, wants_mirror: bool) -> Thumbnail | None:
+        """None for a file that has gone since it was encoded. Mirrored, if it is wanted and ever trained on so."""
+        mirrored = wants_mirror and example.may_flip
+        try:
+            picture, (width, height) = read_thumbnail(example.image, THUMBNAIL_PIXELS)
+        except BadFile:
+            return None
+        pixels = decode(self._data.latents(example, flipped=mirrored)[None])[0]
+        box, bucket = example.box, example.bucket
+        left, top = box.left / box.resized_width, box.top / box.resized_height
+        right, bottom = left + bucket.width / box.resized_width, top + bucket.height / box.resized_height
+        return Thumbnail(
+            picture=str(example.image),
+            caption=example.caption(),
+            bucket=str(bucket),
+            width=width,
+            height=height,
+            crop=(left, top, right, bottom),
+            original=_jpeg(picture),
+            encoded=_jpeg(Image.fromarray(pixels.permute(1, 2, 0).numpy())),
+            mirrored=mirrored,
+        )
+
+
+def _identity(file: PictureFile) -> tuple[object, ...]:
+    """Equal for two names of one file."""
+    try:
+        status = file.path.stat()
+    except OSError:
+        return (file,)  # it has gone since it was encoded
+    return status.st_dev, status.st_ino, file.start
+
+
+def _as_numbers(keys: np.ndarray) -> np.ndarray:
+    """(n, 16) uint8 to (n, 2) uint64, which sort fast."""
+    return np.ascontiguousarray(keys).view("<u8")
+
+
+def _lengths(folder: Path, captions: Wanted) -> np.ndarray:
+    """Of each caption tokens, if it were not cut, and characters that are read: (n, 2)."""
+    return Store(folder).column(captions.keys, LENGTH)
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def write_page(folder: Path, facts: DatasetFacts) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / DATASET_REPORT, render(facts))
+    return folder / DATASET_REPORT

@@ -1,0 +1,309 @@
+"""The page on a dataset as it will be trained: how it is cut, what of it is read, what is shown how often, what is not used.
+
+It is one file; pictures stand in it. What there is nothing of is left out, heading and all. Long lists are folded, very long
+ones shortened, and each says how much more there is.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from utils.report.dataset_facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts, Thumbnail
+from utils.report.html import header_row, html_of, page, plot_figure, table_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_OPEN, MAX_LISTED = 10, 300
+"""Entries of a list that are seen at once, and those that are there when it is unfolded."""
+MAX_OPEN_CAPTIONS = 3
+MAX_GROUP = 20
+"""Paths of one group of equal files."""
+START_CHARACTERS, MAX_CHARACTERS = 180, 8000
+"""Of a caption: what is seen while it is folded, and what is there of a very long one."""
+MAX_HEIGHT_REM, MAX_RATIO = 17, 3.0
+"""Of the two pictures of a pair. Their widths are as their shapes, so that both are of one height; not so very wide ones."""
+
+_CSS = """
+:root { --box: #eef1f6; --first: #2f6fbd; --again: #cc5a14; --filler: #8a8a8a; --mark: #ffe3b8; }
+@media (prefers-color-scheme: dark) { :root { --box: #22262e; --mark: #5e3a10; } }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
+a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--soft); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .5rem; overflow-wrap: anywhere; }
+h3 span { font-weight: 400; margin-left: .4rem; }
+p { margin: .4rem 0; max-width: 44rem; }
+.soft { color: var(--soft); }
+.warnings { margin: 0 0 1rem; padding: .2rem .9rem; border-left: 4px solid var(--again); background: var(--box); }
+.rows th { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+.buckets th { white-space: normal; min-width: 4rem; max-width: 20rem; overflow-wrap: break-word; vertical-align: bottom; }
+.buckets th ~ th, .buckets td { text-align: right; }
+.bar { display: flex; width: clamp(6rem, 20vw, 14rem); height: .8rem; margin-top: .3rem; }
+.bar i, .key i { background: var(--first); }
+.bar .again, .key .again { background: var(--again); }
+.bar .filler, .key .filler { background: var(--filler); }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-top: .6rem; font-size: .9rem; color: var(--soft); }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; vertical-align: -.05rem; }
+.cards { display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
+.card { min-width: 0; }
+.card figcaption { margin-top: .3rem; }
+.card bdi { color: var(--ink); font-weight: 600; }
+.pair { display: flex; gap: .3rem; align-items: flex-start; }
+.pair div { position: relative; min-width: 0; overflow: hidden; }
+.pair img { display: block; width: 100%; height: auto; background: var(--box); }
+.pair .crop { position: absolute; box-shadow: inset 0 0 0 2px #fff, inset 0 0 0 3px #000, 0 0 0 40rem rgb(0 0 0 / 60%); }
+.text { white-space: pre-line; }
+.card .text { color: var(--ink); }
+summary { cursor: pointer; }
+.more > summary { color: var(--soft); margin: .6rem 0; }
+.long > summary { list-style: none; }
+.long > summary::-webkit-details-marker { display: none; }
+.long > summary::after { content: " more"; color: var(--soft); text-decoration: underline; text-underline-offset: .2em; }
+.long[open] > summary::after { content: "less"; }
+.long[open] > summary > span { display: none; }
+mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--again); }
+.list { margin: .4rem 0; padding: 0; list-style: none; max-width: 60rem; overflow-wrap: anywhere; }
+.list li { padding: .35rem 0; border-bottom: 1px solid var(--line); }
+.list.plain li { border: 0; }
+.reasons bdi, .group bdi { display: block; }
+.beside { flex: 1 1 24rem; min-width: 0; max-width: 44rem; }
+@media (min-width: 50rem) { .reasons li { display: grid; grid-template-columns: 3fr 2fr; gap: 1.5rem; } }
+"""
+
+
+def render(facts: DatasetFacts) -> str:
+    """The page. The same facts give the same text."""
+    sections = [
+        ("Summary", _warnings(facts.warnings) + table_of(facts.rows)),
+        ("Buckets", _buckets(facts.buckets)),
+        ("Pictures", _pictures(facts.thumbnails, facts.buckets)),
+        ("Captions", "".join(_encoder(encoder) for encoder in facts.encoders)),
+        ("Exposure", _exposure(facts.exposure)),
+        ("Duplicates", _duplicates(facts.duplicates, facts.num_duplicates)),
+        ("Left out", _reasons(facts.left_out, facts.num_left_out, "that could be used and are not, on purpose")),
+        ("Bad files", _reasons(facts.bad_files, facts.num_bad, "that cannot be used")),
+    ]
+    return page(facts.title, sections, _CSS, contents=True)
+
+
+# --- lists and long texts ----------------------------------------------------------------------------------------------
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _list(kind: str, items: Sequence[str], total: int, num_open: int = MAX_OPEN) -> str:
+    """The first entries (HTML each), the others folded, and how many more than these there are in all."""
+    seen, folded = _items(kind, items[:num_open]), items[num_open:]
+    parts = [seen]
+    if folded:
+        parts.append(f'<details class="more"><summary>{len(folded):,} more</summary>{_items(kind, folded)}</details>')
+    if total > len(items):
+        parts.append(f'<p class="soft">{total - len(items):,} more are not listed here.</p>')
+    return "".join(parts)
+
+
+def _items(kind: str, items: Sequence[str]) -> str:
+    return f'<ul class="list {kind}">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
+
+
+def _long(start: str, whole: str) -> str:
+    """HTML of which only the start is seen until it is unfolded."""
+    return (
+        f'<details class="long"><summary><span class="text" dir="auto">{start}</span></summary>'
+        f'<div class="text" dir="auto">{whole}</div></details>'
+    )
+
+
+def _text(caption: str) -> str:
+    if len(caption) <= 2 * START_CHARACTERS:
+        return f'<div class="text" dir="auto">{html_of(caption)}</div>'
+    return _long(html_of(caption[:START_CHARACTERS]) + "…", _shortened(caption))
+
+
+def _shortened(text: str) -> str:
+    left = len(text) - MAX_CHARACTERS
+    return html_of(text) if left <= 0 else f"{html_of(text[:MAX_CHARACTERS])}… ({left:,} more characters)"
+
+
+# --- summary and buckets -----------------------------------------------------------------------------------------------
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    items = [f'<div dir="auto">{html_of(warning)}</div>' for warning in warnings[:MAX_LISTED]]
+    return f'<div class="warnings">{_list("plain", items, len(warnings))}</div>' if items else ""
+
+
+def _buckets(buckets: Sequence[BucketFacts]) -> str:
+    """A table of numbers, each row with a bar of the showings."""
+    if not buckets:
+        return ""
+    names = ["bucket", "pictures", "shown in an epoch", "repeats", "fillers", "enlarged", ""]
+    most = max(1, *(bucket.shown_per_epoch for bucket in buckets))
+    rows = "".join(_bucket_row(bucket.name, _numbers(bucket), _bar(bucket, most)) for bucket in buckets)
+    if len(buckets) > 1:
+        rows += _bucket_row("all", [sum(column) for column in zip(*map(_numbers, buckets), strict=True)], "")
+    key = '<span><i></i>first showings</span><span><i class="again"></i>repeats</span>'
+    return (
+        '<div class="numbers" tabindex="0" role="region" aria-label="Table of buckets">'
+        f'<table class="buckets">{header_row(names)}{rows}</table></div>'
+        f'<div class="key">{key}<span><i class="filler"></i>fillers of the last batch</span></div>'
+    )
+
+
+def _numbers(bucket: BucketFacts) -> list[int]:
+    return [bucket.num_pictures, bucket.shown_per_epoch, bucket.num_repeats, bucket.num_fillers, bucket.num_enlarged]
+
+
+def _bucket_row(name: str, numbers: Sequence[int], bar: str) -> str:
+    cells = "".join(f"<td>{number:,}</td>" for number in numbers)
+    return f'<tr><th scope="row">{html_of(name)}</th>{cells}<td>{bar}</td></tr>'
+
+
+def _bar(bucket: BucketFacts, most: int) -> str:
+    """Its length is the showings, against the bucket that has most."""
+    first = bucket.shown_per_epoch - bucket.num_repeats - bucket.num_fillers
+    parts = [("first", first), ("again", bucket.num_repeats), ("filler", bucket.num_fillers)]
+    pieces = "".join(f'<i class="{name}" style="width:{number / most:.3%}"></i>' for name, number in parts if number)
+    return f'<div class="bar" aria-hidden="true">{pieces}</div>'
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _pictures(thumbnails: Sequence[Thumbnail], buckets: Sequence[BucketFacts]) -> str:
+    """The pictures of each bucket, in the order in which buckets come up."""
+    if not thumbnails:
+        return ""
+    in_all = {bucket.name: bucket.num_pictures for bucket in buckets}
+    parts = [
+        '<p class="soft">Left: the whole picture; what is trained on is in the frame. '
+        "Right: the same out of the cache, its latents decoded.</p>"
+    ]
+    for name in dict.fromkeys(thumbnail.bucket for thumbnail in thumbnails):
+        cards = [_card(thumbnail) for thumbnail in thumbnails if thumbnail.bucket == name]
+        of_all = f"{len(cards):,} of {_counted(in_all[name], 'picture')}" if name in in_all else ""
+        heading = f'<h3>{html_of(name)}<span class="soft">{of_all}</span></h3>'
+        parts.append(f'{heading}<div class="cards">{"".join(cards)}</div>')
+    return "".join(parts)
+
+
+def _card(thumbnail: Thumbnail) -> str:
+    left, top, right, bottom = thumbnail.crop
+    width, height = thumbnail.width * (right - left), thumbnail.height * (bottom - top)
+    ratios = [min(thumbnail.width / thumbnail.height, MAX_RATIO), min(width / height, MAX_RATIO)]
+    box = f"left:{left:.3%};top:{top:.3%};width:{right - left:.3%};height:{bottom - top:.3%}"
+    whole = _image(thumbnail.original, f"{thumbnail.picture}, whole", (thumbnail.width, thumbnail.height))
+    encoded = _image(thumbnail.encoded, f"{thumbnail.picture}, decoded latents", (width, height))
+    return (
+        f'<figure class="card"><div class="pair" style="max-width:{MAX_HEIGHT_REM * sum(ratios) + 0.3:.2f}rem">'
+        f'<div style="flex:{100 * ratios[0]:.2f} 1 0">{whole}<div class="crop" style="{box}"></div></div>'
+        f'<div style="flex:{100 * ratios[1]:.2f} 1 0">{encoded}</div></div>'
+        f"<figcaption><bdi>{html_of(thumbnail.picture)}</bdi><div>{_told(thumbnail)}</div>{_text(thumbnail.caption)}"
+        "</figcaption></figure>"
+    )
+
+
+def _image(jpeg: bytes, name: str, size: tuple[float, float]) -> str:
+    """The size is there so that the page does not jump; only its shape counts."""
+    width, height = (max(1, round(side)) for side in size)
+    source = f"data:image/jpeg;base64,{b64encode(jpeg).decode()}"
+    return f'<img src="{source}" alt="{html_of(name)}" width="{width}" height="{height}">'
+
+
+def _told(thumbnail: Thumbnail) -> str:
+    left, top, right, bottom = thumbnail.crop
+    cut = 1 - (right - left) * (bottom - top)
+    words = "nothing" if cut < 1e-4 else "less than 1%" if cut < 0.01 else f"{cut:.0%}"
+    return f"{thumbnail.width}x{thumbnail.height}, {words} cut off{', mirrored' if thumbnail.mirrored else ''}"
+
+
+# --- captions ----------------------------------------------------------------------------------------------------------
+
+
+def _encoder(encoder: EncoderFacts) -> str:
+    """How long captions are for one encoder, and those that are too long for it."""
+    num_captions = sum(count for _, count in encoder.histogram)
+    if not num_captions:
+        return ""
+    beside = ""
+    if encoder.num_cut:
+        verb = "is" if encoder.num_cut == 1 else "are"
+        items = [_cut_caption(caption) for caption in encoder.cut[:MAX_LISTED]]
+        beside = (
+            f'<div class="beside"><p>{encoder.num_cut:,} of {_counted(num_captions, "caption")} {verb} longer than the '
+            f"{encoder.max_tokens} tokens that are read. What is <mark>marked</mark> is cut off.</p>"
+            f"{_list('texts', items, encoder.num_cut, MAX_OPEN_CAPTIONS)}</div>"
+        )
+    return f'<h3>{html_of(encoder.name)}</h3><div class="side">{_token_plot(encoder)}{beside}</div>'
+
+
+def _token_plot(encoder: EncoderFacts) -> str:
+    def draw() -> Figure:
+        from utils.report import plots
+
+        return plots.token_figure(encoder.histogram, encoder.max_tokens)
+
+    longest = max(tokens for tokens, count in encoder.histogram if count)
+    fits = "" if encoder.num_cut else " Every caption is read to its end."
+    return plot_figure(f"captions by tokens of {encoder.name}", f"The longest has {_counted(longest, 'token')}.{fits}", draw)
+
+
+def _cut_caption(caption: CutCaption) -> str:
+    """Folded, a long one is seen around its cut."""
+    kept, cut = caption.kept, caption.cut
+    about = f'<div class="soft"><bdi>{html_of(caption.picture)}</bdi>, {_counted(caption.num_tokens, "token")}</div>'
+    if len(kept) + len(cut) <= 2 * START_CHARACTERS:
+        return f'{about}<div class="text" dir="auto">{html_of(kept)}<mark>{html_of(cut)}</mark></div>'
+    half = START_CHARACTERS // 2
+    before, behind = ("…" if len(kept) > half else ""), ("…" if len(cut) > half else "")
+    start = f"{before}{html_of(kept[-half:])}<mark>{html_of(cut[:half])}</mark>{behind}"
+    return about + _long(start, f"{_shortened(kept)}<mark>{_shortened(cut)}</mark>")
+
+
+# --- exposure and files ------------------------------------------------------------------------------------------------
+
+
+def _exposure(exposure: Sequence[tuple[float, int]]) -> str:
+    """A sentence, and a plot where pictures differ."""
+    exposure = [(showings, count) for showings, count in exposure if count]
+    if not exposure:
+        return ""
+    least, most = exposure[0][0], exposure[-1][0]
+    if least == most:
+        return f"<p>An epoch shows every picture {_times(most)}.</p>"
+    mean = sum(showings * count for showings, count in exposure) / sum(count for _, count in exposure)
+
+    def draw() -> Figure:
+        from utils.report import plots
+
+        return plots.exposure_figure(exposure)
+
+    caption = f"From {round(least, 2):g} to {_times(most)}, {mean:.2f} times in the mean."
+    return plot_figure("pictures by showings in an epoch", caption, draw)
+
+
+def _times(number: float) -> str:
+    return "once" if number == 1 else f"{round(number, 2):g} times"
+
+
+def _duplicates(groups: Sequence[Sequence[str]], total: int) -> str:
+    if not total:
+        return ""
+    items = [f'<span class="soft">{_counted(len(group), "file")}</span>{_group(group)}' for group in groups[:MAX_LISTED]]
+    return f"<p>{_counted(total, 'group')} of files of equal content.</p>{_list('group', items, total)}"
+
+
+def _group(paths: Sequence[str]) -> str:
+    left = len(paths) - MAX_GROUP
+    listed = "".join(f"<bdi>{html_of(path)}</bdi>" for path in paths[:MAX_GROUP])
+    return listed + (f'<span class="soft">{left:,} more</span>' if left > 0 else "")
+
+
+def _reasons(files: Sequence[tuple[str, str]], total: int, which: str) -> str:
+    if not total:
+        return ""
+    items = [f'<bdi>{html_of(path)}</bdi><div class="soft">{html_of(reason)}</div>' for path, reason in files[:MAX_LISTED]]
+    return f"<p>{_counted(total, 'file')} {which}.</p>{_list('reasons', items, total)}"

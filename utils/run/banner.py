@@ -1,0 +1,186 @@
+"""What a user is told before a run: the model, how it is cut, the data, the batch, where output goes."""
+
+from __future__ import annotations
+
+import itertools
+
+from models.family import PipelineLayer
+from utils.config.presets import PRESETS
+from utils.config.schema.tables import ObjectiveConfig
+from utils.data.batches import BatchOrder
+from utils.data.encoding.plan import room_for
+from utils.objective.objective import keys_in_use, unread_keys
+from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
+from utils.run.prepare import Experiment
+from utils.tracking.metrics import bytes_in_words, table
+from utils.trainable.targets import some
+
+MAX_BUCKETS_SHOWN = 12
+
+
+def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
+    """The start banner. `output`: where results go, in words."""
+    notes = [f"note: {line}" for line in (*experiment.adapter.notes, *experiment.dataset.warnings)]
+    notes += [f"note: {line}" for line in objective_notes(experiment.config.experiment.objective)]
+    notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
+    notes += _left_out(experiment)
+    notes += [f"note: {line}" for line in _start_notes(experiment)]
+    rows = [*summary(experiment, order), ("output", output)]
+    return "\n".join([table(rows), *(f"  {note}" for note in notes)])
+
+
+def _left_out(experiment: Experiment) -> list[str]:
+    """The first of the files that are not used, and how many there are besides."""
+    bad_files = experiment.dataset.bad_files
+    lines = [f"left out: {bad}" for bad in bad_files[:MAX_SHOWN_IN_LOG]]
+    rest = len(bad_files) - len(lines)
+    if rest:
+        path = experiment.config.experiment.output_dir / BAD_FILES
+        lines.append(f"left out: {rest} more files; a run lists all in {path}")
+    return lines
+
+
+def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
+    """What will be trained, on what and how, as rows of a table."""
+    config, dataset = experiment.config.experiment, experiment.dataset
+    buckets = dataset.bucket_counts()
+    shown = [f"{bucket}: {count}" for bucket, count in buckets.items()][:MAX_BUCKETS_SHOWN]
+    if len(buckets) > len(shown):
+        shown.append(f"and {len(buckets) - len(shown)} more")
+    pipeline = config.pipeline
+    fillers = f"; {order.num_fillers} pictures of an epoch are shown again to fill batches" if order.num_fillers else ""
+    num_steps = experiment.num_steps(order)
+    return [
+        ("model", experiment.adapter.describe()),
+        *((name, str(path)) for name, path in experiment.adapter.sources.items()),
+        ("training", _what_is_trained(experiment)),
+        *_ema_rows(experiment),
+        *_stage_rows(experiment),
+        ("images", f"{dataset.num_images} ({len(dataset.examples)} examples; by bucket {', '.join(shown)})"),
+        *_eval_rows(experiment),
+        ("objective", "; ".join(f"{name} {value}" for name, value in objective_rows(config.objective))),
+        (
+            "global batch",
+            f"{experiment.global_batch} = {pipeline.micro_batch_size_per_gpu} a micro-batch "
+            f"x {pipeline.gradient_accumulation_steps} micro-batches x {experiment.num_replicas} replicas",
+        ),
+        ("steps", f"{num_steps}, {order.steps_per_epoch} an epoch{fillers}"),
+        ("pipeline idle", _bubble(experiment)),
+        ("cache", f"{config.cache_folder}; all of this takes {bytes_in_words(_room(experiment))} at most"),
+    ]
+
+
+def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:
+    """The objective in force, in words."""
+    scheme = config.weighting_scheme
+    weight = scheme if scheme == "none" else f"{scheme} by {config.weighting_by}"
+    shift = f"{config.discrete_flow_shift:g}"
+    if config.shift_resolution is not None:
+        shift += f" at {config.shift_resolution}x{config.shift_resolution}, times the root of the pixels elsewhere"
+    rows = [
+        ("time density", config.timestep_sampling),
+        ("loss weight", weight),
+        ("shift", shift),
+        ("prediction", config.model_prediction_type),
+        ("loss", config.loss_type),
+    ]
+    if (config.min_t, config.max_t) != (0, 1):
+        rows.append(("t", f"from {config.min_t:g} to {config.max_t:g}"))
+    values = config.model_dump()
+    numbers = [key for key, used in keys_in_use(config).items() if used and isinstance(values[key], float)]
+    if numbers:
+        rows.append(("numbers", ", ".join(f"{key} {values[key]:g}" for key in numbers)))
+    if config.timestep_grid != "none":
+        rows.append(("rounding", f"as {config.timestep_grid}"))
+    rows += [
+        (name, str(values[key]))
+        for name, key in (("captions dropped", "caption_dropout_rate"), ("encoders dropped", "encoder_dropout_rate"))
+        if values[key]
+    ]
+    return rows
+
+
+def objective_notes(config: ObjectiveConfig) -> list[str]:
+    """What a preset set, what is written and changes nothing, and what other programs cannot read."""
+    notes = []
+    if config.preset is not None:
+        preset, values = PRESETS[config.preset], config.model_dump()
+        sets = ", ".join(f"{key} = {value!r}" for key, value in preset.items())
+        written = ", ".join(f"{key} = {values[key]!r}" for key, value in preset.items() if values[key] != value)
+        notes.append(f"objective.preset = {config.preset!r} is {sets}" + (f"; but written is {written}" if written else ""))
+    notes += [f"objective.{key} has no effect on this objective" for key in unread_keys(config)]
+    if config.model_prediction_type == "additive":
+        notes.append("what is trained with model_prediction_type 'additive' is no velocity: other programs cannot use it")
+    return notes
+
+
+def _what_is_trained(experiment: Experiment) -> str:
+    trained = sum(_num_trained(experiment, layer) for layer in experiment.adapter.layers)
+    plan, start = experiment.adapter_plan, experiment.adapter_start
+    what = "every weight" if plan is None else plan.describe()
+    return f"{what} ({_millions(trained)} parameters){f', starting from {start.path}' if start is not None else ''}"
+
+
+def _start_notes(experiment: Experiment) -> list[str]:
+    """What the file an adapter starts from has not got, and what of it is not used."""
+    plan, start = experiment.adapter_plan, experiment.adapter_start
+    if plan is None or start is None:
+        return []
+    notes = []
+    fresh = [name for name in plan.modules if name not in start.shapes]
+    if fresh:
+        notes.append(
+            f"{len(fresh)} of the {len(plan.modules)} modules are not in {start.path} and start fresh: {some(fresh)}"
+        )
+    if start.left_out:
+        notes.append(f"left out of {start.path}, as of other networks: {some(start.left_out)}")
+    return notes
+
+
+def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    ema = experiment.config.experiment.ema
+    if ema is None:
+        return []
+    return [("averaged weights", f"EMA of decay {ema.decay:g}{', less in the first steps' if ema.warmup else ''}")]
+
+
+def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    return [
+        (f"evaluation on {name}", f"{examples.num_pictures} pictures") for name, examples in experiment.eval_sets.items()
+    ]
+
+
+def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:
+    plan = experiment.adapter_plan
+    if plan is None:
+        return layer.num_parameters
+    modules = ((layer.prefix + name).removesuffix(".weight") for name in layer.shapes if name.endswith(".weight"))
+    return sum(plan.num_parameters(module) for module in modules if module in plan.modules)
+
+
+def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    rows = []
+    for stage, (start, stop) in enumerate(itertools.pairwise(experiment.bounds)):
+        layers = experiment.adapter.layers[start:stop]
+        total = sum(layer.num_parameters for layer in layers)
+        trained = sum(_num_trained(experiment, layer) for layer in layers)
+        text = f"{layers[0].name} to {layers[-1].name}: {_millions(total)} parameters, {_millions(trained)} trained"
+        rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))
+    return rows
+
+
+def _room(experiment: Experiment) -> int:
+    tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
+    return room_for(experiment.adapter, tables, experiment.cache_settings)
+
+
+def _bubble(experiment: Experiment) -> str:
+    """1F1B's idle share, (P - 1) / (M + P - 1), and what lowers it."""
+    stages, micro_batches = experiment.num_stages, experiment.config.experiment.pipeline.gradient_accumulation_steps
+    idle = (stages - 1) / (micro_batches + stages - 1)
+    advice = f"; more gradient_accumulation_steps (now {micro_batches}) lower it" if idle > 0.2 else ""
+    return f"{idle:.0%} of the time{advice}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"
