@@ -148,8 +148,8 @@ def check_table(
     """The table of the values, or None and the problems added. `elsewhere`: key -> places in other files it belongs to."""
     try:
         return table.model_validate(raw)
-    except ValidationError as error:
-        for item in error.errors():
+    except ValidationError as invalid:
+        for item in invalid.errors():
             key = _key_path(item["loc"])
             if item["type"] == "extra_forbidden":
                 message = _unknown_key_message(str(item["loc"][-1]), item["loc"][:-1], table, elsewhere)

@@ -22,7 +22,7 @@ from models.family import FileTensor, ModelAdapter, ModelFilesError
 from utils.checkpoint.save import step_folder
 from utils.config.schema.tables import ExperimentConfig
 from utils.distributed import group as distributed
-from utils.export.weights.metadata import kohya_metadata, run_metadata
+from utils.export.metadata import kohya_metadata, run_metadata
 from utils.files.atomic import remove_folder, sync_folder, write_text
 from utils.files.safetensors_writer import Entry, FileLayout, create_file, plan_file, write_tensors
 from utils.pipeline.engine import LocalLayer, Pipeline

@@ -14,7 +14,7 @@ from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.distributed.group import World
 from utils.export.weights import Exported, _rounded, wanted_formats
-from utils.export.weights.metadata import training_config
+from utils.export.metadata import training_config
 from utils.run.prepare import Experiment, prepare
 
 
