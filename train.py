@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.family import PipelineLayer
 from utils.checkpoint import save as checkpoint
-from utils.config.load import TRAINING, ConfigError, Problem, dump_toml
+from utils.config.load import TRAINING, ConfigError, ErrorDetail, dump_toml
 from utils.data.batches import BatchOrder
 from utils.data.cache.locks import CacheInUse
 from utils.data.cache.shards import CannotWrite, DamagedShard
@@ -94,11 +94,11 @@ def main() -> None:
 
 
 def refuse(error: ConfigError) -> None:
-    """Print every problem and leave with 1. Other ranks let rank 0 speak first: launchers end all at the first exit."""
+    """Print every error and leave with 1. Other ranks let rank 0 speak first: launchers end all at the first exit."""
     if not distributed.world().is_main:
         time.sleep(FOLLOWER_PATIENCE_SECONDS)
-    count = len(error.problems)
-    print(f"\nThis run cannot start; {count} problem{'s' if count > 1 else ''}:\n{error}\n", file=sys.stderr)
+    count = len(error.errors)
+    print(f"\nThis run cannot start; {count} error{'s' if count > 1 else ''}:\n{error}\n", file=sys.stderr)
     distributed.finish(EXIT_BAD_INPUT)
 
 
@@ -172,9 +172,9 @@ def encode_dataset(
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
     run_data = RunData(tables, sorted(texts), experiment.memories)
     try:
-        cached = cache_dataset(experiment.adapter, run_data, experiment.cache_settings, device, num_readers(world))
+        cached = cache_dataset(experiment.family, run_data, experiment.cache_settings, device, num_readers(world))
     except (CacheError, CacheInUse, DamagedShard, CannotWrite, PermissionError) as error:
-        raise ConfigError([Problem(experiment.config.path, "cache_dir", str(error))]) from error
+        raise ConfigError([ErrorDetail(experiment.config.path, "cache_dir", str(error))]) from error
     if world.is_main:
         write_bad_files(config.output_dir, experiment.dataset, cached.unusable.bad_files)
     encoded = leave_out(experiment, cached)
@@ -188,7 +188,7 @@ def report_dataset(experiment: Experiment, cached: Cached, device: torch.device)
     """Rank 0: write the page on the training set, and say what of its captions is not read."""
     order, output_dir = order_of(experiment), experiment.config.experiment.output_dir
     tile_pixels = experiment.config.experiment.sampling.decode_tile_pixels
-    gatherer = Gatherer(experiment.adapter, cached.data, experiment.dataset.examples, order, tile_pixels)
+    gatherer = Gatherer(experiment.family, cached.data, experiment.dataset.examples, order, tile_pixels)
     bad_files = [*experiment.dataset.bad_files, *cached.unusable.bad_files]
     title = f"Dataset {experiment.config.dataset_path}"
     facts = gatherer.facts(title, experiment.dataset, bad_files, experiment.num_steps(order), device)
@@ -203,19 +203,19 @@ def leave_out(experiment: Experiment, cached: Cached) -> Experiment:
     """The experiment without the examples that could not be encoded; raises ConfigError where they are not to be skipped."""
     names = [TRAINING, *eval_set_names(experiment.config)]
     usable: dict[str, ExampleTable] = {}
-    problems = [Problem(bad.path, "", bad.reason) for bad in cached.unusable.bad_files]
+    errors = [ErrorDetail(bad.path, "", bad.reason) for bad in cached.unusable.bad_files]
     fatal = []
     for name, table, unusable in zip(names, cached.tables, cached.unusable.examples, strict=True):
         path, _ = experiment.config.dataset_of(name)
         usable[name] = table.where(~unusable)
         if not all(table.directory_of(row).skip_bad for row in np.flatnonzero(unusable).tolist()):
-            fatal.append(Problem(path, "on_bad_file", BAD_FILE_ADVICE))
+            fatal.append(ErrorDetail(path, "on_bad_file", BAD_FILE_ADVICE))
         elif not len(usable[name]):
-            fatal.append(Problem(path, "directory", "no picture could be encoded"))
+            fatal.append(ErrorDetail(path, "directory", "no image could be encoded"))
     if fatal:
-        raise ConfigError(problems + fatal)
-    for problem in problems[:MAX_SHOWN_IN_LOG]:  # all are in the list of bad files, which has been told of
-        say(f"left out: {problem}", is_main=distributed.world().is_main)
+        raise ConfigError(errors + fatal)
+    for error in errors[:MAX_SHOWN_IN_LOG]:  # all are in the list of bad files, which has been told of
+        say(f"left out: {error}", is_main=distributed.world().is_main)
     dataset = replace(experiment.dataset, examples=usable.pop(TRAINING))
     return replace(experiment, dataset=dataset, eval_sets=usable)
 
@@ -233,7 +233,7 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
 
     def loss(output: Tensor, target: tuple[Tensor, ...]) -> Tensor:
         wanted = LossTarget(*target)
-        return objective.loss(experiment.adapter.velocity(output, *wanted.output.shape[-2:]), wanted)
+        return objective.loss(experiment.family.velocity(output, *wanted.output.shape[-2:]), wanted)
 
     settings = EngineSettings(
         micro_batch_size=config.pipeline.micro_batch_size_per_gpu,
@@ -242,7 +242,7 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
         dtype=config.model.torch_dtype,
     )
     pipeline = Pipeline(
-        experiment.adapter.layers,
+        experiment.family.layers,
         experiment.bounds,
         settings,
         loss=loss,
@@ -270,7 +270,7 @@ def make_feed(experiment: Experiment, pipeline: Pipeline, data: EncodedData, ord
         is_last_stage=pipeline.stage == pipeline.num_stages - 1,
     )
     return Feed(
-        experiment.adapter,
+        experiment.family,
         data,
         order,
         Objective(config.objective),
@@ -318,7 +318,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
             # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.
             observer.look(done)
             if due(done, config.save.export_every_n_steps, num_steps):
-                export.write_weights(pipeline, experiment.adapter, config, folder / "weights", done)
+                export.write_weights(pipeline, experiment.family, config, folder / "weights", done)
             if due(done, config.save.checkpoint_every_n_steps, num_steps):
                 checkpoint.save(pipeline, folder / CHECKPOINTS, done, experiment.identity, config.save.keep_last)
                 observer.saved()
@@ -327,7 +327,7 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
 def stop_if_not_finite(result: StepResult, step: int, order: BatchOrder) -> None:
     """Raise FloatingPointError naming the step's examples when its loss or gradient is no number."""
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        names = ", ".join(visit.example.key for visit in order.global_batch(step))
+        names = ", ".join(draw.example.key for draw in order.global_batch(step))
         raise FloatingPointError(
             f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; the batch was {names}. "
             "Nothing of this step was saved."

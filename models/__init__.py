@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _FAMILIES = {
-    "sd3": ("models.sd3.settings:SD3Settings", "models.sd3.family:SD3Adapter"),
+    "sd3": ("models.sd3.settings:SD3Settings", "models.sd3.family:SD3Family"),
 }
 
 
@@ -25,6 +25,6 @@ def settings_class(family: str) -> Any:
     return _load(_FAMILIES[family][0])
 
 
-def adapter_class(family: str) -> Any:
-    """The ModelAdapter of this family; imported only when asked for. Raises KeyError for an unknown family."""
+def family_class(family: str) -> Any:
+    """The ModelFamily of this family; imported only when asked for. Raises KeyError for an unknown family."""
     return _load(_FAMILIES[family][1])

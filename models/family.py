@@ -1,7 +1,7 @@
 """The contract between a model family and the trainer.
 
 The trainer knows latents, encoders and a flat list of layers, and nothing about any one network. A family
-(one folder beside this file) gives it a `ModelAdapter`; everything the trainer ever asks of a model is on this page.
+(one folder beside this file) gives it a `ModelFamily`; everything the trainer ever asks of a model is on this page.
 
 Shapes: B batch, C latent channels, H W latent height and width.
 """
@@ -24,11 +24,11 @@ DecodeFunction = Callable[[Tensor], Tensor]
 
 
 class ModelFilesError(ValueError):
-    """The files of a model are missing or do not fit; `problems` holds (key of the [model] table, what is wrong)."""
+    """The files of a model are missing or do not fit; `errors` holds (key of the [model] table, what is wrong)."""
 
-    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
-        self.problems = list(problems)
+    def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {text}" for key, text in errors))
+        self.errors = list(errors)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ are read."""
 
 
 class FrozenEncoder(ABC):
-    """A network that turns pictures or captions into cached tensors and is never trained.
+    """A network that turns images or captions into cached tensors and is never trained.
 
     `name` is unique in a family. `files` are the weights and tokenizer files, and `settings` everything else the output
     depends on (precision, token length, class); together they are the encoder's identity in the cache.
@@ -75,7 +75,7 @@ class FrozenEncoder(ABC):
 
 
 class ImageEncoder(FrozenEncoder):
-    """Pictures -> {"latents": (C, H, W), "deviation": (C, H, W)}, float32: mean and standard deviation of the posterior, as
+    """Images -> {"latents": (C, H, W), "deviation": (C, H, W)}, float32: mean and standard deviation of the posterior, as
     the network is trained on them."""
 
 
@@ -130,7 +130,7 @@ class ModuleAdapter:
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class LoraFile:
     """A public adapter file, its headers read: which modules of the network it is for, and one module at a time."""
 
     path: Path
@@ -142,7 +142,7 @@ class AdapterFile:
     """Keys for other networks, such as text encoders."""
 
 
-class ModelAdapter(ABC):
+class ModelFamily(ABC):
     """A model family, ready to be encoded with, cut into stages, trained and exported."""
 
     latent: LatentSpec
@@ -174,7 +174,7 @@ class ModelAdapter(ABC):
         """The number of the repeated block a module (native name) is in; None outside of them."""
 
     @abstractmethod
-    def open_adapter_file(self, path: Path) -> AdapterFile:
+    def open_lora_file(self, path: Path) -> LoraFile:
         """An adapter for this network in any public format. Raises ModelFilesError, its key empty, when it is none."""
 
     @abstractmethod
@@ -197,7 +197,7 @@ class ModelAdapter(ABC):
     def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
         """Read the image decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, h, w).
 
-        Pictures with a side longer than `tile_pixels`, a multiple of 4 * downscale, are decoded in tiles of it that
+        Images with a side longer than `tile_pixels`, a multiple of 4 * downscale, are decoded in tiles of it that
         overlap by a quarter: slightly other pixels, for the memory of one tile.
         """
 

@@ -24,7 +24,7 @@ _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """A weight's scale, by the name of its module: ComfyUI's older name and its newer one."""
 _INFERENCE_ONLY = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 """How a program may run the eight-bit weights; not part of what they are."""
-MAX_PROBLEMS_SHOWN = 8
+MAX_ERRORS_SHOWN = 8
 _MAX_HEADER_BYTES = 100_000_000
 """What safetensors itself accepts."""
 STANDARD_NAMES = ("diffusion_pytorch_model", "model")
@@ -173,19 +173,19 @@ def open_any(path: Path) -> TensorFiles:
 # --- checking ----------------------------------------------------------------------------------------------------------
 
 
-def shape_problems(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
+def shape_errors(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
     """One line for each tensor that is missing, misshapen or not expected."""
-    problems = [f"misses tensor {name} {expected[name]}" for name in expected if name not in found]
-    problems += [
+    errors = [f"misses tensor {name} {expected[name]}" for name in expected if name not in found]
+    errors += [
         f"tensor {name} has shape {found[name]}, expected {expected[name]}"
         for name in expected
         if name in found and found[name] != expected[name]
     ]
-    problems += [f"has tensor {name}, which this network does not have" for name in found if name not in expected]
-    if len(problems) > MAX_PROBLEMS_SHOWN:
-        rest = len(problems) - MAX_PROBLEMS_SHOWN
-        problems = [*problems[:MAX_PROBLEMS_SHOWN], f"and {rest} more tensors that do not fit"]
-    return problems
+    errors += [f"has tensor {name}, which this network does not have" for name in found if name not in expected]
+    if len(errors) > MAX_ERRORS_SHOWN:
+        rest = len(errors) - MAX_ERRORS_SHOWN
+        errors = [*errors[:MAX_ERRORS_SHOWN], f"and {rest} more tensors that do not fit"]
+    return errors
 
 
 # --- headers -----------------------------------------------------------------------------------------------------------

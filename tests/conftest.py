@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the tiny model and its pictures, made once."""
+"""Fixtures of all tests: the tiny model and its images, made once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of twelve captioned pictures. Read only: tests that change files write their own."""
+    """Folder of twelve captioned images. Read only: tests that change files write their own."""
     return make_tiny_dataset(tmp_path_factory.mktemp("tiny_dataset"))
 
 
 @pytest.fixture(scope="session")
 def readers() -> Iterator[Readers]:
-    """One process that reads pictures, started when it is first asked for one."""
+    """One process that reads images, started when it is first asked for one."""
     with Readers(1) as started:
         yield started

@@ -34,7 +34,7 @@ class Refusal:
     error: str
 
     @property
-    def problems(self) -> list[str]:
+    def errors(self) -> list[str]:
         """One each, without the line that counts them, and without the lines of keys (tests/utils/config/test_lines.py)."""
         lines = [line for line in self.error.splitlines() if line and not line.startswith("This run cannot start")]
         return [re.sub(r"(\.toml), line \d+: ", r"\1: ", line) for line in lines]
@@ -48,7 +48,7 @@ class Bench:
         self._capture, self._patch = capture, patch
 
     def experiment(self, **changes: Any) -> Path:
-        return write_experiment(self.folder, self.model, changes.pop("pictures", self.dataset), **changes)
+        return write_experiment(self.folder, self.model, changes.pop("images", self.dataset), **changes)
 
     def main(self, *arguments: str, world_size: int = 1) -> Refusal:
         """train.py ARGUMENTS as rank 0 of so many; fails when it comes to starting a process group."""
@@ -64,7 +64,7 @@ class Bench:
         return Refusal(caught.value.code, self._capture.readouterr().err)
 
     def refused(self, experiment: Path, *arguments: str, world_size: int = 1) -> list[str]:
-        """The problems main() names; it must exit with 1, and leave no trace unless it had to look at pictures: what it
+        """The errors main() names; it must exit with 1, and leave no trace unless it had to look at images: what it
         found, the next start need not look for, and which are bad, the user wants to know."""
         before = tree(self.folder)
         refusal = self.main("--config", str(experiment), *arguments, world_size=world_size)
@@ -73,13 +73,13 @@ class Bench:
         bad_files = self.folder / "output" / BAD_FILES
         remembered = {str(path) for path in (memory, *memory.parents, *memory.glob("*.safetensors"), bad_files)}
         assert set(tree(self.folder)) - remembered == set(before) - remembered
-        count = len(refusal.problems)
-        assert f"This run cannot start; {count} problem{'s' if count > 1 else ''}:" in refusal.error
-        return refusal.problems
+        count = len(refusal.errors)
+        assert f"This run cannot start; {count} error{'s' if count > 1 else ''}:" in refusal.error
+        return refusal.errors
 
-    def only_problem(self, experiment: Path, *arguments: str, world_size: int = 1) -> str:
-        (problem,) = self.refused(experiment, *arguments, world_size=world_size)
-        return problem
+    def only_error(self, experiment: Path, *arguments: str, world_size: int = 1) -> str:
+        (error,) = self.refused(experiment, *arguments, world_size=world_size)
+        return error
 
 
 def _exit(exit_code: int = 0) -> NoReturn:
@@ -103,26 +103,26 @@ def lab(tiny_model: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Six pictures of the test's own, to spoil."""
-    return make_tiny_dataset(tmp_path / "pictures", num_images=6)
+def images(tmp_path: Path) -> Path:
+    """Six images of the test's own, to spoil."""
+    return make_tiny_dataset(tmp_path / "images", num_images=6)
 
 
 def spoil_caption(folder: Path) -> Path:
-    path = folder / "picture_001.txt"
+    path = folder / "image_001.txt"
     path.write_bytes(b"caf\xe9")
     return path
 
 
 def cut_off(folder: Path) -> Path:
-    path = folder / "picture_002.png"
+    path = folder / "image_002.png"
     path.write_bytes(path.read_bytes()[:-40])
     return path
 
 
 def spoil_pixels(folder: Path) -> Path:
     """Garbage in the middle of a PNG whose header, checksums and end are right: only decoding finds it."""
-    path = folder / "picture_003.png"
+    path = folder / "image_003.png"
     content = path.read_bytes()
     start = content.index(b"IDAT") + 4
     length = int.from_bytes(content[start - 8 : start - 4], "big")
@@ -137,27 +137,27 @@ def spoil_pixels(folder: Path) -> Path:
 
 def test_missing_experiment_file_is_named(bench: Bench) -> None:
     path = bench.folder / "nothing.toml"
-    assert bench.only_problem(path) == f"{path}: does not exist"
+    assert bench.only_error(path) == f"{path}: does not exist"
 
 
 def test_missing_dataset_file_is_named(bench: Bench) -> None:
     path = bench.folder / "nothing.toml"
-    assert bench.only_problem(bench.experiment(dataset=str(path))) == f"{path}: does not exist"
+    assert bench.only_error(bench.experiment(dataset=str(path))) == f"{path}: does not exist"
 
 
 @pytest.mark.parametrize("key", ["mmdit", "vae", "clip_l", "clip_g", "t5xxl"])
 def test_missing_model_file_is_named_with_its_key(bench: Bench, key: str) -> None:
     experiment, path = bench.experiment(**{f"model.{key}": "/no/such/file"}), "/no/such/file"
-    problem = bench.only_problem(experiment)
-    assert problem.startswith(f"{experiment}: model.{key}: {path} ")
+    error = bench.only_error(experiment)
+    assert error.startswith(f"{experiment}: model.{key}: {path} ")
 
 
 def test_broken_toml_is_named_with_its_line(bench: Bench) -> None:
     experiment = bench.experiment()
     experiment.write_text("seed = 1\nmax_steps = = 3\n")
-    problem = bench.only_problem(experiment)
-    assert problem.startswith(f"{experiment}: is not valid TOML: ")
-    assert "line 2" in problem
+    error = bench.only_error(experiment)
+    assert error.startswith(f"{experiment}: is not valid TOML: ")
+    assert "line 2" in error
 
 
 # --- keys and values ---------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
         "eval.weights: = 'ema': there is no average without an [ema] table",
     ),
     ({"eval": {"holdout_images": 12}}, "eval.holdout_images: = 12: "),
-    ({"eval": {"every_n_steps": 5}}, "eval: names no pictures: give holdout_images = 16, say, or sets of other pictures"),
+    ({"eval": {"every_n_steps": 5}}, "eval: names no images: give holdout_images = 16, say, or sets of other images"),
     (
         {"sampling": {"prompts": ["a fox --w 40"], "height": 32}},
         "sampling.prompts[0].width: = 40: must be a multiple of 16",
@@ -252,7 +252,7 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
 def test_wrong_key_or_value_is_named_with_what_to_do(bench: Bench, changes: dict[str, Any], message: str) -> None:
     experiment = bench.experiment(**changes)
     file = experiment.with_name("dataset.toml") if "dataset_file" in changes else experiment
-    assert bench.only_problem(experiment).startswith(f"{file}: {message}")
+    assert bench.only_error(experiment).startswith(f"{file}: {message}")
 
 
 def test_a_bad_line_of_the_prompt_file_is_named(bench: Bench, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_an_empty_evaluation_set_is_named_with_its_file(bench: Bench, tmp_path: 
     empty.mkdir()
     file.write_text(f'resolutions = [32]\n[[directory]]\npath = "{empty}"\n')
     experiment = bench.experiment(eval={"sets": [{"name": "other", "dataset": str(file)}]})
-    assert bench.only_problem(experiment) == f"{file}: directory: no usable picture with a caption in {empty}"
+    assert bench.only_error(experiment) == f"{file}: directory: no usable image with a caption in {empty}"
 
 
 def test_a_line_of_the_file_is_named(bench: Bench) -> None:
@@ -280,18 +280,18 @@ def test_a_line_of_the_file_is_named(bench: Bench) -> None:
     assert f"{experiment}, line {line}: objective.mode_s_n: " in bench.main("--config", str(experiment)).error
 
 
-def test_a_mask_folder_must_be_there_and_another(bench: Bench, pictures: Path) -> None:
-    for folder, message in ((pictures / "no", "is not a folder"), (pictures, "must be another folder than path")):
-        directory = [{"path": str(pictures), "mask_path": str(folder)}]
-        problem = bench.only_problem(bench.experiment(dataset_file={"directory": directory}))
-        assert "directory[0].mask_path: " in problem and message in problem
+def test_a_mask_folder_must_be_there_and_another(bench: Bench, images: Path) -> None:
+    for folder, message in ((images / "no", "is not a folder"), (images, "must be another folder than path")):
+        directory = [{"path": str(images), "mask_path": str(folder)}]
+        error = bench.only_error(bench.experiment(dataset_file={"directory": directory}))
+        assert "directory[0].mask_path: " in error and message in error
 
 
 def test_every_mistake_of_both_files_is_shown_at_once(bench: Bench) -> None:
     changes = {"sead": 1, "max_steps": 0, "optimizer.type": 3, "model.vea": "x", "dataset_file": {"num_repeat": 2}}
     experiment = bench.experiment(**changes)
     dataset_file = experiment.with_name("dataset.toml")
-    starts = {problem.rpartition(":")[0].split(": =")[0] for problem in bench.refused(experiment)}
+    starts = {error.rpartition(":")[0].split(": =")[0] for error in bench.refused(experiment)}
     assert starts == {
         f"{experiment}: sead",
         f"{experiment}: max_steps",
@@ -301,11 +301,11 @@ def test_every_mistake_of_both_files_is_shown_at_once(bench: Bench) -> None:
     }
 
 
-def test_mistakes_of_every_later_check_are_shown_at_once(bench: Bench, pictures: Path) -> None:
-    """What only the files themselves tell: optimizer, stages, pictures, adapter, previews."""
-    spoiled = [spoil_caption(pictures), cut_off(pictures)]
+def test_mistakes_of_every_later_check_are_shown_at_once(bench: Bench, images: Path) -> None:
+    """What only the files themselves tell: optimizer, stages, images, adapter, previews."""
+    spoiled = [spoil_caption(images), cut_off(images)]
     experiment = bench.experiment(
-        pictures=pictures,
+        images=images,
         **{
             "optimizer.type": "AdamX",
             "pipeline.pipeline_stages": 2,
@@ -313,11 +313,11 @@ def test_mistakes_of_every_later_check_are_shown_at_once(bench: Bench, pictures:
             "sampling": {"prompts": ["a"], "width": 40, "height": 32},
         },
     )
-    problems = bench.refused(experiment, world_size=3)
+    errors = bench.refused(experiment, world_size=3)
     for key in ("optimizer.type", "pipeline.pipeline_stages", "adapter.targets[0]", "sampling.width"):
-        assert sum(problem.startswith(f"{experiment}: {key}: ") for problem in problems) == 1
+        assert sum(error.startswith(f"{experiment}: {key}: ") for error in errors) == 1
     for path in spoiled:
-        assert sum(problem.startswith(f"{path}: ") for problem in problems) == 1
+        assert sum(error.startswith(f"{path}: ") for error in errors) == 1
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_mistakes_of_every_later_check_are_shown_at_once(bench: Bench, pictures:
 )
 def test_override_is_typed_like_the_file(bench: Bench, override: str, message: str) -> None:
     experiment = bench.experiment()
-    assert bench.only_problem(experiment, "--set", override).startswith(f"{experiment}: {message}")
+    assert bench.only_error(experiment, "--set", override).startswith(f"{experiment}: {message}")
 
 
 # --- processes ---------------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_override_is_typed_like_the_file(bench: Bench, override: str, message: s
 def test_stages_must_divide_the_processes(bench: Bench) -> None:
     experiment = bench.experiment(**{"pipeline.pipeline_stages": 2})
     message = "pipeline.pipeline_stages: = 2: must divide the number of processes, 3; start a multiple of 2 processes"
-    assert bench.only_problem(experiment, world_size=3) == f"{experiment}: {message}"
+    assert bench.only_error(experiment, world_size=3) == f"{experiment}: {message}"
 
 
 def test_check_of_a_run_of_several_processes_needs_but_one(bench: Bench) -> None:
@@ -349,9 +349,9 @@ def test_check_of_a_run_of_several_processes_needs_but_one(bench: Bench) -> None
     assert (looked.exit_code, looked.error) == (0, "")
 
 
-def test_missing_weights_and_missing_pictures_are_told_at_once(bench: Bench) -> None:
-    experiment = bench.experiment(pictures=bench.folder / "none", **{"model.mmdit": str(bench.folder / "no.safetensors")})
-    told = bench.main("--config", str(experiment)).problems
+def test_missing_weights_and_missing_images_are_told_at_once(bench: Bench) -> None:
+    experiment = bench.experiment(images=bench.folder / "none", **{"model.mmdit": str(bench.folder / "no.safetensors")})
+    told = bench.main("--config", str(experiment)).errors
     assert any("no.safetensors does not exist" in line for line in told)
     assert any("none is not a folder" in line for line in told)
 
@@ -360,7 +360,7 @@ def test_missing_weights_and_missing_pictures_are_told_at_once(bench: Bench) -> 
 def test_more_stages_than_layers_are_refused(bench: Bench, stages: str | int) -> None:
     experiment = bench.experiment(**{"pipeline.pipeline_stages": stages})
     message = "pipeline.pipeline_stages: = 6: 5 layers cannot be cut into 6 stages"
-    assert bench.only_problem(experiment, world_size=6) == f"{experiment}: {message}"
+    assert bench.only_error(experiment, world_size=6) == f"{experiment}: {message}"
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------
@@ -384,28 +384,28 @@ def test_weights_that_do_not_fit_are_named(bench: Bench, spoil: Callable[[dict[s
     path = bench.folder / "spoiled.safetensors"
     save_file(weights, path)
     experiment = bench.experiment(**{"model.mmdit": str(path)})
-    assert bench.only_problem(experiment) == (
+    assert bench.only_error(experiment) == (
         f"{experiment}: model.mmdit: {path}, by its shapes SD3.5-medium-like (width 128, depth 3), {message}"
     )
 
 
-# --- pictures and captions ---------------------------------------------------------------------------------------------
+# --- images and captions ---------------------------------------------------------------------------------------------
 
 
 def test_empty_dataset_folder_is_named(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    experiment = bench.experiment(pictures=folder)
-    message = f"{experiment.with_name('dataset.toml')}: directory: no usable picture with a caption in {folder}"
-    assert bench.only_problem(experiment) == message
+    experiment = bench.experiment(images=folder)
+    message = f"{experiment.with_name('dataset.toml')}: directory: no usable image with a caption in {folder}"
+    assert bench.only_error(experiment) == message
 
 
 @pytest.mark.parametrize("on_bad_file", ["error", "skip"])
 def test_missing_dataset_folder_is_refused_whatever_bad_files_do(bench: Bench, tmp_path: Path, on_bad_file: str) -> None:
-    experiment = bench.experiment(pictures=tmp_path / "none", dataset_file={"on_bad_file": on_bad_file})
+    experiment = bench.experiment(images=tmp_path / "none", dataset_file={"on_bad_file": on_bad_file})
     message = f"{experiment.with_name('dataset.toml')}: directory[0].path: {tmp_path / 'none'} is not a folder, "
     message += "and no .tar or .parquet file"
-    assert bench.only_problem(experiment) == message
+    assert bench.only_error(experiment) == message
 
 
 @pytest.mark.parametrize("key", ["output_dir", "cache_dir"])
@@ -413,14 +413,12 @@ def test_folder_to_write_to_that_is_a_file_is_named(bench: Bench, tmp_path: Path
     file = tmp_path / "file"
     file.write_text("")
     experiment = bench.experiment(**{key: str(file / "inside")})
-    assert (
-        bench.only_problem(experiment) == f"{experiment}: {key}: = {str(file / 'inside')!r}: {file} is a file, not a folder"
-    )
+    assert bench.only_error(experiment) == f"{experiment}: {key}: = {str(file / 'inside')!r}: {file} is a file, not a folder"
 
 
 def remove_caption(folder: Path) -> Path:
-    (folder / "picture_004.txt").unlink()
-    return folder / "picture_004.png"
+    (folder / "image_004.txt").unlink()
+    return folder / "image_004.png"
 
 
 @pytest.mark.parametrize(
@@ -428,45 +426,45 @@ def remove_caption(folder: Path) -> Path:
     [
         (spoil_caption, "is not UTF-8: byte 3 is 0xe9"),
         (cut_off, "is cut off"),
-        (remove_caption, "has no caption: picture_004.txt is missing"),
+        (remove_caption, "has no caption: image_004.txt is missing"),
     ],
 )
-def test_bad_file_is_named_with_the_reason(bench: Bench, pictures: Path, spoil: Callable[[Path], Path], reason: str) -> None:
-    path = spoil(pictures)
-    experiment = bench.experiment(pictures=pictures)
+def test_bad_file_is_named_with_the_reason(bench: Bench, images: Path, spoil: Callable[[Path], Path], reason: str) -> None:
+    path = spoil(images)
+    experiment = bench.experiment(images=images)
     first, advice = bench.refused(experiment)
     assert first.startswith(f"{path}: {reason}")
     assert advice.startswith(f"{experiment.with_name('dataset.toml')}: on_bad_file: ")
     assert '"skip"' in advice
 
 
-def test_check_decodes_no_pixels(bench: Bench, pictures: Path) -> None:
-    """Nor does the scan before a run: a million pictures are looked through in minutes only by their headers."""
-    spoil_pixels(pictures)
-    refusal = bench.main("--config", str(bench.experiment(pictures=pictures)), "--check")
+def test_check_decodes_no_pixels(bench: Bench, images: Path) -> None:
+    """Nor does the scan before a run: a million images are looked through in minutes only by their headers."""
+    spoil_pixels(images)
+    refusal = bench.main("--config", str(bench.experiment(images=images)), "--check")
     assert refusal.exit_code == 0, refusal.error
 
 
 @pytest.mark.distributed
-def test_bad_files_are_left_out_when_told_so(lab: Lab, pictures: Path) -> None:
-    """Of six pictures three are bad, one of them only when it is decoded; each is named once, and three are trained on."""
-    bad = [spoil_caption(pictures), cut_off(pictures), spoil_pixels(pictures)]
-    experiment = lab.experiment({"dataset_file": {"on_bad_file": "skip"}, "epochs": 1}, pictures)
+def test_bad_files_are_left_out_when_told_so(lab: Lab, images: Path) -> None:
+    """Of six images three are bad, one of them only when it is decoded; each is named once, and three are trained on."""
+    bad = [spoil_caption(images), cut_off(images), spoil_pixels(images)]
+    experiment = lab.experiment({"dataset_file": {"on_bad_file": "skip"}, "epochs": 1}, images)
     run = lab.run(2, experiment)
     for path in bad:
         assert run.output.count(f"left out: {path}: ") == 1
     listed = [json.loads(line) for line in (experiment.parent / "output" / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(entry["path"] for entry in listed) == sorted(map(str, bad))
     assert {entry["kind"] for entry in listed} == {"bad"}
-    # Pictures 0, 4 and 5 are of three shapes, so each makes a step, filled up with itself.
+    # Images 0, 4 and 5 are of three shapes, so each makes a step, filled up with itself.
     assert run.last_step == 3
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_picture_that_cannot_be_decoded_ends_the_caching_pass_by_name(lab: Lab, pictures: Path, num_processes: int) -> None:
-    path = spoil_pixels(pictures)
-    experiment = lab.experiment({}, pictures)
+def test_image_that_cannot_be_decoded_ends_the_caching_pass_by_name(lab: Lab, images: Path, num_processes: int) -> None:
+    path = spoil_pixels(images)
+    experiment = lab.experiment({}, images)
     assert lab.finish(1, experiment, "--check").exit_code == 0, "its header is right"
     ranks = lab.start(num_processes, experiment)
     finished = ranks.wait(limit_seconds=60)
@@ -485,7 +483,7 @@ def test_loss_that_is_no_number_stops_the_run_and_names_the_batch(lab: Lab, tmp_
     finished = lab.finish(2, experiment)
     assert finished.exit_code == 1
     assert "step 1: loss nan" in finished.output
-    assert finished.output.count("0/picture_") >= 4
+    assert finished.output.count("0/image_") >= 4
     run = newest_run(experiment.parent / "output")
     assert not (run / "weights").exists()
     assert not (run / "checkpoints").exists()

@@ -45,11 +45,11 @@ class Desk:
         any_data: Any = None
         return train.leave_out(self.experiment, Cached(any_data, tables, unusable, True))
 
-    def problems(self, *keys: str) -> list[tuple[str, str, str]]:
+    def errors(self, *keys: str) -> list[tuple[str, str, str]]:
         """(Name of the file, key, message) of each."""
         with pytest.raises(ConfigError) as caught:
             self.leave_out(*keys)
-        return [(problem.file.name, problem.key, problem.message) for problem in caught.value.problems]
+        return [(error.file.name, error.key, error.message) for error in caught.value.errors]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_without_bad_files_everything_stays(desk: Desk) -> None:
 
 
 def test_bad_files_of_a_lenient_directory_are_left_out_and_named(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = "1/picture_001.png@32"
+    bad = "1/image_001.png@32"
     left = desk.leave_out(bad)
     before = [example.key for example in desk.experiment.dataset.examples]
     assert [example.key for example in left.dataset.examples] == [key for key in before if key != bad]
@@ -74,16 +74,16 @@ def test_bad_files_of_a_lenient_directory_are_left_out_and_named(desk: Desk, cap
 
 
 def test_bad_files_of_a_strict_directory_end_the_run_and_all_are_named(desk: Desk) -> None:
-    keys = ("0/picture_000.png@32", "1/picture_001.png@32")
-    assert desk.problems(*keys) == [
-        ("picture_000.png@32", "", "is bad"),
-        ("picture_001.png@32", "", "is bad"),
+    keys = ("0/image_000.png@32", "1/image_001.png@32")
+    assert desk.errors(*keys) == [
+        ("image_000.png@32", "", "is bad"),
+        ("image_001.png@32", "", "is bad"),
         ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE),
     ]
 
 
 def test_bad_files_of_a_strict_evaluation_set_are_told_with_its_file(desk: Desk) -> None:
-    assert desk.problems("eval/other/0/picture_002.png@32")[-1] == ("other.toml", "on_bad_file", BAD_FILE_ADVICE)
+    assert desk.errors("eval/other/0/image_002.png@32")[-1] == ("other.toml", "on_bad_file", BAD_FILE_ADVICE)
 
 
 def test_a_dataset_of_which_nothing_is_left_ends_the_run(desk: Desk) -> None:
@@ -91,4 +91,4 @@ def test_a_dataset_of_which_nothing_is_left_ends_the_run(desk: Desk) -> None:
     lenient = np.array([example.key.startswith("1/") for example in table])
     desk.experiment = replace(desk.experiment, dataset=replace(desk.experiment.dataset, examples=table.where(lenient)))
     keys = [example.key for example in table if example.key.startswith("1/")]
-    assert desk.problems(*keys)[-1] == ("dataset.toml", "directory", "no picture could be encoded")
+    assert desk.errors(*keys)[-1] == ("dataset.toml", "directory", "no image could be encoded")

@@ -1,4 +1,4 @@
-"""A whole SD3.5-medium-shaped model of a few megabytes in the public formats, pictures to train it on, and an experiment.
+"""A whole SD3.5-medium-shaped model of a few megabytes in the public formats, images to train it on, and an experiment.
 
 Everything is random with a fixed seed and nothing is zero-initialised, so every output depends on every weight and input.
 Run as a script, it writes all three into a folder.
@@ -215,29 +215,29 @@ def make_tiny_model(folder: Path) -> Path:
     return folder
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def write_picture(folder: Path, index: int) -> Path:
-    """Picture number `index` and its caption; different for each number, and of one of three aspect ratios."""
+def write_image(folder: Path, index: int) -> Path:
+    """Image number `index` and its caption; different for each number, and of one of three aspect ratios."""
     width, height = IMAGE_SIZES[index % len(IMAGE_SIZES)]
     colour, outline = COLOURS[index % len(COLOURS)], OUTLINES[index // len(COLOURS) % len(OUTLINES)]
-    picture = Image.new("RGB", (width, height), (200, 210, 220))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), (200, 210, 220))
+    draw = ImageDraw.Draw(image)
     box = (4 + index % 5, 6, width - 6, height - 4 - index % 7)
     draw.ellipse(box, fill=colour) if outline == "circle" else draw.rectangle(box, fill=colour)
     draw.point((0, 0), fill=(index % 256, index // 256, 0))
-    path = folder / f"picture_{index:03d}.png"
-    picture.save(path)
+    path = folder / f"image_{index:03d}.png"
+    image.save(path)
     path.with_suffix(".txt").write_text(f"a {colour} {outline}, number {index}\n", encoding="utf-8")
     return path
 
 
 def make_tiny_dataset(folder: Path, num_images: int = 12) -> Path:
-    """Write that many captioned pictures into the folder, and return it."""
+    """Write that many captioned images into the folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(num_images):
-        write_picture(folder, index)
+        write_image(folder, index)
     return folder
 
 
@@ -313,4 +313,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     target = parser.parse_args().folder
-    print(write_experiment(target, make_tiny_model(target / "model"), make_tiny_dataset(target / "pictures")))
+    print(write_experiment(target, make_tiny_model(target / "model"), make_tiny_dataset(target / "images")))

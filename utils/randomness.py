@@ -1,7 +1,7 @@
 """Every random draw of a run, as a function of what the draw is for.
 
 No generator lives through a run. Each draw gets a fresh one, seeded by a hash of (seed, purpose, key); the key names the
-example and the visit, never a rank, a worker or a count of draws so far. So any number of processes draws the same
+example and the draw, never a rank, a worker or a count of draws so far. So any number of processes draws the same
 samples, the two ends of a pipeline draw the same noise without talking, and resuming needs no saved state. Nothing else
 in this program draws random numbers that reach the result.
 

@@ -1,6 +1,6 @@
 """The quickstart's little world: a coloured shape on a coloured background, how to draw it and how to read it back.
 
-`draw` makes a picture from (shape, colour, background); `read` goes the other way and says what a picture shows, so
+`draw` makes an image from (shape, colour, background); `read` goes the other way and says what an image shows, so
 that "does the trained model paint what the caption says?" becomes a number. Colours are read as the nearest palette
 colour of the centre and of the corners, the shape as the template (over a few sizes and places) that overlaps best.
 Everything is drawn so that the centre patch always lies inside the shape and the corner patches always outside.
@@ -34,13 +34,13 @@ SHAPES = ("circle", "square", "triangle")
 
 SIZE_PIXELS = 64
 OVERSAMPLING = 4  # drawn this much larger and averaged down: PIL itself draws hard edges
-RADII = (17.0, 21.0)  # smallest and largest, in pixels of a 64-pixel picture
-MAX_OFFSET = 2.0  # of the shape's middle from the picture's, both ways, same pixels; more makes shapes slow to learn
+RADII = (17.0, 21.0)  # smallest and largest, in pixels of a 64-pixel image
+MAX_OFFSET = 2.0  # of the shape's middle from the image's, both ways, same pixels; more makes shapes slow to learn
 MAX_READ_OFFSET = 4.0  # a model may miss the middle by more, and `read` still finds the shape
 
 
 class Combination(NamedTuple):
-    """What one picture shows."""
+    """What one image shows."""
 
     shape: str
     colour: str
@@ -93,7 +93,7 @@ def _outline(shape: str, radius: float, x: float, y: float) -> list[tuple[float,
 
 
 def _coverage(shape: str, radius: float, dx: float, dy: float, size: int) -> Image.Image:
-    """Return an 'L' image of how much of each pixel the shape covers; lengths are those of a 64-pixel picture."""
+    """Return an 'L' image of how much of each pixel the shape covers; lengths are those of a 64-pixel image."""
     scale = size * OVERSAMPLING / SIZE_PIXELS
     x, y, radius = (SIZE_PIXELS / 2 + dx) * scale, (SIZE_PIXELS / 2 + dy) * scale, radius * scale
     mask = Image.new("L", (size * OVERSAMPLING,) * 2)
@@ -113,12 +113,12 @@ def draw(
     size: int = SIZE_PIXELS,
     max_offset: float = MAX_OFFSET,
 ) -> Image.Image:
-    """Return an RGB picture of the shape, a little larger or smaller and a little off the middle each time."""
+    """Return an RGB image of the shape, a little larger or smaller and a little off the middle each time."""
     radius = rng.uniform(*RADII)
     dx, dy = rng.uniform(-max_offset, max_offset, 2)
-    picture = Image.new("RGB", (size, size), COLOURS[background])
-    picture.paste(COLOURS[colour], mask=_coverage(shape, radius, dx, dy, size))
-    return picture
+    image = Image.new("RGB", (size, size), COLOURS[background])
+    image.paste(COLOURS[colour], mask=_coverage(shape, radius, dx, dy, size))
+    return image
 
 
 @functools.cache
@@ -148,7 +148,7 @@ def _best_shape(pixels: FloatArray, inside: FloatArray, outside: FloatArray) -> 
 
 
 def read(image: Image.Image) -> Combination:
-    """Return what a picture seems to show; pictures of another size or mode are brought to 64 pixels and RGB first."""
+    """Return what an image seems to show; images of another size or mode are brought to 64 pixels and RGB first."""
     small = image.convert("RGB").resize((SIZE_PIXELS, SIZE_PIXELS), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.float32)  # (64, 64, 3)
     middle = slice(SIZE_PIXELS // 2 - 3, SIZE_PIXELS // 2 + 3)

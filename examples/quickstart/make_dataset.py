@@ -1,10 +1,10 @@
-"""Makes the quickstart's training pictures, each with a caption in a text file of the same name:
+"""Makes the quickstart's training images, each with a caption in a text file of the same name:
 
-    OUT/shapes/   drawn 64-pixel pictures of all captions but the held-out ones, evenly
+    OUT/shapes/   drawn 64-pixel images of all captions but the held-out ones, evenly
     OUT/pink/     for the LoRA lesson: shapes in a colour that OUT/shapes lacks, and a fifth ordinary ones as reminders
     OUT/photos/   real photographs as scikit-image and scikit-learn ship them: many sizes, JPEG and PNG, RGB, grey, RGBA
 
-The drawn pictures teach a tiny model to follow captions within minutes; the photographs are there because real data
+The drawn images teach a tiny model to follow captions within minutes; the photographs are there because real data
 sets have awkward sizes and modes. The same arguments always give the same files, and a second run does nothing.
 
     python -m examples.quickstart.make_dataset --out data/quickstart
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.quickstart import images as pictures
+from examples.quickstart import images as images
 from examples.quickstart.folders import make_folder, package_folder
 from examples.quickstart.images import Combination
 
 SEED = 20240305
 PINK_IMAGES = 200
-REMINDER_IMAGES = 50  # ordinary pictures among the pink ones
+REMINDER_IMAGES = 50  # ordinary images among the pink ones
 
 # Only files inside the wheels: neither package is asked to download anything.
 PHOTOGRAPHS = {
@@ -53,11 +53,11 @@ def photographs() -> list[tuple[Path, str]]:
 
 
 def write_drawings(folder: Path, combinations: Sequence[Combination], stream: int) -> None:
-    """Draw one picture per combination; picture i depends on (SEED, stream, i) only."""
+    """Draw one image per combination; image i depends on (SEED, stream, i) only."""
     folder.mkdir(exist_ok=True)
     for i, combination in enumerate(combinations):
         rng = np.random.default_rng([SEED, stream, i])
-        pictures.draw(*combination, rng).save(folder / f"{i:05d}.png")
+        images.draw(*combination, rng).save(folder / f"{i:05d}.png")
         (folder / f"{i:05d}.txt").write_text(combination.caption + "\n", encoding="utf-8")
 
 
@@ -75,8 +75,8 @@ def write_photographs(folder: Path) -> None:
 
 
 def write_dataset(folder: Path, num_images: int) -> None:
-    ordinary = pictures.training_combinations()
-    pink = cycled(pictures.combinations((pictures.EXTRA_COLOUR,)), PINK_IMAGES)
+    ordinary = images.training_combinations()
+    pink = cycled(images.combinations((images.EXTRA_COLOUR,)), PINK_IMAGES)
     shuffled = np.random.default_rng([SEED, 2]).permutation(len(ordinary))
     reminders = [ordinary[i] for i in shuffled[:REMINDER_IMAGES]]
     write_drawings(folder / "shapes", cycled(ordinary, num_images), stream=0)
@@ -87,9 +87,9 @@ def write_dataset(folder: Path, num_images: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist or be empty")
-    parser.add_argument("--images", type=int, default=1500, help="drawn pictures in OUT/shapes (default: 1500)")
+    parser.add_argument("--images", type=int, default=1500, help="drawn images in OUT/shapes (default: 1500)")
     options = parser.parse_args()
-    arguments = {"images": options.images, "seed": SEED, "max_offset": pictures.MAX_OFFSET}
+    arguments = {"images": options.images, "seed": SEED, "max_offset": images.MAX_OFFSET}
     made = make_folder(options.out, arguments, lambda folder: write_dataset(folder, options.images))
     print(f"{options.out}: {'made' if made else 'already complete, nothing to do'}")
 

@@ -7,7 +7,7 @@
 
 The text encoders know nothing, but they give every word a vector of its own and never change, which is all that a
 network trained from scratch needs. The network starts as the SD3 paper's does: every block is the identity (adaLN zero)
-and the output is zero. Its position table has 8 x 8 places, one apart: a 64-pixel picture is 4 x 4 patches, and places
+and the output is zero. Its position table has 8 x 8 places, one apart: a 64-pixel image is 4 x 4 patches, and places
 as close as SD3's (a quarter apart, for 64 x 64 patches) could not be told from each other.
 
     python -m examples.quickstart.make_model --out data/quickstart-model

@@ -2,7 +2,7 @@
 
 Reads RUN_DIR/samples/step_NNNNNN/ (000.png, ... and prompts.json), prints a table of how many foreground colours,
 backgrounds and shapes are right, for combinations that were in the training set and for those held out of it, draws
-all previews with their prompts into one picture, and fails if too few are right. Prompts of another form ("a
+all previews with their prompts into one image, and fails if too few are right. Prompts of another form ("a
 photograph of a cat") are drawn but not measured.
 
     python -m examples.quickstart.measure runs/quickstart --out grid.png --min-colours 0.95 --min-shapes 0.80
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.quickstart import images as pictures
+from examples.quickstart import images as images
 from examples.quickstart.images import Combination
 
 NUM_COLUMNS = 5
-PICTURE_PIXELS = 160
+IMAGE_PIXELS = 160
 MARGIN_PIXELS = 10
 LABEL_PIXELS = 44
 WRONG_COLOUR = (200, 0, 0)
@@ -30,7 +30,7 @@ WRONG_COLOUR = (200, 0, 0)
 
 @dataclass(frozen=True)
 class Preview:
-    """A prompt, its picture, what the prompt asks for (None: not measured) and what the picture shows."""
+    """A prompt, its image, what the prompt asks for (None: not measured) and what the image shows."""
 
     prompt: str
     image: Image.Image
@@ -43,7 +43,7 @@ class Preview:
 
     @property
     def held_out(self) -> bool:
-        return self.asked in pictures.HELD_OUT
+        return self.asked in images.HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def load_previews(folder: Path) -> list[Preview]:
     for entry in json.loads((folder / "prompts.json").read_text(encoding="utf-8")):
         with Image.open(folder / entry["file"]) as opened:
             image = opened.convert("RGB")
-        previews.append(Preview(entry["prompt"], image, pictures.parse(entry["prompt"]), pictures.read(image)))
+        previews.append(Preview(entry["prompt"], image, images.parse(entry["prompt"]), images.read(image)))
     return previews
 
 
@@ -103,13 +103,13 @@ def table(previews: Sequence[Preview]) -> str:
 
 def draw_cell(preview: Preview) -> Image.Image:
     """Return one preview with its prompt below; a wrong one gets a frame and says what it was taken for."""
-    width, height = PICTURE_PIXELS + 2 * MARGIN_PIXELS, PICTURE_PIXELS + 2 * MARGIN_PIXELS + LABEL_PIXELS
+    width, height = IMAGE_PIXELS + 2 * MARGIN_PIXELS, IMAGE_PIXELS + 2 * MARGIN_PIXELS + LABEL_PIXELS
     cell = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(cell)
     scaled = preview.image.copy()
-    factor = PICTURE_PIXELS / max(scaled.size)
+    factor = IMAGE_PIXELS / max(scaled.size)
     scaled = scaled.resize((round(scaled.width * factor), round(scaled.height * factor)), Image.Resampling.BICUBIC)
-    left, top = (width - scaled.width) // 2, MARGIN_PIXELS + (PICTURE_PIXELS - scaled.height) // 2
+    left, top = (width - scaled.width) // 2, MARGIN_PIXELS + (IMAGE_PIXELS - scaled.height) // 2
     edge = 4 if preview.wrong else 1
     box = (left - edge, top - edge, left + scaled.width + edge - 1, top + scaled.height + edge - 1)
     pen.rectangle(box, fill=WRONG_COLOUR if preview.wrong else (160, 160, 160))
@@ -119,7 +119,7 @@ def draw_cell(preview: Preview) -> Image.Image:
         lines.append(f"wrong: {' '.join((preview.shown.colour, preview.shown.shape, 'on', preview.shown.background))}")
     for i, line in enumerate(lines):
         colour = WRONG_COLOUR if line.startswith("wrong: ") else (0, 0, 0)
-        pen.text((MARGIN_PIXELS, MARGIN_PIXELS + PICTURE_PIXELS + 6 + 14 * i), line, colour, ImageFont.load_default(11))
+        pen.text((MARGIN_PIXELS, MARGIN_PIXELS + IMAGE_PIXELS + 6 + 14 * i), line, colour, ImageFont.load_default(11))
     return cell
 
 
@@ -161,9 +161,9 @@ def main() -> None:
     if not result.count:
         raise SystemExit('no prompt has the form "a red circle on a blue background": nothing to measure')
     print(table(previews))
-    problems = shortfalls(result, options.min_colours, options.min_shapes)
-    if problems:
-        sys.exit("\n".join(problems))
+    errors = shortfalls(result, options.min_colours, options.min_shapes)
+    if errors:
+        sys.exit("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart, from nothing to pictures: what `make quickstart` runs.
+"""The quickstart, from nothing to images: what `make quickstart` runs.
 
 Makes a small model and a dataset, trains the model from scratch over two pipeline stages with the program itself, then a
 LoRA on top of it, looks at the previews of both and says how many are right. Everything lands in runs/quickstart.
@@ -53,7 +53,7 @@ def newest(pattern: str, folder: Path) -> Path:
 def main() -> None:
     began = time.monotonic()
     run("A small SD3.5 in the public file formats", ["-m", "examples.quickstart.make_model", "--out", str(RUNS / "model")])
-    run("Pictures with captions", ["-m", "examples.quickstart.make_dataset", "--out", str(RUNS / "dataset")])
+    run("Images with captions", ["-m", "examples.quickstart.make_dataset", "--out", str(RUNS / "dataset")])
     full = train("Full training from scratch", FULL_CONFIG)
     shutil.copyfile(newest("weights/*/mmdit.safetensors", full), RUNS / "trained.safetensors")
     measure = ["-m", "examples.quickstart.measure"]
@@ -73,7 +73,7 @@ Done in {seconds / 60:.1f} minutes. What you have now:
   {RUNS / "grid.png"}        every preview with its prompt; the first 16 are of combinations no caption had
   {RUNS / "grid_lora.png"}   the same for the LoRA
   {full / "report.html"}
-                                    the run on one page: objective, curves, evaluations, pictures beside those of the start
+                                    the run on one page: objective, curves, evaluations, images beside those of the start
   {RUNS / "full" / "dataset_report.html"}   the dataset as it was trained: crops, buckets, captions and what is cut of them
   {newest("weights/*/mmdit.safetensors", full)}
                                     the trained network: one file with native keys

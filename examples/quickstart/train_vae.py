@@ -1,15 +1,15 @@
-"""Trains the quickstart's small autoencoder: 64-pixel pictures to 16 x 8 x 8 latents and back, as SD3's VAE does.
+"""Trains the quickstart's small autoencoder: 64-pixel images to 16 x 8 x 8 latents and back, as SD3's VAE does.
 
 Its weights are shipped in `vae/` because this is the slow part (about eleven minutes on two cores); the script is here to
 show where they come from. It learns from drawn shapes (all captions and pink) and from random crops of the
 photographs. What made it learn quickly:
 
-    32-pixel crops first (a quarter of the work per picture), then whole 64-pixel pictures
+    32-pixel crops first (a quarter of the work per image), then whole 64-pixel images
     Adam at 1e-3; at 2e-3 it stalls
     the encoder's log-variance starts at -6, so that the first latents are not drowned in noise; KL weight 1e-5
     32 channels everywhere: at 16 the group normalisation wipes out flat colours and it never learns them
 
-At the end it measures the latents of drawn pictures and stores `shift_factor` and `scaling_factor` such that
+At the end it measures the latents of drawn images and stores `shift_factor` and `scaling_factor` such that
 (z - shift) * scale has mean 0 and standard deviation 1 over them, which is what a diffusion model wants to see.
 
     python -m examples.quickstart.train_vae --out examples/quickstart/vae
@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from examples.quickstart import images as pictures
+from examples.quickstart import images as images
 from examples.quickstart.make_dataset import photographs
 
 KL_WEIGHT = 1e-5
@@ -48,7 +48,7 @@ CONFIG = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
     "mid_block_add_attention": False,
-    "force_upcast": False,  # float16 shows the same pictures here
+    "force_upcast": False,  # float16 shows the same images here
 }
 
 
@@ -62,13 +62,13 @@ class Stage:
 
 
 def drawings(count: int, seed: int) -> Tensor:
-    """Return drawn pictures of all combinations, pink included, in turn: (count, 3, 64, 64) bytes."""
-    todo = pictures.combinations(tuple(pictures.COLOURS))
+    """Return drawn images of all combinations, pink included, in turn: (count, 3, 64, 64) bytes."""
+    todo = images.combinations(tuple(images.COLOURS))
     order = np.random.default_rng([seed, 0]).permutation(len(todo))
     chosen = [todo[int(order[i % len(todo)])] for i in range(count)]
     rngs = [np.random.default_rng([seed, 1, i]) for i in range(count)]
-    drawn = [pictures.draw(*c, rng, max_offset=MAX_OFFSET) for c, rng in zip(chosen, rngs, strict=True)]
-    return torch.stack([to_bytes(picture) for picture in drawn])
+    drawn = [images.draw(*c, rng, max_offset=MAX_OFFSET) for c, rng in zip(chosen, rngs, strict=True)]
+    return torch.stack([to_bytes(image) for image in drawn])
 
 
 def photograph_sizes() -> list[Tensor]:
@@ -94,13 +94,13 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Return (3, h, w) in [-1, 1] as a picture."""
+    """Return (3, h, w) in [-1, 1] as an image."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
     return Image.fromarray(array)
 
 
 def crop(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return a random size x size part of (3, h, w), mirrored half the time."""
+    """Return a random size x size part of (3, h, w), flipped half the time."""
     top = int(torch.randint(pixels.shape[1] - size + 1, (), generator=generator))
     left = int(torch.randint(pixels.shape[2] - size + 1, (), generator=generator))
     part = pixels[:, top : top + size, left : left + size]
@@ -172,7 +172,7 @@ def there_and_back(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_latent_statistics(vae: AutoencoderKL, seed: int) -> None:
-    """Store the shift and scale that bring the latents of drawn pictures to mean 0 and standard deviation 1."""
+    """Store the shift and scale that bring the latents of drawn images to mean 0 and standard deviation 1."""
     parts = to_float(drawings(NUM_DRAWINGS // 4, seed)).split(32)
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])  # (N, 16, 8, 8)
     mean, std = latents.mean().item(), latents.std().item()
@@ -183,12 +183,12 @@ def set_latent_statistics(vae: AutoencoderKL, seed: int) -> None:
 
 @torch.no_grad()
 def report(vae: AutoencoderKL, seed: int) -> None:
-    """Print how well pictures that were not trained on, and crops of the photographs, survive encoding and decoding."""
+    """Print how well images that were not trained on, and crops of the photographs, survive encoding and decoding."""
     unseen = drawings(NUM_DRAWINGS // 4, seed)
     decoded = there_and_back(vae, to_float(unseen))
     squared_error = (decoded - to_float(unseen)).square().mean().item()
-    before = [pictures.read(to_image(pixels)) for pixels in to_float(unseen)]
-    after = [pictures.read(to_image(pixels)) for pixels in decoded]
+    before = [images.read(to_image(pixels)) for pixels in to_float(unseen)]
+    after = [images.read(to_image(pixels)) for pixels in decoded]
     same = np.mean([a == b for a, b in zip(before, after, strict=True)])
     print(f"unseen drawings: {decibels(squared_error):.2f} dB, read back the same: {100 * same:.1f}%")
     generator = torch.Generator().manual_seed(seed)
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and the weights, overwritten")
     parser.add_argument("--crop-steps", type=int, default=1200, help="steps on 32-pixel crops (default: 1200)")
-    parser.add_argument("--steps", type=int, default=1900, help="steps on 64-pixel pictures after that (default: 1900)")
+    parser.add_argument("--steps", type=int, default=1900, help="steps on 64-pixel images after that (default: 1900)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)

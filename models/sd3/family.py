@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 as a ModelAdapter: joins the files of this folder."""
+"""Stable Diffusion 3 and 3.5 as a ModelFamily: joins the files of this folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from models.family import (
-    AdapterFile,
     DecodeFunction,
     FileTensor,
     LatentSpec,
-    ModelAdapter,
+    LoraFile,
+    ModelFamily,
     ModelFilesError,
     ModuleAdapter,
     PipelineLayer,
@@ -33,10 +33,10 @@ from models.tensor_files import TensorFiles
 TIMESTEP_SCALE = 1000.0
 
 
-class SD3Adapter(ModelAdapter):
+class SD3Family(ModelFamily):
     """Checks every file's header and shapes; reads no weights until a layer or an encoder is asked for.
 
-    Raises ModelFilesError with every problem of every file.
+    Raises ModelFilesError with every error of every file.
     """
 
     layer_list_version = LAYER_LIST_VERSION
@@ -52,14 +52,14 @@ class SD3Adapter(ModelAdapter):
     default_lora_targets = ("attn", "mlp", "final_layer")
 
     def __init__(self, settings: SD3Settings) -> None:
-        tensors, parts, problems = find_parts(settings)
+        tensors, parts, errors = find_parts(settings)
         encoders = {name: parts[name] for name in TEXT_ENCODERS if name in parts}
         network, unfit = _check(tensors, parts.get("vae"), encoders, settings)
         tokenizers, missing = find_tokenizers(settings, encoders)
         merges, unmergeable = _open_merges(settings, network)
-        problems += unfit + missing + unmergeable
-        if problems or network is None:
-            raise ModelFilesError(problems)
+        errors += unfit + missing + unmergeable
+        if errors or network is None:
+            raise ModelFilesError(errors)
         for file, strength in merges:
             network.merge(file, strength)
         config = network.config
@@ -122,8 +122,8 @@ class SD3Adapter(ModelAdapter):
 
     # --- public files ------------------------------------------------------------------------------------------------
 
-    def open_adapter_file(self, path: Path) -> AdapterFile:
-        return adapter_files.open_adapter_file(path, self.adaptable_modules, self.config.depth)
+    def open_lora_file(self, path: Path) -> LoraFile:
+        return adapter_files.open_lora_file(path, self.adaptable_modules, self.config.depth)
 
     def native_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
         return adapter_files.native_adapter(modules)
@@ -142,10 +142,10 @@ class SD3Adapter(ModelAdapter):
 
     def frozen_tensors(self) -> list[FileTensor]:
         parts = self.encoder_parts.values()
-        problems = [("vae", text) for text in vae.file_problems(self.vae_part)]
-        problems += [(part.key, text) for part in parts for text in text_encoders.file_problems(part)]
-        if problems:
-            raise ModelFilesError(problems)
+        errors = [("vae", text) for text in vae.file_errors(self.vae_part)]
+        errors += [(part.key, text) for part in parts for text in text_encoders.file_errors(part)]
+        if errors:
+            raise ModelFilesError(errors)
         tensors = vae.file_tensors(self.vae_part)
         return tensors + [tensor for part in parts for tensor in text_encoders.file_tensors(part)]
 
@@ -157,36 +157,36 @@ def _check(
     tensors: TensorFiles | None, vae_part: Part | None, encoders: Mapping[str, Part], settings: SD3Settings
 ) -> tuple[weights.NetworkFiles | None, list[tuple[str, str]]]:
     """The network, if its files are whole, and what is wrong with any part that is there, as (key, message)."""
-    network, problems = None, []
+    network, errors = None, []
     try:
         network = weights.NetworkFiles(tensors) if tensors is not None else None
     except ModelFilesError as error:
-        problems += error.problems
+        errors += error.errors
     if vae_part is not None:
-        problems += vae.check_part(vae_part, network.config.in_channels if network else None)
-    problems += text_encoders.check_parts(encoders, settings, network.config if network else None)
-    return network, problems
+        errors += vae.check_part(vae_part, network.config.in_channels if network else None)
+    errors += text_encoders.check_parts(encoders, settings, network.config if network else None)
+    return network, errors
 
 
 def _open_merges(
     settings: SD3Settings, network: weights.NetworkFiles | None
-) -> tuple[list[tuple[AdapterFile, float]], list[tuple[str, str]]]:
+) -> tuple[list[tuple[LoraFile, float]], list[tuple[str, str]]]:
     """The adapters to merge, and what is wrong with them, as (key, message)."""
-    merges: list[tuple[AdapterFile, float]] = []
-    problems: list[tuple[str, str]] = []
+    merges: list[tuple[LoraFile, float]] = []
+    errors: list[tuple[str, str]] = []
     if network is None:
-        return merges, problems
+        return merges, errors
     modules = weights.adaptable_modules(network.config) if settings.merge_adapters else {}
     for index, merge in enumerate(settings.merge_adapters):
         try:
-            file = adapter_files.open_adapter_file(merge.path, modules, network.config.depth)
+            file = adapter_files.open_lora_file(merge.path, modules, network.config.depth)
             merges.append((file, merge.strength))
         except ModelFilesError as error:
-            problems += [(f"merge_adapters[{index}].path", text) for _, text in error.problems]
-    return merges, problems
+            errors += [(f"merge_adapters[{index}].path", text) for _, text in error.errors]
+    return merges, errors
 
 
-def _notes(settings: SD3Settings, vae_part: Part, merges: list[tuple[AdapterFile, float]]) -> list[str]:
+def _notes(settings: SD3Settings, vae_part: Part, merges: list[tuple[LoraFile, float]]) -> list[str]:
     notes = vae.scale_notes(vae_part)
     notes += [f"{file.path} is merged into {len(file.shapes)} modules, strength {strength:g}" for file, strength in merges]
     notes += [

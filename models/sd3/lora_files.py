@@ -26,9 +26,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from models.family import AdapterFile, ModelFilesError, ModuleAdapter
+from models.family import LoraFile, ModelFilesError, ModuleAdapter
 from models.sd3.diffusers_names import diffusers_modules, swap_halves, swaps_halves
-from models.tensor_files import MAX_PROBLEMS_SHOWN, TensorFiles, TensorFilesError, open_file
+from models.tensor_files import MAX_ERRORS_SHOWN, TensorFiles, TensorFilesError, open_file
 
 Shape = tuple[int, ...]
 
@@ -184,22 +184,22 @@ class _Reader:
     def __init__(self, tensors: TensorFiles, adaptable: Mapping[str, Shape], depth: int) -> None:
         self._tensors, self._adaptable = tensors, adaptable
         self.left_out: list[str] = []
-        problems = tensors.without(lambda name: name.endswith(".alpha")).unreadable()  # some write alpha as an integer
+        errors = tensors.without(lambda name: name.endswith(".alpha")).unreadable()  # some write alpha as an integer
         self._peft_settings: Mapping[str, Any] = {}
         try:
             self._peft_settings = _read_peft_settings(tensors.source)
         except (ValueError, OSError) as error:
-            problems.append(f"comes with settings of peft that cannot be read: {error}")
+            errors.append(f"comes with settings of peft that cannot be read: {error}")
         self.parts: dict[str, list[_Part]] = {}
         """Native module -> its parts in the file, in the order of its rows."""
-        for part in sorted(self._find_parts(_places(adaptable, depth), problems), key=lambda part: part.place.part):
+        for part in sorted(self._find_parts(_places(adaptable, depth), errors), key=lambda part: part.place.part):
             self.parts.setdefault(part.place.module, []).append(part)
-        unfit = [text for module, parts in self.parts.items() for text in self._module_problems(module, parts)]
-        if len(unfit) > MAX_PROBLEMS_SHOWN:
-            unfit[MAX_PROBLEMS_SHOWN:] = [f"and {len(unfit) - MAX_PROBLEMS_SHOWN} more that do not fit"]
-        self.problems = [f"{tensors.source}: {text}" for text in [*problems, *unfit]]
+        unfit = [text for module, parts in self.parts.items() for text in self._module_errors(module, parts)]
+        if len(unfit) > MAX_ERRORS_SHOWN:
+            unfit[MAX_ERRORS_SHOWN:] = [f"and {len(unfit) - MAX_ERRORS_SHOWN} more that do not fit"]
+        self.errors = [f"{tensors.source}: {text}" for text in [*errors, *unfit]]
 
-    def _find_parts(self, places: Mapping[str, _Place], problems: list[str]) -> list[_Part]:
+    def _find_parts(self, places: Mapping[str, _Place], errors: list[str]) -> list[_Part]:
         keys: dict[str, dict[str, str]] = {}
         unknown = []
         for key in self._tensors.shapes:
@@ -211,33 +211,33 @@ class _Reader:
             if name not in places or not what:
                 unknown.append(key)
             elif what in keys.setdefault(name, {}):
-                problems.append(f"has one thing twice, as {keys[name][what]} and {key}")
+                errors.append(f"has one thing twice, as {keys[name][what]} and {key}")
             else:
                 keys[name][what] = key
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            problems.append(f"has tensors of no module of this network: {', '.join(unknown[:3])}{more}")
+            errors.append(f"has tensors of no module of this network: {', '.join(unknown[:3])}{more}")
         if not keys and not unknown:
             what_else = f"; its {len(self.left_out)} tensors are for text encoders" if self.left_out else ""
-            problems.append(f"holds no adapter of this network{what_else}")
+            errors.append(f"holds no adapter of this network{what_else}")
         shapes = self._tensors.shapes
         return [
             _Part(name, places[name], found, {what: shapes[key] for what, key in found.items() if what != "alpha"})
             for name, found in keys.items()
         ]
 
-    def _module_problems(self, module: str, parts: list[_Part]) -> list[str]:
+    def _module_errors(self, module: str, parts: list[_Part]) -> list[str]:
         weight = self._adaptable[module]
         if len({part.place.part for part in parts}) < len(parts) or len({part.place.num_parts for part in parts}) > 1:
             return [f"{module} is there twice, as {' and '.join(part.name for part in parts)}"]
-        problems = [f"{part.name} {text}" for part in parts for text in _part_problems(part, weight)]
+        errors = [f"{part.name} {text}" for part in parts for text in _part_errors(part, weight)]
         alphas = [part.keys["alpha"] for part in parts if "alpha" in part.keys]
-        problems += [f"{key} is not one number" for key in alphas if math.prod(self._tensors.shapes[key]) != 1]
-        if not problems:
-            problems += [f"{part.name} has no scale that is a number" for part in parts if not self._has_scale(part)]
+        errors += [f"{key} is not one number" for key in alphas if math.prod(self._tensors.shapes[key]) != 1]
+        if not errors:
+            errors += [f"{part.name} has no scale that is a number" for part in parts if not self._has_scale(part)]
         if sum("magnitude" in part.shapes for part in parts) not in (0, parts[0].place.num_parts):
-            problems.append(f"DoRA of only some of query, key and value of {module}")
-        return problems
+            errors.append(f"DoRA of only some of query, key and value of {module}")
+        return errors
 
     def shapes(self, module: str) -> dict[str, Shape]:
         """Of the tensors that `read` will give."""
@@ -303,22 +303,22 @@ class _Reader:
         return float(self._tensor(part, "alpha")) / ranks[0] if ranks else 1.0
 
 
-def _part_problems(part: _Part, weight: Shape) -> list[str]:
+def _part_errors(part: _Part, weight: Shape) -> list[str]:
     """What does not fit of one module of a file; `weight`: shape of the weight it is for, all of it."""
     rows = weight[0] // part.place.num_parts
     is_kronecker = not part.shapes.keys().isdisjoint(_KRONECKER)
     if is_kronecker and not part.shapes.keys().isdisjoint(("down", "up")):
         return ["is a low-rank and a Kronecker adapter at once"]
-    problems = _kronecker_problems(part, weight) if is_kronecker else _low_rank_problems(part, (rows, *weight[1:]))
+    errors = _kronecker_errors(part, weight) if is_kronecker else _low_rank_errors(part, (rows, *weight[1:]))
     magnitude = part.shapes.get("magnitude")
     if magnitude is not None and magnitude[:1] == (1,) and part.keys["magnitude"].endswith(".dora_scale"):
-        problems.append(f"has a length for each column, {magnitude}; only DoRA of rows is read, ({rows}, 1)")
+        errors.append(f"has a length for each column, {magnitude}; only DoRA of rows is read, ({rows}, 1)")
     elif magnitude is not None and math.prod(magnitude) != rows:
-        problems.append(f"has a magnitude of {magnitude}, expected {rows} rows")
-    return problems
+        errors.append(f"has a magnitude of {magnitude}, expected {rows} rows")
+    return errors
 
 
-def _low_rank_problems(part: _Part, weight: Shape) -> list[str]:
+def _low_rank_errors(part: _Part, weight: Shape) -> list[str]:
     """`weight`: the shape of that part of it."""
     shapes = part.shapes
     missing = [what for what in ("down", "up") if what not in shapes]
@@ -329,7 +329,7 @@ def _low_rank_problems(part: _Part, weight: Shape) -> list[str]:
     return [f"has {what} of {shapes[what]}, expected {shape}" for what, shape in expected.items() if shapes[what] != shape]
 
 
-def _kronecker_problems(part: _Part, weight: Shape) -> list[str]:
+def _kronecker_errors(part: _Part, weight: Shape) -> list[str]:
     if part.place.num_parts > 1:
         return ["is a Kronecker adapter of a third of a module that is one here; it can be used with native keys only"]
     if len(weight) > 2:
@@ -404,16 +404,16 @@ def _adapter_in(folder: Path) -> Path:
     raise TensorFilesError(f"{folder} is a folder; give the adapter's .safetensors file")
 
 
-def open_adapter_file(path: Path, adaptable: Mapping[str, Shape], depth: int) -> AdapterFile:
-    """An adapter for a network of these modules. Raises ModelFilesError with every problem, their keys empty."""
+def open_lora_file(path: Path, adaptable: Mapping[str, Shape], depth: int) -> LoraFile:
+    """An adapter for a network of these modules. Raises ModelFilesError with every error, their keys empty."""
     try:
         tensors = open_file(_adapter_in(path) if path.is_dir() else path)
     except TensorFilesError as error:
         raise ModelFilesError([("", str(error))]) from error
     reader = _Reader(tensors, adaptable, depth)
-    if reader.problems:
-        raise ModelFilesError([("", text) for text in reader.problems])
-    return AdapterFile(
+    if reader.errors:
+        raise ModelFilesError([("", text) for text in reader.errors])
+    return LoraFile(
         path=tensors.source,
         shapes={module: reader.shapes(module) for module in reader.parts},
         read=reader.read,

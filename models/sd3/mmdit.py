@@ -82,7 +82,7 @@ class PatchEmbedder(nn.Module):
 def crop_position_table(table: Tensor, rows: int, columns: int) -> Tensor:
     """The centre rows x columns of a square position table: (1, P*P, D) -> (1, rows*columns, D).
 
-    Raises ValueError when the picture has more patches per side than the table.
+    Raises ValueError when the image has more patches per side than the table.
     """
     size = math.isqrt(table.shape[1])
     if rows > size or columns > size:
@@ -93,14 +93,14 @@ def crop_position_table(table: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """Tokens laid out (p, p, C) back to a picture: (B, S, p*p*C) -> (B, C, height, width), sizes in latent pixels."""
+    """Tokens laid out (p, p, C) back to an image: (B, S, p*p*C) -> (B, C, height, width), sizes in latent pixels."""
     rows, columns, p = height // patch_size, width // patch_size, patch_size
     grid = tokens.reshape(tokens.shape[0], rows, columns, p, p, -1)
     return torch.einsum("nhwpqc->nchpwq", grid).reshape(tokens.shape[0], -1, height, width)
 
 
 class Embedders(nn.Module):
-    """Everything before the first block: picture, text and conditioning to the width of the network."""
+    """Everything before the first block: image, text and conditioning to the width of the network."""
 
     pos_embed: Tensor
 

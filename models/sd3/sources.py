@@ -48,14 +48,14 @@ def find_parts(settings: SD3Settings) -> tuple[TensorFiles | None, dict[str, Par
 
     Problems are (key, message).
     """
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     if settings.clip_l is False and settings.clip_g is False and settings.t5xxl is False:
-        problems.append(("clip_l", "all three text encoders are off; captions need one of clip_l, clip_g, t5xxl"))
+        errors.append(("clip_l", "all three text encoders are off; captions need one of clip_l, clip_g, t5xxl"))
     network = None
     try:
         network = _open_network(settings.mmdit)
     except (TensorFilesError, OSError) as error:  # OSError: no name that the system takes
-        problems.append(("mmdit", str(error)))
+        errors.append(("mmdit", str(error)))
     parts: dict[str, Part] = {}
     given = {"vae": settings.vae, "clip_l": settings.clip_l, "clip_g": settings.clip_g, "t5xxl": settings.t5xxl}
     for key, path in given.items():
@@ -65,8 +65,8 @@ def find_parts(settings: SD3Settings) -> tuple[TensorFiles | None, dict[str, Par
             elif path is None and network is not None:  # where there is no network, that is what to mend first
                 parts[key] = _part_inside(key, settings.mmdit, network)
         except (TensorFilesError, OSError) as error:
-            problems.append((key, str(error)))
-    return network, parts, problems
+            errors.append((key, str(error)))
+    return network, parts, errors
 
 
 def _open_network(path: Path) -> TensorFiles:
@@ -93,7 +93,7 @@ def _part_in_folder(key: str, folder: Path) -> Part:
         raise TensorFilesError(f"{config_file} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise TensorFilesError(f"{config_file} is not a table of settings")
-    unfit = [line for table in (config, config.get("text_config", {})) for line in _setting_problems(table)]
+    unfit = [line for table in (config, config.get("text_config", {})) for line in _setting_errors(table)]
     if unfit:
         raise TensorFilesError(f"{config_file}: {'; '.join(unfit)}")
     return Part(key, open_folder(folder), config, folder)
@@ -108,7 +108,7 @@ _WHOLE_NUMBERS = (
 """Settings of the three kinds of networks that shapes follow from."""
 
 
-def _setting_problems(table: object) -> list[str]:
+def _setting_errors(table: object) -> list[str]:
     """Settings that shapes could not be worked out from."""
     if not isinstance(table, dict):
         return [f"text_config = {table!r}: must be a table"]

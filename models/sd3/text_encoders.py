@@ -26,7 +26,7 @@ from models.sd3.mmdit import MMDiTConfig
 from models.sd3.settings import DTYPES, SD3Settings
 from models.sd3.sources import PREFIXES, Part, what_it_is
 from models.sd3.tokenizers import tokenizer_files
-from models.tensor_files import TensorFiles, shape_problems
+from models.tensor_files import TensorFiles, shape_errors
 
 HEAD_WIDTH = 64
 """Of all three encoders as released; a bare file cannot say."""
@@ -284,61 +284,59 @@ def check_parts(parts: Mapping[str, Part], settings: SD3Settings, config: MMDiTC
 
     Reads headers and config.json only.
     """
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     configs: dict[str, dict[str, Any]] = {}
     for name, part in parts.items():
         try:
             configs[name] = encoder_config(part)
             found = weights_of(part)
-            misfits = shape_problems(found.shapes, expected_shapes(name, configs[name]))
+            misfits = shape_errors(found.shapes, expected_shapes(name, configs[name]))
         except ValueError as error:
             what = what_it_is(list(part.tensors.shapes))
-            problems.append((name, f"{part.tensors.source} is {what}, not a whole {_KINDS[name]}: it {error}"))
+            errors.append((name, f"{part.tensors.source} is {what}, not a whole {_KINDS[name]}: it {error}"))
             continue
         except KeyError as error:
-            problems.append((name, f"{part.folder / 'config.json'} gives no {error.args[0]}"))
+            errors.append((name, f"{part.folder / 'config.json'} gives no {error.args[0]}"))
             continue
-        problems += [(name, f"{part.tensors.source} {line}") for line in misfits + found.unreadable()]
-    if problems or config is None:
-        return problems
-    return _fit_problems(settings, configs, config.context_dim, config.pooled_dim)
+        errors += [(name, f"{part.tensors.source} {line}") for line in misfits + found.unreadable()]
+    if errors or config is None:
+        return errors
+    return _fit_errors(settings, configs, config.context_dim, config.pooled_dim)
 
 
 _KINDS = {"clip_l": "CLIP-L text encoder", "clip_g": "CLIP-G text encoder", "t5xxl": "T5 text encoder"}
 
 
-def _fit_problems(
+def _fit_errors(
     settings: SD3Settings, configs: Mapping[str, Mapping[str, Any]], context_dim: int, pooled_dim: int
 ) -> list[tuple[str, str]]:
     """Widths and lengths of the encoders against what the network takes."""
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     clips = {name: config for name, config in configs.items() if name != "t5xxl"}
     widths = {name: config["hidden_size"] for name, config in clips.items()}
     if len(widths) == 2 and widths["clip_l"] > widths["clip_g"]:
-        problems.append(("clip_l", "is wider than clip_g: the two have changed places"))
+        errors.append(("clip_l", "is wider than clip_g: the two have changed places"))
     pooled = sum(_pooled_width(name, config) for name, config in clips.items())
     if pooled != pooled_dim if len(clips) == 2 else pooled >= pooled_dim:
         names = " and ".join(clips)
-        problems.append((next(iter(clips)), f"pooled width of {names} is {pooled}, the network takes {pooled_dim} of both"))
+        errors.append((next(iter(clips)), f"pooled width of {names} is {pooled}, the network takes {pooled_dim} of both"))
     if sum(widths.values()) > context_dim:
-        problems.append((next(iter(clips)), f"{' and '.join(clips)} are wider than the network's context, {context_dim}"))
+        errors.append((next(iter(clips)), f"{' and '.join(clips)} are wider than the network's context, {context_dim}"))
     t5_width = configs["t5xxl"]["d_model"] if "t5xxl" in configs else context_dim
     if t5_width != context_dim:
-        problems.append(("t5xxl", f"is {t5_width} wide, the network's context is {context_dim}"))
+        errors.append(("t5xxl", f"is {t5_width} wide, the network's context is {context_dim}"))
     for name, config in clips.items():
         positions = config.get("max_position_embeddings", 77)
         if settings.clip_max_token_length > positions:
-            problems.append(
-                ("clip_max_token_length", f"= {settings.clip_max_token_length}: {name} has {positions} positions")
-            )
-    return problems
+            errors.append(("clip_max_token_length", f"= {settings.clip_max_token_length}: {name} has {positions} positions"))
+    return errors
 
 
 def _pooled_width(name: str, config: Mapping[str, Any]) -> int:
     return int(config["hidden_size"] if name == "clip_l" else config.get("projection_dim", config["hidden_size"]))
 
 
-def file_problems(part: Part) -> list[str]:
+def file_errors(part: Part) -> list[str]:
     """Why a single file could not say how this encoder is built."""
     if part.config is None:
         return []

@@ -43,14 +43,14 @@ def find_tokenizers(settings: SD3Settings, parts: dict[str, Part]) -> tuple[dict
         "t5xxl": settings.t5xxl_tokenizer,
     }
     found: dict[str, Path] = {}
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     for name, part in parts.items():
         value = given[name]
         try:
             found[name] = _given(name, value) if value is not None else _nearby(name, part)
         except LookupError as error:
-            problems.append((f"{name}_tokenizer", str(error.args[0])))
-    return found, problems
+            errors.append((f"{name}_tokenizer", str(error.args[0])))
+    return found, errors
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:

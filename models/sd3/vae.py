@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.family import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, ImageEncoder
 from models.sd3.sources import PREFIXES, Part, what_it_is
-from models.tensor_files import shape_problems
+from models.tensor_files import shape_errors
 
 SPATIAL_DOWNSCALE = 8
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
@@ -27,9 +27,9 @@ Shape = tuple[int, ...]
 
 
 class SD3ImageEncoder(ImageEncoder):
-    """Pictures -> {"latents", "deviation"}, (C, height/8, width/8) float32 each: the posterior, normalised.
+    """Images -> {"latents", "deviation"}, (C, height/8, width/8) float32 each: the posterior, normalised.
 
-    It runs in float32: the released autoencoder loses visible detail below it. Pictures are encoded one by one, so that
+    It runs in float32: the released autoencoder loses visible detail below it. Images are encoded one by one, so that
     what is cached does not depend on which others happened to be encoded with it.
     """
 
@@ -45,10 +45,10 @@ class SD3ImageEncoder(ImageEncoder):
         shift, scale = autoencoder.config.shift_factor or 0.0, autoencoder.config.scaling_factor
 
         @torch.no_grad()
-        def encode(pictures: Sequence[Tensor]) -> list[EncodedItem]:
+        def encode(images: Sequence[Tensor]) -> list[EncodedItem]:
             encoded = []
-            for picture in pictures:
-                pixels = picture[None].to(device, torch.float32) / 127.5 - 1.0
+            for image in images:
+                pixels = image[None].to(device, torch.float32) / 127.5 - 1.0
                 posterior = autoencoder.encode(pixels).latent_dist
                 encoded.append({"latents": ((posterior.mean - shift) * scale)[0], "deviation": (posterior.std * scale)[0]})
             return encoded
@@ -59,7 +59,7 @@ class SD3ImageEncoder(ImageEncoder):
 def load_decoder(part: Part, device: torch.device, tile_pixels: int) -> DecodeFunction:
     """Read the decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU.
 
-    Pictures with a side longer than `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of it, as diffusers
+    Images with a side longer than `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of it, as diffusers
     does it: each tile has a norm and an attention of its own, and they are blended over a quarter of their side.
     """
     autoencoder = _load_autoencoder(part, device)
@@ -71,11 +71,11 @@ def load_decoder(part: Part, device: torch.device, tile_pixels: int) -> DecodeFu
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        pictures = []
+        images = []
         for sample in latents.to(device, torch.float32):
             pixels = autoencoder.decode(sample[None] / scale + shift).sample[0]
-            pictures.append(((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-        return torch.stack(pictures)
+            images.append(((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+        return torch.stack(images)
 
     return decode
 
@@ -240,15 +240,15 @@ def check_part(part: Part, num_channels: int | None) -> list[tuple[str, str]]:
             what = what_it_is(list(shapes))
             hint = "; give its folder, which has its config.json" if "in diffusers' layout" in what else ""
             return [("vae", f"{source} is {what}, not a whole autoencoder with native keys: it {error}{hint}")]
-        misfits = shape_problems(shapes, native_shapes(config)) + part.tensors.unreadable()
+        misfits = shape_errors(shapes, native_shapes(config)) + part.tensors.unreadable()
     else:
-        misfits = _folder_problems(part, config)
+        misfits = _folder_errors(part, config)
     channels, widths = config.get("latent_channels"), config.get("block_out_channels")
     if num_channels is not None and channels not in (None, num_channels):
         return [("vae", f"{source} has {channels} latent channels, the network takes {num_channels}")]
     downscale = SPATIAL_DOWNSCALE if widths is None else 2 ** (len(widths) - 1)
     if downscale != SPATIAL_DOWNSCALE:
-        return [("vae", f"{source} shrinks pictures {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
+        return [("vae", f"{source} shrinks images {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
     return [("vae", f"{source} {line}") for line in misfits]
 
 
@@ -270,7 +270,7 @@ _OTHER_FAMILIES = {
 """scaling_factor -> whose it is."""
 
 
-def _folder_problems(part: Part, config: Mapping[str, Any]) -> list[str]:
+def _folder_errors(part: Part, config: Mapping[str, Any]) -> list[str]:
     """Settings and tensors of a folder that are not SD3's or do not fit each other."""
     needed = ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor")
     missing = [key for key in needed if config.get(key) is None]
@@ -282,7 +282,7 @@ def _folder_problems(part: Part, config: Mapping[str, Any]) -> list[str]:
     shapes = native_shapes({**_DEFAULTS, **config})
     expected = {name: shapes[native] for name, native in native_names(config).items()}
     found = {_newer_name(name): _as_convolution(shape) for name, shape in part.tensors.shapes.items()}
-    return shape_problems(found, expected) + part.tensors.unreadable()
+    return shape_errors(found, expected) + part.tensors.unreadable()
 
 
 def _as_convolution(shape: Shape) -> Shape:
@@ -301,7 +301,7 @@ def scale_notes(part: Part) -> list[str]:
     ]
 
 
-def file_problems(part: Part) -> list[str]:
+def file_errors(part: Part) -> list[str]:
     """Why a single file could not say how this autoencoder is built."""
     if part.config is None:
         return []

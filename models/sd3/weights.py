@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from models.family import AdapterFile, ModelFilesError
+from models.family import LoraFile, ModelFilesError
 from models.sd3 import diffusers_names
 from models.sd3.layers import layer_prefix, make_layer
 from models.sd3.lora_files import merged
 from models.sd3.mmdit import HEAD_WIDTH, MMDiT, MMDiTConfig
 from models.sd3.sources import what_it_is
-from models.tensor_files import TensorFiles, shape_problems
+from models.tensor_files import TensorFiles, shape_errors
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
 Shape = tuple[int, ...]
@@ -92,7 +92,7 @@ def adaptable_modules(config: MMDiTConfig) -> dict[str, Shape]:
 class NetworkFiles:
     """A checked network on disk: its shape, and one layer at a time.
 
-    `merge`: adapters added to the weights as they are read, each with a strength. Raises ModelFilesError with every problem.
+    `merge`: adapters added to the weights as they are read, each with a strength. Raises ModelFilesError with every error.
     """
 
     def __init__(self, tensors: TensorFiles) -> None:
@@ -105,7 +105,7 @@ class NetworkFiles:
         if not self._is_diffusers:
             tensors = tensors.without(_is_beside_the_network)
         self._tensors = tensors
-        self._merge: list[tuple[AdapterFile, float]] = []
+        self._merge: list[tuple[LoraFile, float]] = []
         found = tensors.shapes
         try:
             if any(name.startswith("controlnet_blocks.") for name in found):  # otherwise much like a network
@@ -116,10 +116,10 @@ class NetworkFiles:
         except ValueError as error:
             what = what_it_is(names)
             raise ModelFilesError([("mmdit", f"{self.source} is {what}, not a whole SD3 network: it {error}")]) from error
-        problems = shape_problems(found, self._expected_shapes()) + tensors.unreadable()
-        if problems:
+        errors = shape_errors(found, self._expected_shapes()) + tensors.unreadable()
+        if errors:
             looks_like = f"{self.source}, by its shapes {variant_name(self.config)},"
-            raise ModelFilesError([("mmdit", f"{looks_like} {problem}") for problem in problems])
+            raise ModelFilesError([("mmdit", f"{looks_like} {error}") for error in errors])
 
     def _first_own_name(self, name: str) -> str:
         """What the files call a native tensor, or the first part of it."""
@@ -138,7 +138,7 @@ class NetworkFiles:
             ).items()
         }
 
-    def merge(self, file: AdapterFile, strength: float) -> None:
+    def merge(self, file: LoraFile, strength: float) -> None:
         """Have every layer read from now on carry this adapter."""
         self._merge.append((file, strength))
 

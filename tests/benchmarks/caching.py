@@ -1,8 +1,8 @@
-"""Is the encoder kept busy?  python -m tests.benchmarks.caching [--pictures 96] [--resolution 128]
+"""Is the encoder kept busy?  python -m tests.benchmarks.caching [--images 96] [--resolution 128]
 
 Two processes encode JPEG photographs with an autoencoder of SD3's real size (random weights; 34 M parameters in the
 encoder) and captions with small text encoders, twice: as `train.py --cache-only` does it, and without anything besides the
-encoders, pictures lying decoded in memory, half for each process. Compared are the pass's wall time, without the loading of
+encoders, images lying decoded in memory, half for each process. Compared are the pass's wall time, without the loading of
 weights, the time inside the encoders, and what nothing but the encoders take.
 """
 
@@ -86,7 +86,7 @@ def main() -> None:
 def _encode_alone(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     experiment = prepare(folder / "experiment.toml", [], None, World(0, 0, 1, 1), only_look=True)
-    adapter, table = experiment.adapter, experiment.dataset.examples
+    adapter, table = experiment.family, experiment.dataset.examples
     examples = [table[row] for row in range(rank, len(table), RANKS)]
     pixels = [torch.from_numpy(read_pixels(example.image, example.box)) for example in examples]
     captions = [example.caption() for example in examples]
@@ -124,10 +124,10 @@ def write_real_size_vae(folder: Path) -> None:
 def make_photographs(folder: Path, count: int) -> None:
     """Crops of 600 x 450 or so of real photographs, as JPEG files of some 60 kB, no two alike."""
     folder.mkdir()
-    pictures = [Image.fromarray(getattr(photographs, name)()).convert("RGB").resize((800, 600)) for name in NAMES]
+    images = [Image.fromarray(getattr(photographs, name)()).convert("RGB").resize((800, 600)) for name in NAMES]
     for index in range(count):
         left, top = index * 7 % 200, index * 5 % 150
-        crop = pictures[index % len(pictures)].crop((left, top, left + 600, top + 450))
+        crop = images[index % len(images)].crop((left, top, left + 600, top + 450))
         crop.save(folder / f"{index:04d}.jpg", quality=90)
         (folder / f"{index:04d}.txt").write_text(f"photograph number {index} of {NAMES[index % len(NAMES)]}")
 
@@ -146,14 +146,14 @@ def run(folder: Path, experiment: Path, alone: bool) -> tuple[list[dict[str, dic
     return [json.loads((folder / f"rank_{rank}_{flag}.json").read_text()) for rank in range(RANKS)], finished.output
 
 
-def measure(num_pictures: int, resolution: int) -> None:
+def measure(num_images: int, resolution: int) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         model = make_tiny_model(folder / "model")
         write_real_size_vae(model / "vae")
-        make_photographs(folder / "pictures", num_pictures)
+        make_photographs(folder / "images", num_images)
         changes = {"resolutions": [resolution], "num_ar_buckets": 1}
-        experiment = write_experiment(folder, model, folder / "pictures", dataset_file=changes)
+        experiment = write_experiment(folder, model, folder / "images", dataset_file=changes)
         bare, _ = run(folder, experiment, alone=True)
         ranks, output = run(folder, experiment, alone=False)
     print("".join(f"{line}\n" for line in output.splitlines() if "encoders busy" in line), end="")
@@ -170,7 +170,7 @@ def measure(num_pictures: int, resolution: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--resolution", type=int, default=128)
     chosen = parser.parse_args()
-    measure(chosen.pictures, chosen.resolution)
+    measure(chosen.images, chosen.resolution)

@@ -19,7 +19,7 @@ def main(times: int, seed: int) -> None:
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        work = make_pass(folder / "pass", make_tiny_model(folder / "model"), make_tiny_dataset(folder / "pictures", 24))
+        work = make_pass(folder / "pass", make_tiny_model(folder / "model"), make_tiny_dataset(folder / "images", 24))
         whole = undisturbed(work)
         print(f"undisturbed: {len(whole.entries)} entries in {whole.seconds:.1f} s", flush=True)
         for number in range(1, times + 1):

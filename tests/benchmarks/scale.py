@@ -1,6 +1,6 @@
-"""What a dataset's size costs while training:  python -m tests.benchmarks.scale [--pictures 1000 10000 100000 1000000]
+"""What a dataset's size costs while training:  python -m tests.benchmarks.scale [--images 1000 10000 100000 1000000]
 
-For each number of made-up pictures (names of 30 letters, captions of 90, real shards with tiny tensors of four encoders) a
+For each number of made-up images (names of 30 letters, captions of 90, real shards with tiny tensors of four encoders) a
 fresh process opens what a rank opens, and is asked for the batches of 300 steps of 32 and for their latents and text: time a
 step, without the first of an epoch, that first step, and resident memory against the smallest dataset's. What rank 0 takes
 at its highest while it lists and plans is told too.
@@ -42,20 +42,20 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 
 
 class MadeUp(Lister):
-    """Lists pictures that are nowhere."""
+    """Lists images that are nowhere."""
 
     def __init__(self, count: int) -> None:
         self._count = count
 
     def look_at(self, path: Path, settings: ListingSettings, excluded: Sequence[Path] = ()) -> Listing:
         count = self._count
-        names = Texts.of(f"folder_{index // 10_000:03d}/picture_{index:08d}.jpg" for index in range(count))
+        names = Texts.of(f"folder_{index // 10_000:03d}/image_{index:08d}.jpg" for index in range(count))
         stamps = np.zeros((count, 3), np.int64)
         rows = unread_rows(names, stamps, stamps, np.arange(count))
         shapes = np.array([(1024, 1024), (1344, 768), (768, 1344), (1152, 896)], np.int32)
         rows.sizes = shapes[np.arange(count) % len(shapes)]
         rows.content[:, :8] = np.arange(1, count + 1, dtype="<u8")[:, None].view(np.uint8)
-        caption = "picture number {:08d}, with a caption about as long as people write them for their pictures"
+        caption = "image number {:08d}, with a caption about as long as people write them for their images"
         set_captions(rows, [[caption.format(index)] for index in range(count)])
         return Listing([Part(rows, None, Memory(None, False), np.ones(count, bool))])
 
@@ -103,9 +103,9 @@ def train(file: Path, folder: Path) -> dict[str, float]:
     firsts, others = [], []
     for step in range(NUM_STEPS):
         began = time.monotonic()
-        for visit in order.global_batch(step):
-            data.latents(visit.example)
-            data.text(visit.example.caption())
+        for draw in order.global_batch(step):
+            data.latents(draw.example)
+            data.text(draw.example.caption())
         (firsts if step % order.steps_per_epoch == 0 else others).append(time.monotonic() - began)
     return {
         "opened": opened,
@@ -121,7 +121,7 @@ def in_a_fresh_process(*arguments: str) -> dict[str, float]:
 
 
 def main(counts: Sequence[int]) -> None:
-    heads = ("pictures", "a step", "first step", "opening", "own bytes each", "table bytes each", "planning", "at its peak")
+    heads = ("images", "a step", "first step", "opening", "own bytes each", "table bytes each", "planning", "at its peak")
     print("  ".join(f"{head:>17}" for head in heads))
     smallest: dict[str, float] = {}
     for count in counts:
@@ -137,7 +137,7 @@ def main(counts: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--images", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -146,4 +146,4 @@ if __name__ == "__main__":
     elif chosen.train:
         print(json.dumps(train(Path(chosen.train[0]), Path(chosen.train[1]))))
     else:
-        main(chosen.pictures)
+        main(chosen.images)

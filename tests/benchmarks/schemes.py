@@ -1,11 +1,11 @@
-"""Does each scheme learn? Trains the quickstart's model for some steps with each and evaluates on pictures held out.
+"""Does each scheme learn? Trains the quickstart's model for some steps with each and evaluates on images held out.
 
     python -m examples.quickstart.make_model --out runs/quickstart/model
     python -m examples.quickstart.make_dataset --out runs/quickstart/dataset
     python -m tests.benchmarks.schemes [--steps 300]
 
 Prints, for each, the velocity's mean squared error at the start and at the end and the paired difference with its 95%
-interval, the same pictures, noise and times for all; exits with 1 if one did not learn significantly. LOG.md has results.
+interval, the same images, noise and times for all; exits with 1 if one did not learn significantly. LOG.md has results.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from torch import nn
 
 from models.family import PipelineLayer
 from models.sd3 import weights
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.sd3.layers import layer_cost, layer_prefix, num_layers
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
@@ -125,7 +125,7 @@ def _naming(path: Path) -> Any:
     return SimpleNamespace(
         export_metadata=dict,
         native_prefix="",
-        diffusers_weights=lambda tensors: SD3Adapter.diffusers_weights(bare, tensors),  # type: ignore[arg-type]
+        diffusers_weights=lambda tensors: SD3Family.diffusers_weights(bare, tensors),  # type: ignore[arg-type]
     )
 
 

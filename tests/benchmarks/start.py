@@ -1,8 +1,8 @@
-"""How long a run takes to start when everything is cached:  python -m tests.benchmarks.start [--pictures 100000]
+"""How long a run takes to start when everything is cached:  python -m tests.benchmarks.start [--images 100000]
 
-Makes that many pictures and captions, all different, and a complete cache of made-up tensors of the right shapes; then
+Makes that many images and captions, all different, and a complete cache of made-up tensors of the right shapes; then
 times `train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every
-header, caption and byte; the second finds that nothing has changed. What such a command costs with 12 pictures is told
+header, caption and byte; the second finds that nothing has changed. What such a command costs with 12 images is told
 beside it.
 """
 
@@ -29,24 +29,24 @@ from utils.distributed.group import World
 from utils.run.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES_A_FOLDER = 10_000
+IMAGES_A_FOLDER = 10_000
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Pictures of 16 x 16, no two alike, in folders of ten thousand, with captions."""
+def make_images(folder: Path, count: int) -> None:
+    """Images of 16 x 16, no two alike, in folders of ten thousand, with captions."""
     for index in range(count):
-        inner = folder / f"{index // PICTURES_A_FOLDER:03d}"
-        if index % PICTURES_A_FOLDER == 0:
+        inner = folder / f"{index // IMAGES_A_FOLDER:03d}"
+        if index % IMAGES_A_FOLDER == 0:
             inner.mkdir(parents=True)
         colour = (index % 256, index // 256 % 256, index // 65536)
         Image.new("RGB", (16, 16), colour).save(inner / f"{index:07d}.png")
-        (inner / f"{index:07d}.txt").write_text(f"picture number {index}, of a colour that no other picture has in this set")
+        (inner / f"{index:07d}.txt").write_text(f"image number {index}, of a colour that no other image has in this set")
 
 
 def fill_cache(experiment_path: Path) -> None:
-    """Entries of zeros for all that a run would encode. The second start has hashed the pictures."""
+    """Entries of zeros for all that a run would encode. The second start has hashed the images."""
     experiment = prepare(experiment_path, [], None, World(0, 0, 1, 1))
-    config, adapter = experiment.config.experiment, experiment.adapter
+    config, adapter = experiment.config.experiment, experiment.family
     settings = CacheSettings(config.cache_folder, False, None)
     newest = max((config.cache_folder / "datasets").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     table = ExampleTable.open(newest)
@@ -89,21 +89,21 @@ def measure(folder: Path, count: int) -> None:
     model = make_tiny_model(folder / "model")
     few = write_experiment(folder / "few", model, make_tiny_dataset(folder / "twelve"))
     seconds_of(few, "--cache-only")
-    print(f"12 pictures, complete cache: {min(seconds_of(few, '--cache-only') for _ in range(3)):.2f} s")
+    print(f"12 images, complete cache: {min(seconds_of(few, '--cache-only') for _ in range(3)):.2f} s")
     began = time.monotonic()
-    make_pictures(folder / "pictures", count)
-    print(f"(making {count:,} pictures: {time.monotonic() - began:.0f} s)")
-    changes = {"resolutions": [16], "directory": [{"path": str(folder / "pictures"), "recursive": True}]}
-    many = write_experiment(folder / "many", model, folder / "pictures", dataset_file=changes)
+    make_images(folder / "images", count)
+    print(f"(making {count:,} images: {time.monotonic() - began:.0f} s)")
+    changes = {"resolutions": [16], "directory": [{"path": str(folder / "images"), "recursive": True}]}
+    many = write_experiment(folder / "many", model, folder / "images", dataset_file=changes)
     first = seconds_of(many, "--cache-only", stop_at="cache: to encode")
-    print(f"{count:,} pictures, first start, until encoding begins (headers, captions, hashes): {first:.2f} s")
+    print(f"{count:,} images, first start, until encoding begins (headers, captions, hashes): {first:.2f} s")
     fill_cache(many)
-    print(f"{count:,} pictures, complete cache, with the page on the dataset: {seconds_of(many, '--cache-only'):.2f} s")
-    print(f"{count:,} pictures, complete cache: {min(seconds_of(many, '--cache-only') for _ in range(3)):.2f} s")
+    print(f"{count:,} images, complete cache, with the page on the dataset: {seconds_of(many, '--cache-only'):.2f} s")
+    print(f"{count:,} images, complete cache: {min(seconds_of(many, '--cache-only') for _ in range(3)):.2f} s")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     with tempfile.TemporaryDirectory() as made:
-        measure(Path(made), parser.parse_args().pictures)
+        measure(Path(made), parser.parse_args().images)

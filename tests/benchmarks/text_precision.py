@@ -2,10 +2,10 @@
 
 Needs what `make quickstart` makes.
 
-The network that the quickstart has trained answers to 64 pictures at 8 times each, with their captions' embeddings as the
+The network that the quickstart has trained answers to 64 images at 8 times each, with their captions' embeddings as the
 encoders give them in float32, and as the cache keeps them. Told is the root mean square of the change, relative to that of
 the answer; and the change of the error that is trained on, the mean squared difference to the velocity. Beside it: by how
-much the captions themselves matter, the change when each picture is given another's caption.
+much the captions themselves matter, the change when each image is given another's caption.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.family import LENGTH
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from utils.config.load import load_config
 from utils.data.encoding.text_storage import TextCacheDtype, pack, unpack
 from utils.data.sources.decoding import read_pixels
@@ -27,7 +27,7 @@ from utils.run.prepare import prepare
 
 CONFIG = Path("examples/quickstart_lora.toml")
 """Its network is the trained one."""
-NUM_PICTURES, TIMES = 64, 8
+NUM_IMAGES, TIMES = 64, 8
 DTYPES: tuple[TextCacheDtype, ...] = ("bfloat16", "float8_e4m3fn")
 
 
@@ -39,10 +39,10 @@ def stored(entry: dict[str, Tensor], dtype: TextCacheDtype | None) -> dict[str, 
 def main() -> None:
     dataset = load_config(CONFIG).dataset_path
     experiment = prepare(CONFIG, [f"dataset={dataset}"], None, World(0, 0, 1, 1), only_look=True)
-    adapter = experiment.adapter
-    assert isinstance(adapter, SD3Adapter)
+    adapter = experiment.family
+    assert isinstance(adapter, SD3Family)
     table = experiment.dataset.examples
-    examples = [table[row] for row in range(0, len(table), max(1, len(table) // NUM_PICTURES))][:NUM_PICTURES]
+    examples = [table[row] for row in range(0, len(table), max(1, len(table) // NUM_IMAGES))][:NUM_IMAGES]
     encode = adapter.image_encoder.load(torch.device("cpu"))
     latents = torch.stack(
         [encode([torch.from_numpy(read_pixels(example.image, example.box))])[0]["latents"] for example in examples]

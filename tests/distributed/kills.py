@@ -57,9 +57,9 @@ class Pass:
         return Counter((folder, bytes.fromhex(key)) for folder, key in parts)
 
 
-def make_pass(folder: Path, model: Path, pictures: Path) -> Pass:
-    changes = {"resolutions": [32, 48], "directory": [{"path": str(pictures), "horizontal_flip": True}]}
-    return Pass(write_experiment(folder, model, pictures, dataset_file=changes))
+def make_pass(folder: Path, model: Path, images: Path) -> Pass:
+    changes = {"resolutions": [32, 48], "directory": [{"path": str(images), "horizontal_flip": True}]}
+    return Pass(write_experiment(folder, model, images, dataset_file=changes))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Lab:
         self._num_experiments = 0
 
     def experiment(self, changes: Mapping[str, Any], dataset: Path | None = None) -> Path:
-        """A fresh folder's experiment.toml: four micro-batches of one picture a step, six steps, clipping that bites."""
+        """A fresh folder's experiment.toml: four micro-batches of one image a step, six steps, clipping that bites."""
         self._num_experiments += 1
         settings = {
             "max_steps": 6,

@@ -149,9 +149,9 @@ def test_average_gone_on_from_equals_that_of_an_uninterrupted_run(lab: Lab, chan
 def refusal(experiment: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         prepare_resume(experiment, "", *overrides)
-    (problem,) = caught.value.problems
-    assert "going on would be another training" in problem.message
-    return problem.message
+    (error,) = caught.value.errors
+    assert "going on would be another training" in error.message
+    return error.message
 
 
 @pytest.mark.parametrize("override", ["ema.decay=0.5", "ema.warmup=false"])

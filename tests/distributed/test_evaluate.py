@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.family import ModelAdapter
+from models.family import ModelFamily
 from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, assert_same_run, assert_same_weights
 from tests.distributed.test_resume import STOP, copy_of, stopped
-from tests.tiny_model import make_tiny_dataset, write_picture
+from tests.tiny_model import make_tiny_dataset, write_image
 from utils.checkpoint.save import step_folder
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.plan import CacheSettings, make_plan
@@ -32,7 +32,7 @@ from utils.run.prepare import prepare
 
 pytestmark = pytest.mark.distributed
 
-NUM_PICTURES = 7
+NUM_IMAGES = 7
 NUM_BANDS = 2
 BATCH_SIZE = 4
 """The set has 6, 4 and 4 entries of three shapes: one batch is partial."""
@@ -44,10 +44,10 @@ STAGES_AND_REPLICAS: dict[str, Any] = {**REPLICAS, "pipeline.pipeline_stages": 2
 
 @pytest.fixture(scope="module")
 def other_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset file of pictures that are not trained on."""
+    """The dataset file of images that are not trained on."""
     folder = tmp_path_factory.mktemp("other_set")
-    for index in range(20, 20 + NUM_PICTURES):
-        write_picture(folder, index)
+    for index in range(20, 20 + NUM_IMAGES):
+        write_image(folder, index)
     table = {
         "resolutions": [32],
         "min_ar": 0.5,
@@ -83,16 +83,16 @@ def file_of(run: Run) -> str:
 # --- what it measures --------------------------------------------------------------------------------------------------
 
 
-def panel_of(run: Run, *overrides: str) -> tuple[ModelAdapter, EncodedData, list[PanelEntry]]:
+def panel_of(run: Run, *overrides: str) -> tuple[ModelFamily, EncodedData, list[PanelEntry]]:
     """The run's network, or another with overrides; its cache; its panel."""
     experiment = prepare(run.experiment, overrides, None, World(0, 0, 1, 1), only_look=True)
     config = experiment.config.experiment
     tables = list(experiment.eval_sets.values())
     assert not any(table.num_unhashed() for table in tables), "the run remembers them"
-    plan = make_plan(experiment.adapter, tables, [], CacheSettings(config.cache_folder, posterior=False, text_dtype=None))
+    plan = make_plan(experiment.family, tables, [], CacheSettings(config.cache_folder, posterior=False, text_dtype=None))
     assert plan.num_bytes == 0, "everything is there"
     panel = make_panel(experiment.eval_sets, NUM_BANDS, config.seed, Objective(config.objective).shift_at)
-    return experiment.adapter, EncodedData(plan.folders), panel
+    return experiment.family, EncodedData(plan.folders), panel
 
 
 @torch.no_grad()
@@ -119,11 +119,11 @@ def exported(run: Run, *inner: str) -> Path:
     return run.folder.joinpath("weights", f"step_{run.last_step:06d}", *inner, "mmdit.safetensors")
 
 
-def test_every_picture_is_measured_as_the_network_s_layers_in_a_row_do(lab: Lab, other_set: Path) -> None:
+def test_every_image_is_measured_as_the_network_s_layers_in_a_row_do(lab: Lab, other_set: Path) -> None:
     run = lab.shared_run(2, with_eval(FULL, other_set))
     first, *_, last = evaluations(run)
     assert [result.step for result in evaluations(run)] == [0, 2, 4, 6]
-    assert len(first.losses) == NUM_PICTURES * NUM_BANDS
+    assert len(first.losses) == NUM_IMAGES * NUM_BANDS
     assert first.losses == pytest.approx(direct_losses(run, lab.model / "mmdit.safetensors"), rel=1e-6)
     assert last.losses == pytest.approx(direct_losses(run, exported(run)), rel=1e-6)
     assert last.loss == pytest.approx(sum(last.losses) / len(last.losses), rel=1e-14)
@@ -145,7 +145,7 @@ def test_an_additive_output_is_measured_as_a_velocity(lab: Lab, other_set: Path)
     assert evaluations(run)[0].losses == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_panel_is_that_of_the_seed_and_the_pictures(lab: Lab, other_set: Path) -> None:
+def test_the_panel_is_that_of_the_seed_and_the_images(lab: Lab, other_set: Path) -> None:
     """The same panel whatever the objective trains; another with another seed."""
     plain = evaluations(lab.shared_run(1, with_eval(FULL, other_set)))[0]
     narrow = {"objective.min_t": 0.4, "objective.max_t": 0.6, "objective.caption_dropout_rate": 1.0, "max_steps": 1}
@@ -235,7 +235,7 @@ def test_a_run_that_goes_on_compares_as_if_it_had_never_stopped(
     assert_same_run(straight, resumed)
 
 
-def test_a_run_that_goes_on_with_other_pictures_begins_a_new_comparison(lab: Lab, other_set: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_with_other_images_begins_a_new_comparison(lab: Lab, other_set: Path, tmp_path: Path) -> None:
     run = stopped(lab, with_eval(FULL, other_set))
     experiment = copy_of(run, tmp_path / "copy")
     resumed = lab.run(2, experiment, "--resume", "--set", "eval.num_t_bands=3")
@@ -257,12 +257,12 @@ def test_each_evaluation_is_told_once(lab: Lab, other_set: Path) -> None:
     assert "change since step 0 (95%)" in output
 
 
-def test_held_out_pictures_are_a_set_beside_others(lab: Lab, other_set: Path) -> None:
+def test_held_out_images_are_a_set_beside_others(lab: Lab, other_set: Path) -> None:
     wanted = with_eval({"eval.holdout_images": 3, "max_steps": 2}, other_set)
     result = evaluations(lab.run(2, lab.experiment(wanted)))[-1]
-    counts = {group.name: group.num_pictures for group in result.groups}
-    bands = {"t 0.00-0.50": 3 + NUM_PICTURES, "t 0.50-1.00": 3 + NUM_PICTURES}
-    assert counts == {"all": 3 + NUM_PICTURES, "set holdout": 3, "set other": NUM_PICTURES, **bands}
+    counts = {group.name: group.num_images for group in result.groups}
+    bands = {"t 0.00-0.50": 3 + NUM_IMAGES, "t 0.50-1.00": 3 + NUM_IMAGES}
+    assert counts == {"all": 3 + NUM_IMAGES, "set holdout": 3, "set other": NUM_IMAGES, **bands}
 
 
 def test_curves_are_written_for_tensorboard(lab: Lab, other_set: Path) -> None:
@@ -320,13 +320,13 @@ def test_averaged_and_last_weights_are_not_compared_but_at_the_start(lab: Lab, o
 
 
 def test_an_edited_mask_makes_another_panel(lab: Lab, tmp_path: Path) -> None:
-    pictures = make_tiny_dataset(tmp_path / "pictures", 3)
+    images = make_tiny_dataset(tmp_path / "images", 3)
     masks = tmp_path / "masks"
     masks.mkdir()
-    for path in pictures.glob("*.png"):
+    for path in images.glob("*.png"):
         Image.new("L", Image.open(path).size, 255).save(masks / path.name)
     file = tmp_path / "masked.toml"
-    table = {"resolutions": [32], "directory": [{"path": str(pictures), "mask_path": str(masks)}]}
+    table = {"resolutions": [32], "directory": [{"path": str(images), "mask_path": str(masks)}]}
     file.write_text(toml.dumps(table))
     run = lab.run(1, lab.experiment(with_eval({"max_steps": 2}, file)))
     first = next(masks.glob("*.png"))

@@ -24,7 +24,7 @@ from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
 from tests.distributed.lab import Lab, Run
 from tests.distributed.test_layouts import BFLOAT16, FULL, LORA
-from tests.distributed.test_previews import PREVIEWS, pictures
+from tests.distributed.test_previews import PREVIEWS, images
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import tiny_shapes
 from utils.distributed.group import World
@@ -76,14 +76,14 @@ def trained_velocity(run: Run) -> Tensor:
     experiment = opened(run)
     states = checkpointed(run)
     tensors: Any = network_inputs()
-    for index, layer in enumerate(experiment.adapter.layers):
+    for index, layer in enumerate(experiment.family.layers):
         module: nn.Module = layer.build()
         if experiment.adapter_plan is not None:
             lora.inject(module, layer.prefix, experiment.adapter_plan, seed=0)
         unknown = module.load_state_dict(states.get(index, {}), strict=False).unexpected_keys
         assert not unknown
         tensors = module(tensors)
-    return experiment.adapter.velocity(tensors, 4, 6)
+    return experiment.family.velocity(tensors, 4, 6)
 
 
 def base_network(lab: Lab) -> Any:
@@ -110,7 +110,7 @@ def test_full_export_is_one_native_file_of_the_trained_weights(lab: Lab, changes
     assert [path.name for path in exported_file(run, "").iterdir()] == ["mmdit.safetensors"]
     exported = load_file(exported_file(run, "mmdit.safetensors"))
     assert {name: tuple(tensor.shape) for name, tensor in exported.items()} == tiny_shapes()
-    layers = opened(run).adapter.layers
+    layers = opened(run).family.layers
     trained = {
         layers[index].prefix + name: tensor for index, state in checkpointed(run).items() for name, tensor in state.items()
     }
@@ -221,7 +221,7 @@ TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenize
 
 def assert_starts_where_it_ended(after: Run, before: Run) -> None:
     """The previews before the first step are, bit for bit, the ones after the other run's last."""
-    last, first = pictures(before), pictures(after)
+    last, first = images(before), images(after)
     for index in range(3):
         ended = last[f"step_{before.last_step:06d}/{index:03d}.png"]
         assert np.array_equal(ended, first[f"step_000000/{index:03d}.png"])
@@ -256,7 +256,7 @@ def test_averaged_weights_are_exported_beside(lab: Lab, changes: dict[str, Any])
     names = sorted(path.name for path in folder.iterdir())
     assert sorted(path.name for path in (folder / "ema").iterdir()) == [name for name in names if name != "ema"]
     averages: dict[str, Tensor] = {}
-    layers = opened(run).adapter.layers
+    layers = opened(run).family.layers
     for path in (run.folder / "checkpoints" / f"step_{run.last_step:06d}").glob("layer_*.safetensors"):
         prefix = layers[int(path.stem.split("_")[1])].prefix
         averages |= {prefix + k.split("//")[0]: v for k, v in load_file(path).items() if k.endswith("//ema")}
@@ -413,5 +413,5 @@ def test_any_encoder_trains_caches_and_previews_alone(lab: Lab, kept: tuple[str,
     run = lab.run(2, lab.experiment(changes))
     assert {path.name.rpartition("-")[0] for path in cache.glob("*-*")} == {"vae", *kept}
     assert all(np.isfinite(line["loss"]) for line in run.metrics)
-    drawn = pictures(run)
+    drawn = images(run)
     assert not np.array_equal(drawn["step_000002/000.png"], drawn["step_000002/001.png"])

@@ -1,4 +1,4 @@
-"""Previews: the same pictures in any layout, those diffusers' pipeline draws, and nothing of it left in training."""
+"""Previews: the same images in any layout, those diffusers' pipeline draws, and nothing of it left in training."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def previews(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"sampling": {**SAMPLING, "prompts": TABLES, "prompts_file": str(path)}, "max_steps": 4}
 
 
-def pictures(run: Run) -> dict[str, np.ndarray]:
+def images(run: Run) -> dict[str, np.ndarray]:
     folder = run.folder / "samples"
     return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))}
 
@@ -88,7 +88,7 @@ def listing(run: Run, step: int) -> list[dict[str, Any]]:
     return entries
 
 
-def assert_same_pictures(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+def assert_same_images(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
 
@@ -97,9 +97,9 @@ def assert_same_pictures(one: dict[str, np.ndarray], other: dict[str, np.ndarray
 
 
 def test_previews_are_drawn_at_the_start_now_and_then_and_at_the_end(lab: Lab, previews: dict[str, Any]) -> None:
-    drawn = pictures(lab.shared_run(2, {**previews, "max_steps": 5}))
+    drawn = images(lab.shared_run(2, {**previews, "max_steps": 5}))
     assert sorted(drawn) == [f"step_{step:06d}/{index:03d}.png" for step in (0, 4, 5) for index in range(NUM_PROMPTS)]
-    assert len({picture.tobytes() for picture in drawn.values()}) == len(drawn), "training and prompts change pictures"
+    assert len({image.tobytes() for image in drawn.values()}) == len(drawn), "training and prompts change images"
 
 
 def test_each_prompt_is_drawn_as_it_says(lab: Lab, previews: dict[str, Any]) -> None:
@@ -117,13 +117,13 @@ def test_each_prompt_is_drawn_as_it_says(lab: Lab, previews: dict[str, Any]) -> 
     ]
     for step in (0, 4):
         for entry in listing(run, step):
-            with Image.open(run.folder / "samples" / f"step_{step:06d}" / entry["file"]) as picture:
-                assert picture.size == (entry["width"], entry["height"])
+            with Image.open(run.folder / "samples" / f"step_{step:06d}" / entry["file"]) as image:
+                assert image.size == (entry["width"], entry["height"])
 
 
-def test_current_pictures_stand_beside_those_of_step_0(lab: Lab, previews: dict[str, Any]) -> None:
+def test_current_images_stand_beside_those_of_step_0(lab: Lab, previews: dict[str, Any]) -> None:
     run = lab.shared_run(2, previews)
-    drawn = pictures(run)
+    drawn = images(run)
     for index in range(NUM_PROMPTS):
         both = np.asarray(Image.open(run.folder / "samples" / "step_000004" / "beside_step_0" / f"{index:03d}.png"))
         first, now = drawn[f"step_000000/{index:03d}.png"], drawn[f"step_000004/{index:03d}.png"]
@@ -137,7 +137,7 @@ def test_current_pictures_stand_beside_those_of_step_0(lab: Lab, previews: dict[
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_previews_of_several_stages_equal_those_of_one(lab: Lab, previews: dict[str, Any], num_stages: int) -> None:
     """With 3 stages the middle one is all that is skipped, at times."""
-    assert_same_pictures(pictures(lab.shared_run(1, previews)), pictures(lab.shared_run(num_stages, previews)))
+    assert_same_images(images(lab.shared_run(1, previews)), images(lab.shared_run(num_stages, previews)))
 
 
 @pytest.mark.parametrize(("num_processes", "stages"), [(2, 1), (4, 2)], ids=["1 stage", "2 stages"])
@@ -147,16 +147,16 @@ def test_previews_of_two_replicas_equal_those_of_one(
     """At the start: later the weights differ in their last bits."""
     run = lab.shared_run(num_processes, {**previews, **TWO_REPLICAS, "pipeline.pipeline_stages": stages, "max_steps": 1})
     assert "x 2 replicas" in run.output
-    first = {name: picture for name, picture in pictures(run).items() if name.startswith("step_000000")}
-    one = pictures(lab.shared_run(1, previews))
-    assert_same_pictures(first, {name: picture for name, picture in one.items() if name in first})
+    first = {name: image for name, image in images(run).items() if name.startswith("step_000000")}
+    one = images(lab.shared_run(1, previews))
+    assert_same_images(first, {name: image for name, image in one.items() if name in first})
     assert len(first) == NUM_PROMPTS
 
 
-def test_a_prompt_with_a_seed_is_the_same_picture_anywhere_in_the_list(lab: Lab, previews: dict[str, Any]) -> None:
+def test_a_prompt_with_a_seed_is_the_same_image_anywhere_in_the_list(lab: Lab, previews: dict[str, Any]) -> None:
     moved = [LINES[4], LINES[2], "a new one --d 1", LINES[3]]
     changes = {"sampling": {**SAMPLING, "prompts": moved}, "max_steps": 1}
-    before, after = pictures(lab.shared_run(1, previews)), pictures(lab.shared_run(1, changes))
+    before, after = images(lab.shared_run(1, previews)), images(lab.shared_run(1, changes))
     for now, then in ((0, 5), (1, 3), (3, 4)):
         assert np.array_equal(after[f"step_000000/{now:03d}.png"], before[f"step_000000/{then:03d}.png"])
 
@@ -201,7 +201,7 @@ def network_of(lab: Lab, exported: Path | None) -> Any:
 @cache
 def encoded(experiment_path: Path, text: str) -> tuple[Tensor, Tensor]:
     """context (1, L, D) and pooled (1, D), by the encoders themselves."""
-    adapter: Any = prepare(experiment_path, [], None, World(0, 0, 1, 1)).adapter
+    adapter: Any = prepare(experiment_path, [], None, World(0, 0, 1, 1)).family
     tensors = {}
     for encoder in adapter.text_encoders:
         (item,) = encoder.load(torch.device("cpu"))([text])
@@ -231,7 +231,7 @@ def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any],
     negative_context, negative_pooled = encoded(run.experiment, entry["negative_prompt"])
     shape = (16, entry["height"] // 8, entry["width"] // 8)
     skip = SAMPLING["skip_layer_guidance"]
-    (picture,) = pipeline(
+    (image,) = pipeline(
         prompt_embeds=context,
         pooled_prompt_embeds=pooled,
         negative_prompt_embeds=negative_context,
@@ -248,7 +248,7 @@ def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any],
         skip_layer_guidance_stop=skip["end"],
         output_type="np",
     ).images
-    return np.asarray((picture * 255).round().astype(int))
+    return np.asarray((image * 255).round().astype(int))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -257,7 +257,7 @@ def test_previews_are_what_diffusers_draws(lab: Lab, case: str) -> None:
     changes, weights, file = CASES[case]
     sampling = {**DRAWN_BY_DIFFUSERS, "weights": weights}
     run = lab.shared_run(2, {**changes, "max_steps": 3, "optimizer.learning_rate": 5e-3, "sampling": sampling})
-    drawn = pictures(run)
+    drawn = images(run)
     for step, exported in ((0, None), (3, run.folder / "weights" / "step_000003" / file)):
         network = network_of(lab, exported)
         if changes is ADDITIVE:
@@ -276,7 +276,7 @@ def test_averaged_previews_are_not_those_of_the_last_weights(lab: Lab) -> None:
         lab.shared_run(2, {**changes, "sampling": {**SAMPLING, "prompts": TABLES, "weights": weights}})
         for weights in ("last", "ema")
     ]
-    last, averaged = (pictures(run) for run in runs)
+    last, averaged = (images(run) for run in runs)
     same = {name for name in last if np.array_equal(last[name], averaged[name])}
     assert same == {f"step_000000/{index:03d}.png" for index in range(len(TABLES))}, "before training there is no average"
     assert_same_run(*runs)
@@ -289,9 +289,9 @@ def test_no_text_encoder_is_loaded_to_draw(lab: Lab, previews: dict[str, Any]) -
     finished = start_ranks(2, arguments, experiment.parent / "log.txt", "tests.distributed.preview_ranks").wait()
     assert finished.exit_code == 0, finished.output
     resumed = Run(experiment, newest_run(experiment.parent / "output"), finished.output)
-    assert_same_pictures(
-        {name: picture for name, picture in pictures(resumed).items() if "step_000004" in name},
-        {name: picture for name, picture in pictures(lab.shared_run(2, previews)).items() if "step_000004" in name},
+    assert_same_images(
+        {name: image for name, image in images(resumed).items() if "step_000004" in name},
+        {name: image for name, image in images(lab.shared_run(2, previews)).items() if "step_000004" in name},
     )
     finished = start_ranks(
         1,
@@ -311,14 +311,14 @@ def test_a_bad_prompt_is_told_with_file_and_line_before_the_run(lab: Lab, tmp_pa
     sampling = {"prompts": ["a fox --w wide", "a hare --s 0"], "width": 32, "height": 32}
     with pytest.raises(ConfigError) as caught:
         prepare(lab.experiment({"sampling": sampling}), [], None, World(0, 0, 1, 1))
-    assert [(problem.key, problem.message) for problem in caught.value.problems] == [
+    assert [(error.key, error.message) for error in caught.value.errors] == [
         ("sampling.prompts[0]", "= 'a fox --w wide': --w wide: must be a whole number, the width"),
         ("sampling.prompts[1].steps", "= 0: must be greater than or equal to 1"),
     ]
     experiment = lab.experiment({"sampling": {**sampling, "prompts": ["a"], "prompts_file": str(lines)}})
     with pytest.raises(ConfigError) as caught:
         prepare(experiment, [], None, World(0, 0, 1, 1))
-    first, second = caught.value.problems
+    first, second = caught.value.errors
     assert str(first).startswith(f"{lines}: line 2: unknown flag --x; there are --w (width), ")
     assert (second.file, second.key) == (experiment, "sampling.prompts_file")
     assert second.message == f"{lines}: line 3: --w = 40: must be a multiple of 16"

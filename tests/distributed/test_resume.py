@@ -135,7 +135,7 @@ def cached(cache: Path) -> dict[str, Tensor]:
 
 def test_killed_caching_pass_goes_on_as_if_nothing_had_happened(lab: Lab, tmp_path: Path) -> None:
     """Killed twice: as the first encoder begins, and in another's turn when its first shard stands."""
-    dataset = make_tiny_dataset(tmp_path / "pictures", num_images=40)
+    dataset = make_tiny_dataset(tmp_path / "images", num_images=40)
     own_cache = {**FULL, "cache_dir": None}
     experiment = lab.experiment(own_cache, dataset)
     cache = experiment.parent / "output" / "cache"
@@ -209,9 +209,9 @@ def prepare_resume(experiment: Path, resume: str, *overrides: str) -> Experiment
 def test_resume_with_another_experiment_is_refused(lab: Lab, override: str, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare_resume(lab.shared_run(2, LORA).experiment, "", override)
-    (problem,) = caught.value.problems
-    assert problem.message.startswith(f"{key} was ")
-    assert "going on would be another training" in problem.message
+    (error,) = caught.value.errors
+    assert error.message.startswith(f"{key} was ")
+    assert "going on would be another training" in error.message
 
 
 def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
     save_file({**tensors, "final_layer.linear.bias": tensors["final_layer.linear.bias"] + 1}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError) as caught:
         prepare_resume(lab.shared_run(2, LORA).experiment, "", f"model.mmdit={tmp_path / 'other.safetensors'}")
-    (problem,) = caught.value.problems
-    assert problem.message.startswith("the network's weights file is another than the one ")
+    (error,) = caught.value.errors
+    assert error.message.startswith("the network's weights file is another than the one ")
 
 
 def test_resume_tells_what_has_changed_since_the_run_began(lab: Lab) -> None:

@@ -102,9 +102,9 @@ def test_previews_are_drawn(on_accelerator: Path) -> None:
         f"step_{step:06d}/{index:03d}.png" for step in (0, NUM_STEPS) for index in range(2)
     ]
     for path in drawn:
-        picture = np.asarray(Image.open(path))
-        assert picture.shape == (32, 48, 3)
-        assert picture.std() > 0
+        image = np.asarray(Image.open(path))
+        assert image.shape == (32, 48, 3)
+        assert image.std() > 0
 
 
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 4}], ids=["full", "lora"])

@@ -73,7 +73,7 @@ def _read_saved(folder: Path) -> SavedState:
         raise CheckpointError(f"{folder / 'state.json'} is damaged ({error!r}); delete {folder}") from error
 
 
-def identity_problems(saved: SavedState, identity: dict[str, Any]) -> list[str]:
+def identity_errors(saved: SavedState, identity: dict[str, Any]) -> list[str]:
     """Why a run of `identity` cannot go on from a checkpoint, one line for each difference."""
     different = [key for key, value in identity.items() if saved.identity.get(key) != value]
     return [

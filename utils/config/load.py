@@ -27,7 +27,7 @@ TRAINING = ""
 
 
 @dataclass(frozen=True)
-class Problem:
+class ErrorDetail:
     """One mistake of the user's, in one line."""
 
     file: Path
@@ -40,27 +40,27 @@ class Problem:
         return f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"
 
 
-def located(problems: Sequence[Problem], overrides: Sequence[str]) -> list[Problem]:
-    """The problems with the lines of their keys, but of those that `--set` put there or under which it put something."""
+def located(errors: Sequence[ErrorDetail], overrides: Sequence[str]) -> list[ErrorDetail]:
+    """The errors with the lines of their keys, but of those that `--set` put there or under which it put something."""
     set_keys = [text.partition("=")[0].strip() + "." for text in overrides]
 
     def is_set(key: str) -> bool:
         return any(f"{key}.".startswith(other) or other.startswith(f"{key}.") for other in set_keys)
 
     return [
-        replace(problem, line=line_of(problem.file, problem.key))
-        if problem.line is None and problem.key and problem.file.suffix == ".toml" and not is_set(problem.key)
-        else problem
-        for problem in problems
+        replace(error, line=line_of(error.file, error.key))
+        if error.line is None and error.key and error.file.suffix == ".toml" and not is_set(error.key)
+        else error
+        for error in errors
     ]
 
 
 class ConfigError(Exception):
     """Every mistake found; its text has one line for each."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = list(problems)
+    def __init__(self, errors: Sequence[ErrorDetail]) -> None:
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = list(errors)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Config:
         return self.experiment.dataset
 
     def dataset_of(self, name: str) -> tuple[Path, DatasetConfig]:
-        """The file of an evaluation set; of TRAINING, and of pictures held out of it, the training set's."""
+        """The file of an evaluation set; of TRAINING, and of images held out of it, the training set's."""
         if name not in self.eval_sets:
             return self.dataset_path, self.dataset
         assert self.experiment.eval is not None
@@ -93,16 +93,16 @@ class Config:
 # --- reading and overriding --------------------------------------------------------------------------------------------
 
 
-def read_toml(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
-    """The file's content, or None and a problem added."""
+def read_toml(path: Path, errors: list[ErrorDetail]) -> dict[str, Any] | None:
+    """The file's content, or None and an error added."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problems.append(Problem(path, "", "does not exist"))
+        errors.append(ErrorDetail(path, "", "does not exist"))
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem(path, "", f"cannot be read: {error}"))
+        errors.append(ErrorDetail(path, "", f"cannot be read: {error}"))
     except tomllib.TOMLDecodeError as error:
-        problems.append(Problem(path, "", f"is not valid TOML: {error}"))
+        errors.append(ErrorDetail(path, "", f"is not valid TOML: {error}"))
     return None
 
 
@@ -121,19 +121,19 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     return [part.strip() for part in key.split(".")], parsed
 
 
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[Problem]) -> None:
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, errors: list[ErrorDetail]) -> None:
     """Write the `--set` values over what the file said."""
     for text in overrides:
         try:
             keys, value = parse_override(text)
         except ValueError as error:
-            problems.append(Problem(path, "", str(error)))
+            errors.append(ErrorDetail(path, "", str(error)))
             continue
         table = raw
         for key in keys[:-1]:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
-                problems.append(Problem(path, ".".join(keys), f"{key} is no table, so it has no key {keys[-1]}"))
+                errors.append(ErrorDetail(path, ".".join(keys), f"{key} is no table, so it has no key {keys[-1]}"))
                 break
         else:
             table[keys[-1]] = value
@@ -143,9 +143,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, p
 
 
 def check_table(
-    table: type[TableT], raw: Mapping[str, Any], path: Path, problems: list[Problem], elsewhere: Mapping[str, list[str]]
+    table: type[TableT], raw: Mapping[str, Any], path: Path, errors: list[ErrorDetail], elsewhere: Mapping[str, list[str]]
 ) -> TableT | None:
-    """The table of the values, or None and the problems added. `elsewhere`: key -> places in other files it belongs to."""
+    """The table of the values, or None and the errors added. `elsewhere`: key -> places in other files it belongs to."""
     try:
         return table.model_validate(raw)
     except ValidationError as invalid:
@@ -159,9 +159,9 @@ def check_table(
                 message = _plain(item["msg"])
             else:
                 message = f"= {item['input']!r}: {_plain(item['msg'])}"
-            problem = Problem(path, key, message)
-            if problem not in problems:
-                problems.append(problem)
+            error = ErrorDetail(path, key, message)
+            if error not in errors:
+                errors.append(error)
         return None
 
 
@@ -231,44 +231,44 @@ def _place(table_path: str) -> str:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Every file, checked key by key. Raises ConfigError with every problem of all."""
-    problems: list[Problem] = []
-    raw = read_toml(path, problems)
+    """Every file, checked key by key. Raises ConfigError with every error of all."""
+    errors: list[ErrorDetail] = []
+    raw = read_toml(path, errors)
     if raw is None:
-        raise ConfigError(problems)
-    apply_overrides(raw, overrides, path, problems)
-    experiment = _check_experiment(raw, path, problems)
+        raise ConfigError(errors)
+    apply_overrides(raw, overrides, path, errors)
+    experiment = _check_experiment(raw, path, errors)
     dataset_path = raw.get("dataset")
     dataset = None
     if isinstance(dataset_path, str):
-        dataset = _check_dataset(Path(dataset_path), problems)
-    eval_sets = {name: _check_eval_set(set_path, problems) for name, set_path in _eval_paths(raw).items()}
-    if experiment is None or dataset is None or problems:
-        raise ConfigError(located(problems, overrides))
+        dataset = _check_dataset(Path(dataset_path), errors)
+    eval_sets = {name: _check_eval_set(set_path, errors) for name, set_path in _eval_paths(raw).items()}
+    if experiment is None or dataset is None or errors:
+        raise ConfigError(located(errors, overrides))
     return Config(path, experiment, dataset, {name: table for name, table in eval_sets.items() if table is not None})
 
 
-def _check_experiment(raw: Mapping[str, Any], path: Path, problems: list[Problem]) -> ExperimentConfig | None:
+def _check_experiment(raw: Mapping[str, Any], path: Path, errors: list[ErrorDetail]) -> ExperimentConfig | None:
     model = raw.get("model")
     family = model.get("type") if isinstance(model, dict) else None
     table: type[ExperimentConfig] = ExperimentConfig
     if isinstance(family, str) and family in models.family_names():
         table = experiment_class(family)
     elif "model" in raw and not isinstance(model, dict):
-        problems.append(Problem(path, "model", f"= {model!r}: must be a table, [model]"))
+        errors.append(ErrorDetail(path, "model", f"= {model!r}: must be a table, [model]"))
     elif isinstance(model, dict):
         known = ", ".join(repr(name) for name in models.family_names())
         given = "is missing" if family is None else f"= {family!r}: unknown model type"
-        problems.append(Problem(path, "model.type", f"{given}; known: {known}"))
+        errors.append(ErrorDetail(path, "model.type", f"{given}; known: {known}"))
     dataset_keys = {key: ["in the dataset file"] for key in known_keys(DatasetConfig)}
-    experiment = check_table(table, raw, path, problems, dataset_keys)
+    experiment = check_table(table, raw, path, errors, dataset_keys)
     if experiment is not None and experiment.epochs is None and experiment.max_steps is None:
-        problems.append(Problem(path, "max_steps", "is missing; say how long to train by `max_steps` or `epochs`"))
+        errors.append(ErrorDetail(path, "max_steps", "is missing; say how long to train by `max_steps` or `epochs`"))
     return experiment
 
 
-def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
-    raw = read_toml(path, problems)
+def _check_dataset(path: Path, errors: list[ErrorDetail]) -> DatasetConfig | None:
+    raw = read_toml(path, errors)
     if raw is None:
         return None
     experiment_keys = {
@@ -276,13 +276,13 @@ def _check_dataset(path: Path, problems: list[Problem]) -> DatasetConfig | None:
         for family in models.family_names()
         for key, places in known_keys(experiment_class(family)).items()
     }
-    dataset = check_table(DatasetConfig, raw, path, problems, experiment_keys)
+    dataset = check_table(DatasetConfig, raw, path, errors, experiment_keys)
     if dataset is not None:
-        _check_limits(dataset, path, problems)
+        _check_limits(dataset, path, errors)
     return dataset
 
 
-def _check_limits(dataset: DatasetConfig, path: Path, problems: list[Problem]) -> None:
+def _check_limits(dataset: DatasetConfig, path: Path, errors: list[ErrorDetail]) -> None:
     """Pairs of keys of which the one must not be above the other, at the top and in each directory."""
     pairs = (("min_ar", "max_ar"), ("min_pixels", "max_pixels"))
     top = dataset.model_dump()
@@ -292,9 +292,9 @@ def _check_limits(dataset: DatasetConfig, path: Path, problems: list[Problem]) -
             if values[high] is not None and values[low] > values[high]:
                 is_own = (values[low], values[high]) != (top[low], top[high])
                 place = f"directory[{index}].{low}" if is_own else low
-                problem = Problem(path, place, f"= {values[low]}: must not be above {high}, {values[high]}")
-                if problem not in problems:
-                    problems.append(problem)
+                error = ErrorDetail(path, place, f"= {values[low]}: must not be above {high}, {values[high]}")
+                if error not in errors:
+                    errors.append(error)
 
 
 def _eval_paths(raw: Mapping[str, Any]) -> dict[str, Path]:
@@ -305,18 +305,18 @@ def _eval_paths(raw: Mapping[str, Any]) -> dict[str, Path]:
     return {str(entry.get("name")): Path(entry["dataset"]) for entry in entries if isinstance(entry.get("dataset"), str)}
 
 
-def _check_eval_set(path: Path, problems: list[Problem]) -> DatasetConfig | None:
+def _check_eval_set(path: Path, errors: list[ErrorDetail]) -> DatasetConfig | None:
     """An evaluation set's dataset file; what only training reads must not be in it."""
-    dataset = _check_dataset(path, problems)
+    dataset = _check_dataset(path, errors)
     for index, directory in enumerate(dataset.directory if dataset is not None else []):
         values = directory.model_dump()
         for key in ("horizontal_flip", "loss_weight", "cache_shuffle_num"):
             if values[key] != type(directory).model_fields[key].default:
                 place = f"directory[{index}].{key}"
-                problems.append(Problem(path, place, "has no place in an evaluation set, where every picture counts alike"))
+                errors.append(ErrorDetail(path, place, "has no place in an evaluation set, where every image counts alike"))
         if values["num_repeats"] % 1:
             place = f"directory[{index}].num_repeats"
-            problems.append(Problem(path, place, f"= {values['num_repeats']}: an evaluation set takes whole numbers only"))
+            errors.append(ErrorDetail(path, place, f"= {values['num_repeats']}: an evaluation set takes whole numbers only"))
     return dataset
 
 

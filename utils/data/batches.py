@@ -23,7 +23,7 @@ from utils.data.examples import Example, ExampleTable
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class SampleDraw:
     """One showing of an example; the key of everything drawn for it."""
 
     example: Example
@@ -132,18 +132,18 @@ class BatchOrder:
         shown = {slots.bucket: self._num_batches(slots) * self._global_batch for slots in self._buckets}
         return {slots.bucket: (shown[slots.bucket], shown[slots.bucket] - slots.num_slots) for slots in self._buckets}
 
-    def global_batch(self, step: int) -> list[Visit]:
-        """The visits of one optimizer step (counted from 0), in their order."""
+    def global_batch(self, step: int) -> list[SampleDraw]:
+        """The draws of one optimizer step (counted from 0), in their order."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._slots, self._batches = epoch, *self._arrange(epoch)
         number, batch = self._batches[index].tolist()
         slots, start = self._buckets[number], batch * self._global_batch
-        visits = []
+        draws = []
         for position, slot in enumerate(self._slots[number][start : start + self._global_batch].tolist(), start=start):
             place, occurrence = slots.look_up(slot, position // slots.num_slots, epoch)
-            visits.append(Visit(self._examples[place], epoch, occurrence))
-        return visits
+            draws.append(SampleDraw(self._examples[place], epoch, occurrence))
+        return draws
 
     def _arrange(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """(Slots of each bucket in their order, (bucket, batch) of each step)."""

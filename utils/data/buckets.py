@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: which sizes a run trains on, and how a picture is cut to one. Pure arithmetic on pixels.
+"""Aspect-ratio buckets: which sizes a run trains on, and how an image is cut to one. Pure arithmetic on pixels.
 
-A picture is scaled until it just covers its bucket, then cropped along the side that is too long, in the centre or where
+An image is scaled until it just covers its bucket, then cropped along the side that is too long, in the centre or where
 the caller says; the bucket is the one that loses the least of it.
 """
 
@@ -29,7 +29,7 @@ class CropBox:
     """Scale to (resized_width, resized_height), then cut the bucket out at (left, top); pixels."""
 
     scale: float
-    """Above 1: the picture is enlarged."""
+    """Above 1: the image is enlarged."""
     resized_width: int
     resized_height: int
     left: int
@@ -58,7 +58,7 @@ def make_buckets(resolution: int, min_ar: float, max_ar: float, num_ar_buckets: 
 
 
 def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """Of pictures (n, 2), width and height in pixels, the places (n,) in the list of the buckets of nearest aspect ratio.
+    """Of images (n, 2), width and height in pixels, the places (n,) in the list of the buckets of nearest aspect ratio.
 
     Nearest in the logarithm; ties go to the smaller in order.
     """
@@ -69,7 +69,7 @@ def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
 
 
 def crop_box(width: int, height: int, bucket: Bucket, place: float | None = None) -> CropBox:
-    """How a picture of width x height covers the bucket: scaled in proportion, then cropped.
+    """How an image of width x height covers the bucket: scaled in proportion, then cropped.
 
     place: where along the side that is too long, in [0, 1); None: in the middle.
     """

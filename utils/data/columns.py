@@ -1,6 +1,6 @@
-"""Tables in columns, for datasets of millions of pictures: numbers in arrays, strings in one block of bytes.
+"""Tables in columns, for datasets of millions of images: numbers in arrays, strings in one block of bytes.
 
-A Python object for each picture would take a kilobyte; here it takes what its numbers and letters take. A table is kept in
+A Python object for each image would take a kilobyte; here it takes what its numbers and letters take. A table is kept in
 a safetensors file and read by mapping it: what nobody looks at is never in memory, and processes share what they look at.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from models.family import LatentSpec
-from utils.config.schema.tables import DatasetConfig, DirectoryConfig, PictureConfig
+from utils.config.schema.tables import DatasetConfig, DirectoryConfig, ImageConfig
 from utils.data.buckets import Bucket, make_buckets
 from utils.data.examples import ExampleTable, empty_table
 from utils.data.sources.decoding import BadFile
@@ -40,36 +40,36 @@ class Dataset:
     """Those of the bad files that are of directories with on_bad_file = "error"."""
     warnings: list[str] = field(default_factory=list)
     left_out: list[BadFile] = field(default_factory=list)
-    """Pictures that could be used and, by keys of the dataset file, are not; and why."""
+    """Images that could be used and, by keys of the dataset file, are not; and why."""
     refused: list[BadFile] = field(default_factory=list)
-    """Pictures for which upscale = "error" refuses to start."""
+    """Images for which upscale = "error" refuses to start."""
     memory: ContentMemory = field(default_factory=ContentMemory)
 
     @property
     def num_images(self) -> int:
-        return self.examples.num_pictures
+        return self.examples.num_images
 
     def bucket_counts(self) -> dict[Bucket, int]:
         return self.examples.bucket_counts()
 
 
-# --- problems of the dataset file --------------------------------------------------------------------------------------
+# --- errors of the dataset file --------------------------------------------------------------------------------------
 
 
-def resolution_problems(config: DatasetConfig, latent: LatentSpec) -> list[tuple[str, str]]:
+def resolution_errors(config: DatasetConfig, latent: LatentSpec) -> list[tuple[str, str]]:
     """Resolutions the model cannot be trained at, as (key, message)."""
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     for index, directory in enumerate(config.directory):
         is_own = directory.resolutions != config.resolutions
         place = f"directory[{index}].resolutions" if is_own else "resolutions"
         for number, resolution in enumerate(directory.resolutions):
-            message = _resolution_problem(directory, resolution, latent)
-            if message is not None and (f"{place}[{number}]", message) not in problems:
-                problems.append((f"{place}[{number}]", message))
-    return problems
+            message = _resolution_error(directory, resolution, latent)
+            if message is not None and (f"{place}[{number}]", message) not in errors:
+                errors.append((f"{place}[{number}]", message))
+    return errors
 
 
-def _resolution_problem(directory: DirectoryConfig, resolution: int, latent: LatentSpec) -> str | None:
+def _resolution_error(directory: DirectoryConfig, resolution: int, latent: LatentSpec) -> str | None:
     multiple = latent.pixel_multiple
     if resolution % multiple:
         below = resolution // multiple * multiple
@@ -81,26 +81,26 @@ def _resolution_problem(directory: DirectoryConfig, resolution: int, latent: Lat
     return None
 
 
-def directory_problems(config: DatasetConfig) -> list[tuple[str, str]]:
+def directory_errors(config: DatasetConfig) -> list[tuple[str, str]]:
     """Folders that are not there, or have two uses at once, as (key, message)."""
-    problems = []
+    errors = []
     for index, entry in enumerate(config.directory):
         place = f"directory[{index}]"
         if not _is_source(entry.path):
-            problems.append((f"{place}.path", f"{entry.path} is not a folder, and no .tar or .parquet file"))
+            errors.append((f"{place}.path", f"{entry.path} is not a folder, and no .tar or .parquet file"))
         for key, folder in (("mask_path", entry.mask_path), ("control_path", entry.control_path)):
             if folder is not None and not folder.is_dir():
-                problems.append((f"{place}.{key}", f"{folder} is not a folder"))
+                errors.append((f"{place}.{key}", f"{folder} is not a folder"))
             if folder is not None and folder.resolve() == entry.path.resolve():
-                problems.append((f"{place}.{key}", "must be another folder than path"))
-    return problems
+                errors.append((f"{place}.{key}", "must be another folder than path"))
+    return errors
 
 
 def _is_source(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.name.lower().endswith(ARCHIVE_SUFFIXES))
 
 
-def dataset_buckets(config: PictureConfig, resolution: int, multiple: int) -> list[Bucket]:
+def dataset_buckets(config: ImageConfig, resolution: int, multiple: int) -> list[Bucket]:
     """The buckets of one resolution."""
     num_buckets = config.num_ar_buckets if config.enable_ar_bucket else 1
     return make_buckets(resolution, config.min_ar, config.max_ar, num_buckets, multiple)
@@ -112,17 +112,17 @@ def dataset_buckets(config: PictureConfig, resolution: int, multiple: int) -> li
 def hold_out(table: ExampleTable, num_images: int, seed: int) -> tuple[ExampleTable, ExampleTable]:
     """(Those to train on, those held out), in their order: num_images files, each with all its sizes and directories.
 
-    Chosen are the files of the smallest random numbers, and a file's number depends on seed and key alone: a picture that
-    comes or goes changes one choice at most. Held-out examples are never mirrored. Raises ValueError when none would be
+    Chosen are the files of the smallest random numbers, and a file's number depends on seed and key alone: an image that
+    comes or goes changes one choice at most. Held-out examples are never flipped. Raises ValueError when none would be
     left to train on.
     """
-    pictures = np.unique(table.rows[:, 0])
-    same = table.pictures.same[pictures]
+    images = np.unique(table.rows[:, 0])
+    same = table.images.same[images]
     # A file with several names has the number of its first.
     files, first = np.unique(same, return_index=True)
     if num_images >= max(1, len(files)):
-        raise ValueError(f"of {len(files)} pictures none would be left to train on")
-    numbers = np.array([fraction(seed, "hold out", table.name_of(int(pictures[place]))) for place in first])
+        raise ValueError(f"of {len(files)} images none would be left to train on")
+    numbers = np.array([fraction(seed, "hold out", table.name_of(int(images[place]))) for place in first])
     chosen_files = files[np.argsort(numbers, kind="stable")[:num_images]]
-    chosen = np.isin(table.pictures.same[table.rows[:, 0]], chosen_files)
-    return table.where(~chosen), table.where(chosen, never_mirrored=True)
+    chosen = np.isin(table.images.same[table.rows[:, 0]], chosen_files)
+    return table.where(~chosen), table.where(chosen, never_flipped=True)

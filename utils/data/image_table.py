@@ -1,4 +1,4 @@
-"""What is known of a dataset's pictures, in columns: one row a picture. What a directory's pictures share is said once."""
+"""What is known of a dataset's images, in columns: one row an image. What a directory's images share is said once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from utils.data.columns import FileBlock, Texts, tensor_place
 from utils.data.sources.decoding import CONTENT_BYTES
-from utils.data.sources.image_files import PictureFile
-from utils.data.sources.rows import NONE, Companions, firsts
+from utils.data.sources.image_files import ImageFile
+from utils.data.sources.rows import NONE, PairedImages, firsts
 from utils.data.sources.tags import TagShuffle
 
 _NO_HASH = bytes(CONTENT_BYTES)
@@ -34,8 +34,8 @@ class Directory:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Columns of what is known of each picture; one row each."""
+class ImageTable:
+    """Columns of what is known of each image; one row each."""
 
     directory: np.ndarray
     """Number of its directory."""
@@ -49,13 +49,13 @@ class Pictures:
     """(n, 16) uint8, zeros where it is not known yet."""
     captions: Texts
     first_caption: np.ndarray
-    """(n + 1): picture i has captions first_caption[i] to first_caption[i + 1]."""
+    """(n + 1): image i has captions first_caption[i] to first_caption[i + 1]."""
     container: np.ndarray
-    """Number of the file it is in, or NONE. Empty, as the next two, when no picture is in a file with others."""
+    """Number of the file it is in, or NONE. Empty, as the next two, when no image is in a file with others."""
     start: np.ndarray
     length: np.ndarray
     mask: np.ndarray
-    """Row of its mask, or NONE. Empty when no picture has one. So for control pictures."""
+    """Row of its mask, or NONE. Empty when no image has one. So for control images."""
     control: np.ndarray
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ def _or_empty(column: np.ndarray) -> np.ndarray:
     return column if (column != NONE).any() else column[:0]
 
 
-def joined_pictures(parts: Iterable[Pictures]) -> Pictures:
+def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
     """All rows of all parts, which have every column; those that say NONE in every row are left away."""
     parts = list(parts)
     captions = Texts.joined(part.captions for part in parts)
@@ -77,7 +77,7 @@ def joined_pictures(parts: Iterable[Pictures]) -> Pictures:
 
     container, mask, control = (column(name, np.int32) for name in ("container", "mask", "control"))
     is_contained = bool((container != NONE).any())
-    return Pictures(
+    return ImageTable(
         directory=column("directory", np.int32),
         names=Texts.joined(part.names for part in parts),
         sizes=column("sizes", np.int32, (2,)),
@@ -112,19 +112,19 @@ def hashes(content: np.ndarray) -> list[bytes]:
     return [one if one != _NO_HASH else b"" for one in hashes]
 
 
-def hashes_of_companions(column: np.ndarray, pictures: np.ndarray, companions: Companions) -> list[bytes]:
-    """Of each picture's mask, or control picture; empty where it has none."""
+def hashes_of_paired_images(column: np.ndarray, images: np.ndarray, paired_images: PairedImages) -> list[bytes]:
+    """Of each image's mask, or control image; empty where it has none."""
     if not len(column):
-        return [b""] * len(pictures)
-    rows = column[pictures]
-    return [one if row != NONE else b"" for one, row in zip(hashes(companions.content[rows]), rows.tolist(), strict=True)]
+        return [b""] * len(images)
+    rows = column[images]
+    return [one if row != NONE else b"" for one, row in zip(hashes(paired_images.content[rows]), rows.tolist(), strict=True)]
 
 
-def companion_of(column: np.ndarray, picture: int, companions: Companions) -> tuple[PictureFile | None, bytes]:
-    row = int(column[picture]) if len(column) else NONE
+def paired_image_of(column: np.ndarray, image: int, paired_images: PairedImages) -> tuple[ImageFile | None, bytes]:
+    row = int(column[image]) if len(column) else NONE
     if row == NONE:
         return None, b""
-    return companions.file(row), hash_or_nothing(companions.content[row])
+    return paired_images.file(row), hash_or_nothing(paired_images.content[row])
 
 
 def hash_or_nothing(row: np.ndarray) -> bytes:
@@ -142,7 +142,7 @@ def directory_of_json(entry: Mapping[str, object]) -> Directory:
     return Directory(**values)  # type: ignore[arg-type]
 
 
-def flat(prefix: str, table: Pictures | Companions) -> dict[str, np.ndarray]:
+def flat(prefix: str, table: ImageTable | PairedImages) -> dict[str, np.ndarray]:
     """Column name -> array; of strings two arrays."""
     columns: dict[str, np.ndarray] = {}
     for name, value in vars(table).items():

@@ -1,4 +1,4 @@
-"""The dataset file to the table of training examples: every picture in its bucket at every resolution. Opens no pixels."""
+"""The dataset file to the table of training examples: every image in its bucket at every resolution. Opens no pixels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from utils.config.schema.tables import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, nearest_buckets
-from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_problems
+from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_errors
 from utils.data.examples import ExampleTable
-from utils.data.image_table import Directory, Pictures, joined_pictures
+from utils.data.image_table import Directory, ImageTable, joined_images
 from utils.data.sources.caption_sources import some
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.listing import Lister, ListingSettings, Part
-from utils.data.sources.paired_images import CONTROL, MASK, CompanionTable, Kind
+from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable
 from utils.data.sources.rows import NONE, Container, Remembered, Rows
 from utils.data.sources.tags import TagShuffle
 
@@ -24,10 +24,10 @@ def scan(config: DatasetConfig, multiple: int, lister: Lister, *, prefix: str = 
     """Every usable example of every directory, in order of directories and names; and what could not be used.
 
     Keys begin with the prefix: several datasets of one run need different ones. Directories that are not there are passed
-    over; directory_problems tells of them.
+    over; directory_errors tells of them.
     """
     scanner = _Scanner(config, multiple, lister)
-    broken = {key.partition(".")[0] for key, _ in directory_problems(config)}
+    broken = {key.partition(".")[0] for key, _ in directory_errors(config)}
     for index, directory in enumerate(config.directory):
         if f"directory[{index}]" not in broken:
             scanner.add(directory, f"{prefix}{index}")
@@ -43,11 +43,11 @@ class _Scanner:
         self._directories: list[Directory] = []
         self._containers: list[Container] = []
         self._buckets: dict[Bucket, int] = {}
-        self._parts: list[Pictures] = []
+        self._parts: list[ImageTable] = []
         self._rows: list[np.ndarray] = []
-        self._num_pictures = 0
+        self._num_images = 0
         self._remembered: list[Remembered] = []
-        self._companions = {kind: CompanionTable(kind, lister) for kind in (MASK, CONTROL)}
+        self._paired_images = {kind: PairedImageTable(kind, lister) for kind in (MASK, CONTROL)}
         self._enlarged: list[np.ndarray] = []
 
     def add(self, directory: DirectoryConfig, place: str) -> None:
@@ -70,7 +70,7 @@ class _Scanner:
         if directory.on_bad_file == "error":
             self._found.fatal_files.extend(self._found.bad_files[num_bad:])
         if sum(map(len, self._rows)) == before:
-            self._found.warnings.append(f"{directory.path} has no usable picture")
+            self._found.warnings.append(f"{directory.path} has no usable image")
 
     def _add_part(self, part: Part, number: int, directory: DirectoryConfig) -> None:
         rows, count = part.rows, len(part.rows)
@@ -78,10 +78,10 @@ class _Scanner:
         if part.container is not None:
             container = len(self._containers)
             self._containers.append(part.container)
-        mask = self._companions_of(MASK, directory.mask_path, directory, rows)
-        control = self._companions_of(CONTROL, directory.control_path, directory, rows)
+        mask = self._paired_images_of(MASK, directory.mask_path, directory, rows)
+        control = self._paired_images_of(CONTROL, directory.control_path, directory, rows)
         self._parts.append(
-            Pictures(
+            ImageTable(
                 directory=np.full(count, number, np.int32),
                 names=rows.names,
                 sizes=rows.sizes,
@@ -101,22 +101,22 @@ class _Scanner:
         usable &= (control != NONE) | (directory.control_path is None)
         for index, resolution in enumerate(directory.resolutions):
             self._sort_into_buckets(rows, np.flatnonzero(usable), index, resolution, directory)
-        self._remembered.append(Remembered(part.memory, part.usable, self._num_pictures))
-        self._num_pictures += count
+        self._remembered.append(Remembered(part.memory, part.usable, self._num_images))
+        self._num_images += count
 
-    def _companions_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: Rows) -> np.ndarray:
+    def _paired_images_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: Rows) -> np.ndarray:
         if folder is None:
             return np.full(len(rows), NONE, np.int32)
 
         def shown(row: int) -> Path:
             return directory.path / rows.names[row]
 
-        found, bad_files = self._companions[kind].find(folder, directory.recursive, rows, shown)
+        found, bad_files = self._paired_images[kind].find(folder, directory.recursive, rows, shown)
         self._found.bad_files.extend(bad_files)
         return found
 
     def _in_size(self, rows: Rows, directory: DirectoryConfig) -> np.ndarray:
-        """Which pictures min_pixels and max_pixels leave."""
+        """Which images min_pixels and max_pixels leave."""
         pixels = rows.sizes[:, 0].astype(np.int64) * rows.sizes[:, 1]
         left = np.ones(len(rows), bool)
         for key, limit, wrong in (
@@ -141,11 +141,11 @@ class _Scanner:
         sides = np.array([(bucket.width, bucket.height) for bucket in buckets], np.float64)[nearest]
         is_small = (sides > sizes).any(axis=1)
         if directory.upscale == "allow":
-            self._enlarged.append(chosen[is_small] + self._num_pictures)
+            self._enlarged.append(chosen[is_small] + self._num_images)
         else:
             self._leave_out_small(rows, chosen[is_small], sides[is_small], directory)
             chosen, nearest = chosen[~is_small], nearest[~is_small]
-        columns = [chosen + self._num_pictures, np.full(len(chosen), index), numbers[nearest]]
+        columns = [chosen + self._num_images, np.full(len(chosen), index), numbers[nearest]]
         self._rows.append(np.stack(columns, axis=1).astype(np.int32))
 
     def _leave_out_small(self, rows: Rows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
@@ -157,20 +157,20 @@ class _Scanner:
 
     def dataset(self) -> Dataset:
         """What was found in all directories."""
-        masks, controls = self._companions[MASK], self._companions[CONTROL]
-        # A directory is listed picture by picture, and each picture has its resolutions side by side.
+        masks, controls = self._paired_images[MASK], self._paired_images[CONTROL]
+        # A directory is listed image by image, and each image has its resolutions side by side.
         rows = np.concatenate([np.zeros((0, 3), np.int32), *self._rows])
         rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-        pictures = joined_pictures(self._parts)
+        images = joined_images(self._parts)
         table = ExampleTable(
-            self._directories, self._containers, list(self._buckets), pictures, masks.columns(), controls.columns(), rows
+            self._directories, self._containers, list(self._buckets), images, masks.columns(), controls.columns(), rows
         )
         warnings = [*self._found.warnings, *masks.warnings(), *controls.warnings()]
         enlarged = np.unique(np.concatenate([np.zeros(0, np.int64), *self._enlarged]))
         if len(enlarged):
-            shown = some([pictures.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
-            warnings.append(f"{len(enlarged)} pictures are smaller than their bucket and enlarged: {shown}")
-        memory = [(pictures.content, part) for part in self._remembered]
+            shown = some([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
+            warnings.append(f"{len(enlarged)} images are smaller than their bucket and enlarged: {shown}")
+        memory = [(images.content, part) for part in self._remembered]
         memory += [(table.masks.content, part) for part in masks.remembered()]
         memory += [(table.controls.content, part) for part in controls.remembered()]
         return replace(self._found, examples=table, warnings=warnings, memory=ContentMemory(tuple(memory)))

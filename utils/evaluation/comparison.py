@@ -1,8 +1,8 @@
 """What an evaluation says: mean losses by group, and whether they differ from those of earlier steps.
 
-All evaluations of a run measure the same entries, so they are compared entry by entry. Entries of one picture, at several
-times and sizes, are no independent witnesses: each picture's differences are averaged first, and the interval is one over
-pictures. A mean loss is a mean over pictures too, so that it changes by exactly the difference that is told. No correction
+All evaluations of a run measure the same entries, so they are compared entry by entry. Entries of one image, at several
+times and sizes, are no independent witnesses: each image's differences are averaged first, and the interval is one over
+images. A mean loss is a mean over images too, so that it changes by exactly the difference that is told. No correction
 is made for looking often: of twenty comparisons of equal networks, one is significant.
 """
 
@@ -27,12 +27,12 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean loss now less that at an earlier step, over the same pictures."""
+    """Mean loss now less that at an earlier step, over the same images."""
 
     to_step: int
     mean: float
     interval: Interval | None
-    """95%; None where there are too few pictures for one."""
+    """95%; None where there are too few images for one."""
 
     @property
     def is_significant(self) -> bool:
@@ -45,14 +45,14 @@ class Group:
 
     name: str
     entries: tuple[int, ...]
-    pictures: tuple[int, ...]
-    """Number of each entry's picture."""
+    images: tuple[int, ...]
+    """Number of each entry's image."""
     with_best: bool
     """Whether it is compared with the best step too."""
 
-    def picture_losses(self, losses: Tensor) -> Tensor:
-        """Mean loss of each picture, float64, of all entries' losses."""
-        return statistics.group_means(losses[list(self.entries)], self.pictures)
+    def image_losses(self, losses: Tensor) -> Tensor:
+        """Mean loss of each image, float64, of all entries' losses."""
+        return statistics.group_means(losses[list(self.entries)], self.images)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class GroupResult:
 
     name: str
     """`all`, `set <name>`, `t <from>-<to>` or `resolution <pixels>`."""
-    num_pictures: int
+    num_images: int
     loss: float
     to_start: Difference | None
     """None in the first evaluation."""
@@ -87,7 +87,7 @@ class EvaluationResult:
     """The mean loss is lower than in every evaluation before, or this is the first."""
     unchanged_since: int | None
     """The earliest step from which on no evaluation differs significantly from this one. None: the one before does, or
-    there is none, or there are too few pictures to tell."""
+    there is none, or there are too few images to tell."""
 
     @property
     def loss(self) -> float:
@@ -163,15 +163,15 @@ def compare(
 ) -> EvaluationResult:
     """Everything that is told of an evaluation, beside the earlier ones of the same panel, in the order they were made."""
     everything = groups[0]
-    own_mean = float(everything.picture_losses(now.losses).mean())
-    means = [float(everything.picture_losses(before.losses).mean()) for before in earlier]
+    own_mean = float(everything.image_losses(now.losses).mean())
+    means = [float(everything.image_losses(before.losses).mean()) for before in earlier]
     to_each = differences(everything, now, earlier, seed)
     start = earlier[:1]
     best = [earlier[means.index(min(means))]] if means else []
     results = []
     for group in groups:
         found = differences(group, now, [*start, *(best if group.with_best else [])], seed)
-        own = group.picture_losses(now.losses)
+        own = group.image_losses(now.losses)
         to_start, to_best = [*found, None, None][:2]
         results.append(GroupResult(group.name, len(own), float(own.mean()), to_start, to_best))
     return EvaluationResult(
@@ -190,8 +190,8 @@ def differences(group: Group, now: Measured, earlier: Sequence[Measured], seed: 
     """To each of some earlier evaluations."""
     if not earlier:
         return []
-    own = group.picture_losses(now.losses)
-    columns = torch.stack([own - group.picture_losses(before.losses) for before in earlier], dim=1)
+    own = group.image_losses(now.losses)
+    columns = torch.stack([own - group.image_losses(before.losses) for before in earlier], dim=1)
     intervals = statistics.mean_intervals(columns, seed)
     means = columns.mean(0).tolist()
     return [
@@ -216,7 +216,7 @@ def describe(result: EvaluationResult) -> str:
     """The evaluation as a table, for the user."""
     everything = result.groups[0]
     title = f"evaluation at step {result.step}" + (" (averaged weights)" if result.weights == "ema" else "")
-    header = [title, "pictures", "loss"]
+    header = [title, "images", "loss"]
     start, best = everything.to_start, everything.to_best
     if start is not None and best is not None:
         header.append(f"change since step {start.to_step} (95%)")
@@ -225,7 +225,7 @@ def describe(result: EvaluationResult) -> str:
     rows = [header]
     for group in result.groups:
         changes = [told(difference) for difference in (group.to_start, group.to_best)]
-        rows.append([f"  {group.name}", str(group.num_pictures), f"{group.loss:.5f}", *changes][: len(header)])
+        rows.append([f"  {group.name}", str(group.num_images), f"{group.loss:.5f}", *changes][: len(header)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [_aligned(row, widths) for row in rows]
     return "\n".join([*lines, *(f"  {sentence}" for sentence in _verdict(result))])
@@ -252,8 +252,8 @@ def _verdict(result: EvaluationResult) -> list[str]:
     if previous is None:
         return []
     sentences = []
-    if result.groups[0].num_pictures < statistics.MIN_SAMPLES:
-        sentences.append(f"no intervals: it takes at least {statistics.MIN_SAMPLES} pictures to tell a change from chance")
+    if result.groups[0].num_images < statistics.MIN_SAMPLES:
+        sentences.append(f"no intervals: it takes at least {statistics.MIN_SAMPLES} images to tell a change from chance")
     elif result.unchanged_since is not None:
         sentences.append(f"no significant change since step {result.unchanged_since}")
     elif previous.is_significant:

@@ -1,7 +1,7 @@
-"""Evaluation: how far the network's velocity is off on pictures it is not trained on, through the pipeline it is trained in.
+"""Evaluation: how far the network's velocity is off on images it is not trained on, through the pipeline it is trained in.
 
 Measured is the mean squared error of the velocity at the entries of a fixed panel (panel.py): in float32, averaged in
-float64, each entry for itself, with the caption as it is, no flip and no weight; where a picture has a mask, errors are
+float64, each entry for itself, with the caption as it is, no flip and no weight; where an image has a mask, errors are
 multiplied by it. That holds for every objective, so that their runs can be compared; it is not the loss that is trained.
 
 Batches are put together without regard to the layout, so any number of stages gives the same bits, and replicas do where
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.family import ModelAdapter
+from models.family import ModelFamily
 from utils.config.schema.tables import EvalConfig
 from utils.data.encoding.encoded import EncodedData
 from utils.distributed import group as distributed
@@ -56,7 +56,7 @@ class Evaluation:
 
     def __init__(
         self,
-        adapter: ModelAdapter,
+        family: ModelFamily,
         data: EncodedData,
         pipeline: Pipeline,
         config: EvalConfig,
@@ -70,7 +70,7 @@ class Evaluation:
         start_step: int,
     ) -> None:
         """`seed` is the panel's; `start_step`: where the run begins or goes on, as if what came after had never been."""
-        self._adapter, self._data, self._pipeline, self._config, self._panel = adapter, data, pipeline, config, panel
+        self._family, self._data, self._pipeline, self._config, self._panel = family, data, pipeline, config, panel
         self._prediction_type, self._dtype, self._seed, self._num_replicas = prediction_type, dtype, seed, num_replicas
         self._path = folder / EVALUATIONS
         self._fingerprint = fingerprint(panel, data.content_keys)
@@ -86,7 +86,7 @@ class Evaluation:
         comparable = [result for result in kept if result.can_be_compared(self._fingerprint, self._config.weights)]
         if len(comparable) < len(kept):
             say(
-                f"{len(kept) - len(comparable)} evaluations in {self._path} are of other pictures, captions, times, "
+                f"{len(kept) - len(comparable)} evaluations in {self._path} are of other images, captions, times, "
                 "encoders or weights; what comes now is not compared with them"
             )
         return [Measured(result.step, torch.tensor(result.losses, dtype=torch.float64)) for result in comparable]
@@ -94,7 +94,7 @@ class Evaluation:
     def due(self, step: int, num_steps: int) -> bool:
         """Whether an evaluation is wanted after `step` steps: at the start, at the end, and every `every_n_steps`.
 
-        Also when nothing of this panel was measured yet, so that a run that goes on with other pictures has a beginning.
+        Also when nothing of this panel was measured yet, so that a run that goes on with other images has a beginning.
         """
         every = self._config.every_n_steps
         return not self._has_begun or step in (0, num_steps) or (every is not None and step % every == 0)
@@ -177,12 +177,12 @@ class Evaluation:
 
     def _inputs(self, batch: Sequence[int], sample: Sample) -> tuple[Tensor, ...]:
         text = stack_text([self._data.text(self._panel[index].example.caption()) for index in batch])
-        return self._adapter.network_inputs(sample.noisy.to(self._dtype), sample.sigma, text)
+        return self._family.network_inputs(sample.noisy.to(self._dtype), sample.sigma, text)
 
     def _losses(self, output: Tensor, sample: Sample) -> list[float]:
         """Mean squared error of each row's velocity."""
         height, width = sample.noisy.shape[-2:]
-        answer = self._adapter.velocity(output.float(), height, width)
+        answer = self._family.velocity(output.float(), height, width)
         velocity = rectified_flow.velocity_of(answer, sample.noisy.to(answer.device), self._prediction_type)
         squares = (velocity - sample.velocity.to(velocity.device)).square()
         masked = [

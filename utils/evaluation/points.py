@@ -1,8 +1,8 @@
-"""What evaluation measures: a fixed list of (picture, noise, time), drawn once from the seed. Pure.
+"""What evaluation measures: a fixed list of (image, noise, time), drawn once from the seed. Pure.
 
-Times are stratified: (0, 1) is cut into equal bands, and each picture is measured once in each, at a time of its own. All
+Times are stratified: (0, 1) is cut into equal bands, and each image is measured once in each, at a time of its own. All
 of (0, 1) is covered whatever the run's densities, weights, min_t and max_t, so that runs with different objectives can be
-compared. Every draw's key names the picture, so one more picture changes nothing for the others.
+compared. Every draw's key names the image, so one more image changes nothing for the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PanelEntry:
     example: Example
     set_name: str
     repeat: int
-    """Below the example's `repeats`: more noise and times for one picture, so a more exact measurement of it."""
+    """Below the example's `repeats`: more noise and times for one image, so a more exact measurement of it."""
     band: int
     """Below num_t_bands; the first is nearest to the data."""
     t: float
@@ -74,12 +74,12 @@ def noise_of(entry: PanelEntry, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def fingerprint(panel: Sequence[PanelEntry], contents: Callable[[Example], Sequence[str]]) -> str:
     """Twelve hexadecimal digits of what is measured: names, captions, crops and times, and what `contents` names for an
-    example: what is in its picture, mask and caption. Where files lie does not count."""
+    example: what is in its image, mask and caption. Where files lie does not count."""
     digest = hashlib.blake2b(digest_size=6)
     for entry in panel:
         example = entry.example
-        picture = (entry.set_name, example.key, example.caption(), example.box.key(), example.mask is not None)
-        digest.update(repr((picture, *contents(example), entry.repeat, entry.t, entry.sigma)).encode())
+        image = (entry.set_name, example.key, example.caption(), example.box.key(), example.mask is not None)
+        digest.update(repr((image, *contents(example), entry.repeat, entry.t, entry.sigma)).encode())
     return digest.hexdigest()
 
 

@@ -68,7 +68,7 @@ def mean_intervals(samples: Tensor, seed: int) -> list[Interval | None]:
     centered = samples - means
     variances = centered.square().mean(0)
     statistics = _resampled_statistics(centered, variances, seed).sort(0).values
-    # Of one picture's standard error, the factor sqrt(1 / n) is on both sides of the fraction and left out.
+    # Of one image's standard error, the factor sqrt(1 / n) is on both sides of the fraction and left out.
     low = means - statistics[NUM_RESAMPLES - _TAIL] * variances.sqrt()
     high = means - statistics[_TAIL - 1] * variances.sqrt()
     low, high = torch.where(variances > 0, low, means), torch.where(variances > 0, high, means)

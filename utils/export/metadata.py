@@ -12,16 +12,16 @@ import math
 from datetime import UTC, datetime
 from pathlib import Path
 
-from models.family import ModelAdapter
+from models.family import ModelFamily
 from utils.config.schema.tables import AdapterConfig, ExperimentConfig
 
 TRAINING_TABLES = ("seed", "model", "objective", "adapter", "ema", "optimizer", "pipeline")
 """Of the configuration, what made the weights."""
 
 
-def run_metadata(config: ExperimentConfig, adapter: ModelAdapter, step: int) -> dict[str, str]:
+def run_metadata(config: ExperimentConfig, family: ModelFamily, step: int) -> dict[str, str]:
     """Header entries every file carries: what it was trained from and as, and so how to use it."""
-    base = [(path.name, file_sha256(path)) for path in adapter.network_files]
+    base = [(path.name, file_sha256(path)) for path in family.network_files]
     first_name, first_hash = base[0]
     token_lengths = {key: value for key, value in config.model.model_dump().items() if key.endswith("token_length")}
     return {

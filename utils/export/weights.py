@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.family import FileTensor, ModelAdapter, ModelFilesError
+from models.family import FileTensor, ModelFamily, ModelFilesError
 from utils.checkpoint.save import step_folder
 from utils.config.schema.tables import ExperimentConfig
 from utils.distributed import group as distributed
@@ -97,25 +97,25 @@ def wanted_formats(config: ExperimentConfig) -> list[str]:
     return ["native", "diffusers"] if config.adapter is not None and config.adapter.type == "lora" else ["native"]
 
 
-def export_problems(config: ExperimentConfig, adapter: ModelAdapter) -> list[tuple[str, str]]:
+def export_errors(config: ExperimentConfig, family: ModelFamily) -> list[tuple[str, str]]:
     """Formats that cannot hold what is trained, as (key, message)."""
     formats = wanted_formats(config)
     if config.adapter is not None:
-        problems = []
+        errors = []
         if "complete" in formats:
-            problems.append(("save.formats", "complete files hold a whole network; an adapter has native and diffusers"))
+            errors.append(("save.formats", "complete files hold a whole network; an adapter has native and diffusers"))
         if config.adapter.type == "lokr" and "diffusers" in formats:
-            problems.append(("save.formats", "diffusers' pipelines read no LoKr; leave diffusers out, or train a lora"))
-        return problems
+            errors.append(("save.formats", "diffusers' pipelines read no LoKr; leave diffusers out, or train a lora"))
+        return errors
     if "complete" in formats:
         try:
-            adapter.frozen_tensors()
+            family.frozen_tensors()
         except ModelFilesError as error:
-            return [("save.formats", f"no complete file: {text}") for _, text in error.problems]
+            return [("save.formats", f"no complete file: {text}") for _, text in error.errors]
     return []
 
 
-def full_files(adapter: ModelAdapter, formats: list[str], metadata: dict[str, str]) -> list[ExportedFile]:
+def full_files(family: ModelFamily, formats: list[str], metadata: dict[str, str]) -> list[ExportedFile]:
     """The whole network: native keys alone or beside the frozen networks, diffusers' folder."""
 
     def native(reader: Reader, prefix: str = "") -> Iterator[Exported]:
@@ -127,21 +127,21 @@ def full_files(adapter: ModelAdapter, formats: list[str], metadata: dict[str, st
 
     def diffusers(reader: Reader) -> Iterator[Exported]:
         for tensor in native(reader):
-            for key, value in adapter.diffusers_weights({tensor.key: tensor.value}).items():
+            for key, value in family.diffusers_weights({tensor.key: tensor.value}).items():
                 yield replace(tensor, key=key, value=value)
 
-    metadata = {**adapter.export_metadata(), **metadata}
-    complete = functools.partial(native, prefix=adapter.native_prefix)
+    metadata = {**family.export_metadata(), **metadata}
+    complete = functools.partial(native, prefix=family.native_prefix)
     makers: dict[str, Callable[[], ExportedFile]] = {
         "native": lambda: ExportedFile("mmdit.safetensors", native, metadata),
-        "complete": lambda: ExportedFile("complete.safetensors", complete, metadata, tuple(adapter.frozen_tensors())),
+        "complete": lambda: ExportedFile("complete.safetensors", complete, metadata, tuple(family.frozen_tensors())),
         "diffusers": lambda: ExportedFile(DIFFUSERS_FOLDER, diffusers, metadata, per_stage=True),
     }
     return [makers[name]() for name in formats]
 
 
 def adapter_files(
-    adapter: ModelAdapter, config: ExperimentConfig, formats: list[str], metadata: dict[str, str]
+    family: ModelFamily, config: ExperimentConfig, formats: list[str], metadata: dict[str, str]
 ) -> list[ExportedFile]:
     """The adapter with native keys, for ComfyUI and sd-scripts, and with diffusers', its scale folded in."""
     settings = config.adapter
@@ -153,10 +153,10 @@ def adapter_files(
             for key, value in convert(lora.collect(layer.module, layer.layer.prefix, values)).items():
                 yield Exported(key, value, exact=value.dim() == 0)  # an alpha need not be a round number
 
-    metadata = {**adapter.export_metadata(), **metadata}
+    metadata = {**family.export_metadata(), **metadata}
     metadata["modelspec.architecture"] += "/lora"
-    native = functools.partial(tensors, convert=adapter.native_adapter)
-    diffusers = functools.partial(tensors, convert=adapter.diffusers_adapter)
+    native = functools.partial(tensors, convert=family.native_adapter)
+    diffusers = functools.partial(tensors, convert=family.diffusers_adapter)
     files = {
         "native": ExportedFile(f"{settings.type}.safetensors", native, {**metadata, **kohya_metadata(settings)}),
         "diffusers": ExportedFile(f"{settings.type}_diffusers.safetensors", diffusers, metadata),
@@ -164,20 +164,20 @@ def adapter_files(
     return [files[name] for name in formats]
 
 
-def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentConfig, parent: Path, step: int) -> None:
+def write_weights(pipeline: Pipeline, family: ModelFamily, config: ExperimentConfig, parent: Path, step: int) -> None:
     """Write the public files of what is trained into `parent/step_…`. All ranks together, on a file system they share."""
     final = step_folder(parent, step)
     temporary = parent / f".{final.name}.tmp"
     name = f"{parent.name}/{final.name}"
     is_main = distributed.world().is_main
-    own = run_metadata(config, adapter, step) if is_main else {}
+    own = run_metadata(config, family, step) if is_main else {}
     distributed.wait_for_all(f"hashes of export {name}")  # a large base file may take longer than a collective waits
     metadata = distributed.broadcast(own)
     formats = wanted_formats(config)
     if config.adapter is None:
-        files = full_files(adapter, formats, metadata)
+        files = full_files(family, formats, metadata)
     else:
-        files = adapter_files(adapter, config, formats, metadata)
+        files = adapter_files(family, config, formats, metadata)
     averages = [False, True] if config.ema is not None else [False]
     if is_main:
         for left_over in parent.glob(".step_*"):
@@ -189,7 +189,7 @@ def write_weights(pipeline: Pipeline, adapter: ModelAdapter, config: ExperimentC
         for file in files:
             folder = temporary / EMA_FOLDER if ema else temporary
             marked = replace(file, metadata={**file.metadata, "mmdit_pipe.weights": "average" if ema else "last"})
-            _write(pipeline, marked, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, adapter.diffusers_config())
+            _write(pipeline, marked, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, family.diffusers_config())
     distributed.wait_for_all(f"export {name} written")
     if is_main:
         if final.exists():

@@ -1,4 +1,4 @@
-"""The `[objective]` table as one object: which noise level a visit gets, and what the network's answer to it costs."""
+"""The `[objective]` table as one object: which noise level a draw gets, and what the network's answer to it costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.objective.timestep_sampling import Density, TimeSampler, Weighting
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """Where on the path a visit is trained."""
+    """Where on the path a draw is trained."""
 
     t: float
     sigma: float
@@ -54,12 +54,12 @@ class Objective:
         self._sampler = cache(self._make_sampler)
 
     def shift_at(self, num_pixels: int) -> float:
-        """The shift of pictures of that many pixels: sqrt(m / n) times the shift at n (SD3 paper, eq. 23)."""
+        """The shift of images of that many pixels: sqrt(m / n) times the shift at n (SD3 paper, eq. 23)."""
         shift, side = self.config.discrete_flow_shift, self.config.shift_resolution
         return shift if side is None else shift * math.sqrt(num_pixels / side**2)
 
     def encoder_dropout_rate(self, encoder: str) -> float:
-        """The share of visits at which this text encoder's output is dropped."""
+        """The share of draws at which this text encoder's output is dropped."""
         rate = self.config.encoder_dropout_rate
         return rate.get(encoder, 0.0) if isinstance(rate, dict) else rate
 
@@ -78,7 +78,7 @@ class Objective:
         return self.weighting(t, rectified_flow.shift_time(t, shift))
 
     def noise_level(self, u: float, num_pixels: int) -> NoiseLevel:
-        """The level of a uniform draw u in (0, 1) for a picture of that many pixels."""
+        """The level of a uniform draw u in (0, 1) for an image of that many pixels."""
         shift = self.shift_at(num_pixels)
         sampler = self.sampler(shift)
         t = timesteps.round_time(sampler.draw(torch.tensor([u], dtype=torch.float64)), self.config.timestep_grid)
@@ -135,7 +135,7 @@ def unread_keys(config: ObjectiveConfig) -> list[str]:
     return sorted(key for key, used in keys_in_use(config).items() if not used and values[key] != usual[key])
 
 
-def objective_problems(config: ObjectiveConfig) -> list[tuple[str, str]]:
+def objective_errors(config: ObjectiveConfig) -> list[tuple[str, str]]:
     """Settings that are possible one by one and together leave nothing to train, as (key, message)."""
     advice = "widen min_t to max_t, or change timestep_sampling or weighting_scheme"
     by_sampling = Objective(config.model_copy(update={"weighting_by": "sampling"}))

@@ -33,7 +33,7 @@ def _is_optimizer(name: str) -> bool:
     return isinstance(member, type) and issubclass(member, torch.optim.Optimizer) and member is not torch.optim.Optimizer
 
 
-def optimizer_problems(config: OptimizerConfig) -> list[tuple[str, str]]:
+def optimizer_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
     """What is wrong with the optimizer's name and arguments, as (key, message)."""
     if config.type in _UNSUITABLE:
         return [("optimizer.type", f"= {config.type!r}: cannot be used here: {_UNSUITABLE[config.type]}")]

@@ -1,6 +1,6 @@
 """What the two ends of the pipeline are fed: the first stage noisy latents and text, the last what to aim for.
 
-Both ends draw the same t and noise for a visit, because both ask randomness.py with the same key; so nothing but
+Both ends draw the same t and noise for a draw, because both ask randomness.py with the same key; so nothing but
 activations travels between stages. Position p of a global batch is micro-batch m, replica r, row i with
 p = (m * replicas + r) * rows + i, whatever the number of stages.
 """
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.family import ModelAdapter
+from models.family import ModelFamily
 from utils import randomness
 from utils.background import ahead
-from utils.data.batches import BatchOrder, Visit
+from utils.data.batches import BatchOrder, SampleDraw
 from utils.data.encoding.encoded import EncodedData
 from utils.objective import rectified_flow
 from utils.objective.objective import NO_TARGET, NoiseLevel, Objective
@@ -52,53 +52,53 @@ class Layout:
         return range(start, start + self.micro_batch_size)
 
 
-def _uniform(visit: Visit, purpose: str, seed: int, *key: str) -> float:
-    """The visit's draw for a purpose, in (0, 1)."""
-    return randomness.uniform(seed, purpose, visit.example.key, visit.epoch, visit.occurrence, *key)
+def _uniform(draw: SampleDraw, purpose: str, seed: int, *key: str) -> float:
+    """The draw's draw for a purpose, in (0, 1)."""
+    return randomness.uniform(seed, purpose, draw.example.key, draw.epoch, draw.occurrence, *key)
 
 
-def noise_level(visit: Visit, objective: Objective, seed: int) -> NoiseLevel:
-    """Where on the path the visit is trained."""
-    bucket = visit.example.bucket
-    return objective.noise_level(_uniform(visit, "time", seed), bucket.width * bucket.height)
+def noise_level(draw: SampleDraw, objective: Objective, seed: int) -> NoiseLevel:
+    """Where on the path the draw is trained."""
+    bucket = draw.example.bucket
+    return objective.noise_level(_uniform(draw, "time", seed), bucket.width * bucket.height)
 
 
-def noise_of(visit: Visit, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The visit's noise, float32."""
-    return randomness.normal(seed, "noise", visit.example.key, visit.epoch, visit.occurrence, shape=shape)
+def noise_of(draw: SampleDraw, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The draw's noise, float32."""
+    return randomness.normal(seed, "noise", draw.example.key, draw.epoch, draw.occurrence, shape=shape)
 
 
-def is_flipped(visit: Visit, seed: int) -> bool:
-    """Whether the picture is shown mirrored."""
-    return visit.example.may_flip and _uniform(visit, "flip", seed) < 0.5
+def is_flipped(draw: SampleDraw, seed: int) -> bool:
+    """Whether the image is shown flipped."""
+    return draw.example.may_flip and _uniform(draw, "flip", seed) < 0.5
 
 
-def caption_of(visit: Visit, objective: Objective, seed: int) -> str:
-    """One of the visit's captions, in one of the orders of its tags; or the empty one when it is dropped."""
-    dropped = _uniform(visit, "caption dropout", seed) < objective.config.caption_dropout_rate
+def caption_of(draw: SampleDraw, objective: Objective, seed: int) -> str:
+    """One of the draw's captions, in one of the orders of its tags; or the empty one when it is dropped."""
+    dropped = _uniform(draw, "caption dropout", seed) < objective.config.caption_dropout_rate
     if dropped:
         return EMPTY_CAPTION
-    count = visit.example.num_captions
-    return visit.example.caption(int(_uniform(visit, "caption", seed) * count) if count > 1 else 0)
+    count = draw.example.num_captions
+    return draw.example.caption(int(_uniform(draw, "caption", seed) * count) if count > 1 else 0)
 
 
-def latents_of(visit: Visit, data: EncodedData, seed: int) -> Tensor:
-    """The visit's latents, float32: a sample of the posterior of its own if the cache has that, else the mean."""
-    flipped = is_flipped(visit, seed)
-    mean, deviation = data.latents(visit.example, flipped=flipped), data.deviation(visit.example, flipped=flipped)
-    if deviation is None:
+def latents_of(draw: SampleDraw, data: EncodedData, seed: int) -> Tensor:
+    """The draw's latents, float32: a sample of the posterior of its own if the cache has that, else the mean."""
+    flipped = is_flipped(draw, seed)
+    mean, std = data.latents(draw.example, flipped=flipped), data.std(draw.example, flipped=flipped)
+    if std is None:
         return mean
-    key = (visit.example.key, visit.epoch, visit.occurrence)
-    return mean + deviation * randomness.normal(seed, "posterior", *key, shape=tuple(mean.shape))
+    key = (draw.example.key, draw.epoch, draw.occurrence)
+    return mean + std * randomness.normal(seed, "posterior", *key, shape=tuple(mean.shape))
 
 
-def drop_encoders(text: dict[str, Tensor], visit: Visit, objective: Objective, seed: int) -> dict[str, Tensor]:
-    """The visit's text tensors, "encoder.tensor" each, with those of dropped encoders zero: sequence and pooled vector."""
+def drop_encoders(text: dict[str, Tensor], draw: SampleDraw, objective: Objective, seed: int) -> dict[str, Tensor]:
+    """The draw's text tensors, "encoder.tensor" each, with those of dropped encoders zero: sequence and pooled vector."""
     encoders = {name.partition(".")[0] for name in text}
     dropped = {
         encoder
         for encoder in encoders
-        if _uniform(visit, "encoder dropout", seed, encoder) < objective.encoder_dropout_rate(encoder)
+        if _uniform(draw, "encoder dropout", seed, encoder) < objective.encoder_dropout_rate(encoder)
     }
     return {name: torch.zeros_like(tensor) if name.partition(".")[0] in dropped else tensor for name, tensor in text.items()}
 
@@ -108,7 +108,7 @@ class Feed:
 
     def __init__(
         self,
-        adapter: ModelAdapter,
+        family: ModelFamily,
         data: EncodedData,
         order: BatchOrder,
         objective: Objective,
@@ -117,7 +117,7 @@ class Feed:
         layout: Layout,
         dtype: torch.dtype,
     ) -> None:
-        self._adapter, self._data, self._order, self._objective = adapter, data, order, objective
+        self._family, self._data, self._order, self._objective = family, data, order, objective
         self._seed, self._layout, self._dtype = seed, layout, dtype
 
     @contextmanager
@@ -142,39 +142,39 @@ class Feed:
 
         A stage that is not the first gets no inputs, one that is not the last an empty target: neither looks at them.
         """
-        visits = self._order.global_batch(step)
+        draws = self._order.global_batch(step)
         for index in range(self._layout.num_micro_batches):
-            yield self._micro_batch([visits[position] for position in self._layout.positions(index)])
+            yield self._micro_batch([draws[position] for position in self._layout.positions(index)])
 
-    def _micro_batch(self, visits: Sequence[Visit]) -> MicroBatch:
+    def _micro_batch(self, draws: Sequence[SampleDraw]) -> MicroBatch:
         layout, objective, seed = self._layout, self._objective, self._seed
         if not (layout.is_first_stage or layout.is_last_stage):
             return (), NO_TARGET
-        latents = torch.stack([latents_of(visit, self._data, seed) for visit in visits])
-        noise = torch.stack([noise_of(visit, tuple(latents.shape[1:]), seed) for visit in visits])
-        levels = [noise_level(visit, objective, seed) for visit in visits]
+        latents = torch.stack([latents_of(draw, self._data, seed) for draw in draws])
+        noise = torch.stack([noise_of(draw, tuple(latents.shape[1:]), seed) for draw in draws])
+        levels = [noise_level(draw, objective, seed) for draw in draws]
         sigma = torch.tensor([level.sigma for level in levels])
         noisy = rectified_flow.add_noise(latents, noise, sigma)
         inputs: tuple[Tensor, ...] = ()
         target = NO_TARGET
         if layout.is_first_stage:
-            text = stack_text([self._text(visit) for visit in visits])
-            inputs = self._adapter.network_inputs(noisy.to(self._dtype), sigma, text)
+            text = stack_text([self._text(draw) for draw in draws])
+            inputs = self._family.network_inputs(noisy.to(self._dtype), sigma, text)
         if layout.is_last_stage:
             weight = torch.tensor(
-                [level.weight * visit.example.loss_weight for level, visit in zip(levels, visits, strict=True)]
+                [level.weight * draw.example.loss_weight for level, draw in zip(levels, draws, strict=True)]
             )
             velocity = rectified_flow.velocity_target(latents, noise)
-            target = objective.target(velocity, noisy, sigma, weight, self._mask(visits, latents.shape[-2:]))
+            target = objective.target(velocity, noisy, sigma, weight, self._mask(draws, latents.shape[-2:]))
         return inputs, target
 
-    def _text(self, visit: Visit) -> dict[str, Tensor]:
-        text = self._data.text(caption_of(visit, self._objective, self._seed))
-        return drop_encoders(text, visit, self._objective, self._seed)
+    def _text(self, draw: SampleDraw) -> dict[str, Tensor]:
+        text = self._data.text(caption_of(draw, self._objective, self._seed))
+        return drop_encoders(text, draw, self._objective, self._seed)
 
-    def _mask(self, visits: Sequence[Visit], size: torch.Size) -> Tensor | None:
-        """(B, 1, H, W), ones for a picture without mask; None when none has one."""
-        masks = [self._data.mask(visit.example, flipped=is_flipped(visit, self._seed)) for visit in visits]
+    def _mask(self, draws: Sequence[SampleDraw], size: torch.Size) -> Tensor | None:
+        """(B, 1, H, W), ones for an image without mask; None when none has one."""
+        masks = [self._data.mask(draw.example, flipped=is_flipped(draw, self._seed)) for draw in draws]
         if all(mask is None for mask in masks):
             return None
         return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])

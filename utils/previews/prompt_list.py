@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.family import LatentSpec
-from utils.config.load import Problem, check_table
+from utils.config.load import ErrorDetail, check_table
 from utils.config.schema.tables import PromptConfig, SamplingConfig, SkipLayerConfig
 from utils.previews.prompts import FLAGS, parse_prompt
 from utils.previews.samplers import skips_layers
 
-FileProblem = tuple[Path | None, str, str]
+FileError = tuple[Path | None, str, str]
 """File (None: the experiment file), place in it, what is wrong."""
 _FLAG_OF = {flag.key: f"--{name}" for name, flag in FLAGS.items()}
 _OVERLAP_PARTS = 4
@@ -40,14 +40,14 @@ class Prompt:
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(config: SamplingConfig) -> tuple[list[Prompt], list[FileProblem]]:
+def read_prompts(config: SamplingConfig) -> tuple[list[Prompt], list[FileError]]:
     """All prompts in order, and what is wrong with the file of prompts: every bad line of it."""
     tables = [(f"sampling.prompts[{index}]", table) for index, table in enumerate(config.prompts)]
-    problems: list[FileProblem] = []
+    errors: list[FileError] = []
     if config.prompts_file is not None:
-        from_file, problems = _read_file(config.prompts_file)
+        from_file, errors = _read_file(config.prompts_file)
         tables += from_file
-    return [_fill_in(table, place, config, index) for index, (place, table) in enumerate(tables)], problems
+    return [_fill_in(table, place, config, index) for index, (place, table) in enumerate(tables)], errors
 
 
 def _fill_in(table: PromptConfig, place: str, config: SamplingConfig, index: int) -> Prompt:
@@ -65,21 +65,21 @@ def _fill_in(table: PromptConfig, place: str, config: SamplingConfig, index: int
     )
 
 
-def _read_file(path: Path) -> tuple[list[tuple[str, PromptConfig]], list[FileProblem]]:
+def _read_file(path: Path) -> tuple[list[tuple[str, PromptConfig]], list[FileError]]:
     """(place, table) of each line that is a prompt, and what is wrong with the others."""
     text, reason = _read_text(path)
     if reason is not None:
         return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: {reason}")]
     prompts: list[tuple[str, PromptConfig]] = []
-    problems: list[FileProblem] = []
+    errors: list[FileError] = []
     for number, line in _prompt_lines(text):
         table, texts = _read_line(line)
-        problems += [(path, f"line {number}", text) for text in texts]
+        errors += [(path, f"line {number}", text) for text in texts]
         if table is not None:
             prompts.append((f"{path}: line {number}", table))
-    if not prompts and not problems:
+    if not prompts and not errors:
         return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: holds no prompt")]
-    return prompts, problems
+    return prompts, errors
 
 
 def _read_text(path: Path) -> tuple[str, str | None]:
@@ -110,31 +110,31 @@ def _read_line(line: str) -> tuple[PromptConfig | None, list[str]]:
         written = parse_prompt(line)
     except ValueError as error:
         return None, [str(error)]
-    problems: list[Problem] = []
-    table = check_table(PromptConfig, written, Path(), problems, {})
-    return table, [f"{_FLAG_OF.get(problem.key, problem.key)} {problem.message}" for problem in problems]
+    errors: list[ErrorDetail] = []
+    table = check_table(PromptConfig, written, Path(), errors, {})
+    return table, [f"{_FLAG_OF.get(error.key, error.key)} {error.message}" for error in errors]
 
 
 # --- checking ----------------------------------------------------------------------------------------------------------
 
 
-def prompt_problems(
+def prompt_errors(
     prompts: Sequence[Prompt], config: SamplingConfig, latent: LatentSpec, num_blocks: int
 ) -> list[tuple[str, str]]:
     """What this network cannot draw, as (key, message), each once; nothing when there is nothing to draw."""
     if not prompts:
         return []
-    problems = [problem for prompt in prompts for problem in _size_problems(prompt, config, latent)]
+    errors = [error for prompt in prompts for error in _size_errors(prompt, config, latent)]
     if config.skip_layer_guidance is not None:
-        problems += _skip_problems(config.skip_layer_guidance, prompts, num_blocks)
+        errors += _skip_errors(config.skip_layer_guidance, prompts, num_blocks)
     tile_multiple = _OVERLAP_PARTS * latent.downscale
     if config.decode_tile_pixels % tile_multiple:
         message = f"= {config.decode_tile_pixels}: must be a multiple of {tile_multiple}"
-        problems.append(("sampling.decode_tile_pixels", message))
-    return list(dict.fromkeys(problems))
+        errors.append(("sampling.decode_tile_pixels", message))
+    return list(dict.fromkeys(errors))
 
 
-def _size_problems(prompt: Prompt, config: SamplingConfig, latent: LatentSpec) -> Iterator[tuple[str, str]]:
+def _size_errors(prompt: Prompt, config: SamplingConfig, latent: LatentSpec) -> Iterator[tuple[str, str]]:
     for key, side in (("width", prompt.width), ("height", prompt.height)):
         if side % latent.pixel_multiple:
             message = f"= {side}: must be a multiple of {latent.pixel_multiple}"
@@ -150,7 +150,7 @@ def _size_problems(prompt: Prompt, config: SamplingConfig, latent: LatentSpec) -
             yield "sampling.prompts_file", f"{prompt.written}: {_FLAG_OF[key]} {message}"
 
 
-def _skip_problems(config: SkipLayerConfig, prompts: Sequence[Prompt], num_blocks: int) -> Iterator[tuple[str, str]]:
+def _skip_errors(config: SkipLayerConfig, prompts: Sequence[Prompt], num_blocks: int) -> Iterator[tuple[str, str]]:
     key, last = "sampling.skip_layer_guidance", num_blocks - 1
     for index, block in enumerate(config.layers):
         if block >= last:

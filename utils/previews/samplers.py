@@ -1,4 +1,4 @@
-"""From noise to a picture: the steps of sigma, the solvers that take them, and what guides the velocity.
+"""From noise to an image: the steps of sigma, the solvers that take them, and what guides the velocity.
 
 A sampler follows dx/dsigma = v(x, sigma) from sigma = 1, noise, down to 0. The velocity points from the clean latents
 D = x - sigma v that the network has in mind to the noise, so the equation is also

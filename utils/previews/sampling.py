@@ -1,4 +1,4 @@
-"""Preview pictures: the network in training draws prompts, through the same stages it is trained in.
+"""Preview images: the network in training draws prompts, through the same stages it is trained in.
 
 Each step of the sampler is one pass through the pipeline, and another with blocks left out where skip-layer guidance is on.
 The last stage guides the velocities; the result goes back to all ranks, which step the latents alike. No rank holds the
@@ -6,7 +6,7 @@ network, and no text encoder is loaded: prompts were encoded with the captions. 
 own. Nothing is drawn from any generator of the training.
 
 Prompts of one size and number of steps make batches without regard to the layout, so any number of stages and replicas
-draws the same pictures. Replicas share the batches. DeepSpeed's pass waits for all processes, so all replicas make the same
+draws the same images. Replicas share the batches. DeepSpeed's pass waits for all processes, so all replicas make the same
 passes, and one without work of its own repeats a batch.
 """
 
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.family import ModelAdapter
+from models.family import ModelFamily
 from utils import randomness
 from utils.config.schema.tables import SamplingConfig
 from utils.data.encoding.encoded import EncodedData
@@ -84,7 +84,7 @@ class Previews:
 
     def __init__(
         self,
-        adapter: ModelAdapter,
+        family: ModelFamily,
         data: EncodedData,
         pipeline: Pipeline,
         config: SamplingConfig,
@@ -96,19 +96,19 @@ class Previews:
         num_replicas: int,
         folder: Path,
     ) -> None:
-        """`shift_at`: the shift of pictures of that many pixels."""
-        self._adapter, self._data, self._pipeline = adapter, data, pipeline
+        """`shift_at`: the shift of images of that many pixels."""
+        self._family, self._data, self._pipeline = family, data, pipeline
         self._config, self._prompts, self._num_replicas = config, list(prompts), num_replicas
         self._shift_at, self._prediction_type, self._dtype = shift_at, prediction_type, dtype
         self._folder = folder
 
     def due(self, step: int, num_steps: int) -> bool:
-        """Whether pictures are wanted after `step` steps: at the start, at the end, and every `every_n_steps`."""
+        """Whether images are wanted after `step` steps: at the start, at the end, and every `every_n_steps`."""
         every = self._config.every_n_steps
         return bool(self._prompts) and (step in (0, num_steps) or (every is not None and step % every == 0))
 
     def draw(self, step: int) -> None:
-        """Draw every prompt and write the pictures."""
+        """Draw every prompt and write the images."""
         averaged = self._config.weights == "ema" and step > 0  # before the first step there is no average
         with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
             latents = self._draw_all()
@@ -116,7 +116,7 @@ class Previews:
             entries = [
                 listing_entry(prompt, self._config, self._shift_at(prompt.width * prompt.height)) for prompt in self._prompts
             ]
-            write_pictures(self._folder, step, self._decode(latents), entries)
+            write_images(self._folder, step, self._decode(latents), entries)
 
     def _draw_all(self) -> list[Tensor]:
         """Latents (C, H, W) of each prompt, float32 on the CPU; none off rank 0."""
@@ -146,7 +146,7 @@ class Previews:
     def _follow(self, group: Group, batches: Sequence[Batch]) -> Tensor:
         """Latents (N, C, H, W) float32 of the prompts of batches, one batch after the other."""
         prompts = [self._prompts[index] for batch in batches for index in batch]
-        latent, device = self._adapter.latent, self._pipeline.device
+        latent, device = self._family.latent, self._pipeline.device
         shape = (latent.channels, group.height // latent.downscale, group.width // latent.downscale)
         latents = torch.stack([randomness.normal(prompt.seed, "preview", shape=shape) for prompt in prompts]).to(device)
         cfg = torch.tensor([prompt.cfg for prompt in prompts], device=device)[:, None, None, None]
@@ -185,20 +185,20 @@ class Previews:
         inputs: list[tuple[Tensor, ...]] = [() for _ in texts]
         if self._pipeline.stage == 0:
             inputs = [
-                self._adapter.network_inputs(noisy.to("cpu", self._dtype), torch.full((len(noisy),), sigma), text)
+                self._family.network_inputs(noisy.to("cpu", self._dtype), torch.full((len(noisy),), sigma), text)
                 for noisy, text in zip(latents, texts, strict=True)
             ]
         outputs = self._pipeline.predict(inputs, skipped_blocks)
         if outputs is None:
             return None
         answers = [
-            (self._adapter.velocity(output.float(), *noisy.shape[-2:]), noisy)
+            (self._family.velocity(output.float(), *noisy.shape[-2:]), noisy)
             for noisy, output in zip(latents, outputs, strict=True)
         ]
         return torch.cat([rectified_flow.velocity_of(answer, noisy, self._prediction_type) for answer, noisy in answers])
 
     def _guide(self, answers: Tensor, skipped: Tensor | None, cfg: Tensor) -> Tensor:
-        """One velocity for each picture."""
+        """One velocity for each image."""
         conditional, *unconditional = answers.split(len(cfg))
         velocity = samplers.guide(conditional, unconditional[0], cfg) if unconditional else conditional
         if skipped is not None and self._config.skip_layer_guidance is not None:
@@ -206,18 +206,18 @@ class Previews:
         return velocity
 
     def _decode(self, latents: Sequence[Tensor]) -> list[Image.Image]:
-        decode = self._adapter.load_decoder(self._pipeline.device, self._config.decode_tile_pixels)
-        pictures = [Image.fromarray(decode(sample[None])[0].permute(1, 2, 0).numpy()) for sample in latents]
+        decode = self._family.load_decoder(self._pipeline.device, self._config.decode_tile_pixels)
+        images = [Image.fromarray(decode(sample[None])[0].permute(1, 2, 0).numpy()) for sample in latents]
         del decode
         distributed.free_memory()
-        return pictures
+        return images
 
 
 # --- writing -----------------------------------------------------------------------------------------------------------
 
 
 def listing_entry(prompt: Prompt, config: SamplingConfig, shift: float) -> dict[str, Any]:
-    """What prompts.json says of a picture, besides its file; pictures of equal entries differ in the weights alone."""
+    """What prompts.json says of an image, besides its file; images of equal entries differ in the weights alone."""
     return {
         "prompt": prompt.text,
         "negative_prompt": prompt.negative,
@@ -233,21 +233,21 @@ def listing_entry(prompt: Prompt, config: SamplingConfig, shift: float) -> dict[
     }
 
 
-def write_pictures(parent: Path, step: int, pictures: Sequence[Image.Image], entries: Sequence[dict[str, Any]]) -> None:
-    """Write `parent/step_…` as a whole: pictures, prompts.json, and each picture beside that of step 0."""
+def write_images(parent: Path, step: int, images: Sequence[Image.Image], entries: Sequence[dict[str, Any]]) -> None:
+    """Write `parent/step_…` as a whole: images, prompts.json, and each image beside that of step 0."""
     final = parent / f"step_{step:06d}"
     temporary = parent / f".{final.name}.tmp"
     if temporary.exists():
         shutil.rmtree(temporary)
     (temporary / BESIDE).mkdir(parents=True)
     listing = []
-    for index, (picture, entry) in enumerate(zip(pictures, entries, strict=True)):
+    for index, (image, entry) in enumerate(zip(images, entries, strict=True)):
         file = f"{index:03d}.png"
-        picture.save(temporary / file)
+        image.save(temporary / file)
         listing.append({**entry, "file": file})
-        first = picture_at_start(parent, entry) if step > 0 else None
+        first = image_at_start(parent, entry) if step > 0 else None
         if first is not None:
-            side_by_side(first, picture).save(temporary / BESIDE / file)
+            side_by_side(first, image).save(temporary / BESIDE / file)
     if not any((temporary / BESIDE).iterdir()):
         (temporary / BESIDE).rmdir()
     write_text(temporary / LISTING, json.dumps(listing, indent=1, ensure_ascii=False))
@@ -257,8 +257,8 @@ def write_pictures(parent: Path, step: int, pictures: Sequence[Image.Image], ent
     sync_folder(parent)
 
 
-def picture_at_start(parent: Path, entry: dict[str, Any]) -> Image.Image | None:
-    """The picture of step 0 with the same entry; None if there is none, as when the prompt came later."""
+def image_at_start(parent: Path, entry: dict[str, Any]) -> Image.Image | None:
+    """The image of step 0 with the same entry; None if there is none, as when the prompt came later."""
     folder = parent / "step_000000"
     try:
         listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
@@ -271,7 +271,7 @@ def picture_at_start(parent: Path, entry: dict[str, Any]) -> Image.Image | None:
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures of one size in one."""
+    """Two images of one size in one."""
     both = Image.new("RGB", (left.width + right.width, right.height))
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))

@@ -8,29 +8,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BucketFacts:
-    """One size that pictures are trained at. A showing is one place of a picture in an epoch."""
+    """One size that images are trained at. A showing is one place of an image in an epoch."""
 
     name: str
     """As "1024x1024"."""
-    num_pictures: int
+    num_images: int
     shown_per_epoch: int
     """Showings, repeats and fillers included."""
     num_fillers: int
     """Of these, showings that only fill the last batch."""
     num_enlarged: int
-    """Pictures that are smaller than the bucket."""
+    """Images that are smaller than the bucket."""
 
     @property
     def num_repeats(self) -> int:
-        """Showings, other than fillers, of pictures that the epoch has shown before; 0 where some are not shown at all."""
-        return max(0, self.shown_per_epoch - self.num_fillers - self.num_pictures)
+        """Showings, other than fillers, of images that the epoch has shown before; 0 where some are not shown at all."""
+        return max(0, self.shown_per_epoch - self.num_fillers - self.num_images)
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One picture, small: as it is in its file, and as its latents have it."""
+    """One image, small: as it is in its file, and as its latents have it."""
 
-    picture: str
+    image: str
     """Its path."""
     caption: str
     bucket: str
@@ -41,18 +41,18 @@ class Thumbnail:
     crop: tuple[float, float, float, float]
     """Left, top, right, bottom of what is trained on, as shares of the original from 0 to 1, before mirroring."""
     original: bytes
-    """A JPEG of the whole picture."""
+    """A JPEG of the whole image."""
     encoded: bytes
     """A JPEG of the decoded latents: of the crop only."""
-    mirrored: bool
+    flipped: bool
 
 
 @dataclass(frozen=True)
 class CutCaption:
     """A caption that is longer than an encoder reads."""
 
-    picture: str
-    """Path of the picture."""
+    image: str
+    """Path of the image."""
     kept: str
     cut: str
     num_tokens: int
@@ -84,7 +84,7 @@ class DatasetFacts:
     thumbnails: Sequence[Thumbnail]
     encoders: Sequence[EncoderFacts]
     exposure: Sequence[tuple[float, int]]
-    """(showings of a picture in an epoch, number of pictures), in order of showings."""
+    """(showings of an image in an epoch, number of images), in order of showings."""
     bad_files: Sequence[tuple[str, str]]
     """(path, reason)."""
     num_bad: int

@@ -1,6 +1,6 @@
 """Gathers what the page on a dataset shows, out of tables and the cache; and lists in a file what was not used.
 
-Numbers are of all pictures; pictures, cut captions and equal files are shown as examples. Nothing here knows HTML.
+Numbers are of all images; images, cut captions and equal files are shown as examples. Nothing here knows HTML.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.family import LENGTH, DecodeFunction, ModelAdapter
+from models.family import LENGTH, DecodeFunction, ModelFamily
 from utils.data.batches import BatchOrder
 from utils.data.cache.shards import SHARD_FILES
 from utils.data.cache.store import Store
@@ -23,7 +23,7 @@ from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.plan import Wanted, wanted_captions
 from utils.data.examples import Example, ExampleTable
 from utils.data.sources.decoding import BadFile, read_thumbnail
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 from utils.files.atomic import write_text
 from utils.randomness import permutation
 from utils.report.dataset_facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts, Thumbnail
@@ -34,7 +34,7 @@ DATASET_REPORT = "dataset_report.html"
 BAD_FILES = "bad_files.jsonl"
 NUM_THUMBNAILS = 48
 THUMBNAIL_PIXELS = 256
-"""Longest side of a picture on the page."""
+"""Longest side of an image on the page."""
 JPEG_QUALITY = 80
 NUM_CUT_SHOWN, NUM_DUPLICATES_SHOWN, NUM_FILES_SHOWN = 50, 300, 300
 MAX_SHOWN_IN_LOG = 20
@@ -58,10 +58,10 @@ class Gatherer:
     """Looks at one dataset as it will be trained."""
 
     def __init__(
-        self, adapter: ModelAdapter, data: EncodedData, table: ExampleTable, order: BatchOrder, tile_pixels: int
+        self, family: ModelFamily, data: EncodedData, table: ExampleTable, order: BatchOrder, tile_pixels: int
     ) -> None:
         """tile_pixels: as of `load_decoder`."""
-        self._adapter, self._data, self._table, self._order = adapter, data, table, order
+        self._family, self._data, self._table, self._order = family, data, table, order
         self._tile_pixels = tile_pixels
         self._captions = wanted_captions([table], ())
 
@@ -69,7 +69,7 @@ class Gatherer:
         self, title: str, dataset: Dataset, bad_files: Sequence[BadFile], num_steps: int, device: torch.device
     ) -> DatasetFacts:
         """Everything the page says."""
-        encoders = [self._encoder(encoder.name, encoder.num_tokens) for encoder in self._adapter.text_encoders]
+        encoders = [self._encoder(encoder.name, encoder.num_tokens) for encoder in self._family.text_encoders]
         duplicates, num_duplicates = self._duplicates()
         return DatasetFacts(
             title=title,
@@ -94,8 +94,8 @@ class Gatherer:
         folder = self._data.folders.cache
         total = sum(path.stat().st_size for path in folder.glob(f"*/*/{SHARD_FILES}"))
         return [
-            ("pictures", f"{table.num_pictures:,} files"),
-            ("examples", f"{len(table):,}: each picture at each resolution ({sizes})"),
+            ("images", f"{table.num_images:,} files"),
+            ("examples", f"{len(table):,}: each image at each resolution ({sizes})"),
             ("captions", f"{len(np.unique(_as_numbers(self._captions.keys), axis=0)):,} different ones"),
             ("an epoch", f"{order.steps_per_epoch:,} steps, {order.num_fillers:,} showings only fill batches"),
             ("the run", f"{num_steps:,} steps: {epochs:,.2f} epochs"),
@@ -105,7 +105,7 @@ class Gatherer:
     def _buckets(self) -> list[BucketFacts]:
         table, counts = self._table, self._table.bucket_counts()
         sides = np.array([(bucket.width, bucket.height) for bucket in table.buckets], np.int64)[table.rows[:, 2]]
-        enlarged = (sides > table.pictures.sizes[table.rows[:, 0]]).any(axis=1)
+        enlarged = (sides > table.images.sizes[table.rows[:, 0]]).any(axis=1)
         facts = []
         for bucket, (shown, fillers) in self._order.bucket_showings().items():
             is_here = table.rows[:, 2] == table.buckets.index(bucket)
@@ -113,21 +113,21 @@ class Gatherer:
         return facts
 
     def _exposure(self) -> list[tuple[float, int]]:
-        """(Showings in an epoch on the average, number of pictures), fillers shared out evenly over their bucket."""
+        """(Showings in an epoch on the average, number of images), fillers shared out evenly over their bucket."""
         table, showings = self._table, self._order.bucket_showings()
         factors = np.ones(len(table.buckets))
         for bucket, (shown, fillers) in showings.items():
             factors[table.buckets.index(bucket)] = shown / (shown - fillers)
         of_example = table.repeats * factors[table.rows[:, 2]]
-        of_picture = np.bincount(table.rows[:, 0], weights=of_example)
-        values, counts = np.unique(of_picture[of_picture > 0].round(2), return_counts=True)
+        of_image = np.bincount(table.rows[:, 0], weights=of_example)
+        values, counts = np.unique(of_image[of_image > 0].round(2), return_counts=True)
         return [(float(value), int(count)) for value, count in zip(values, counts, strict=True)]
 
     def _duplicates(self) -> tuple[list[list[str]], int]:
         """(Some groups of files of equal content, how many there are); one file under two names is no such group."""
         table = self._table
-        pictures = np.unique(table.rows[:, 0])
-        numbers = _as_numbers(table.pictures.content[pictures])
+        images = np.unique(table.rows[:, 0])
+        numbers = _as_numbers(table.images.content[images])
         _, groups, counts = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
         repeated = np.flatnonzero(counts > 1)
         order = np.argsort(groups.reshape(-1), kind="stable")
@@ -135,7 +135,7 @@ class Gatherer:
         shown: list[list[str]] = []
         num_groups = 0
         for group in repeated.tolist():
-            members = pictures[order[ends[group] - counts[group] : ends[group]]]
+            members = images[order[ends[group] - counts[group] : ends[group]]]
             files = {_identity(file): str(file) for file in map(table.file, members.tolist())}
             num_groups += len(files) > 1
             if len(files) > 1 and len(shown) < NUM_DUPLICATES_SHOWN:
@@ -158,10 +158,10 @@ class Gatherer:
         histogram = [(int(value), int(count)) for value, count in zip(values, counts, strict=True)]
         return EncoderFacts(name, max_tokens, histogram, len(is_cut), cut)
 
-    # --- pictures ----------------------------------------------------------------------------------------------------
+    # --- images ----------------------------------------------------------------------------------------------------
 
     def _thumbnails(self, device: torch.device) -> list[Thumbnail]:
-        """Some pictures of each bucket, always the same ones."""
+        """Some images of each bucket, always the same ones."""
         table = self._table
         chosen: list[int] = []
         buckets = list(table.bucket_counts())
@@ -170,35 +170,35 @@ class Gatherer:
             members = np.flatnonzero(table.rows[:, 2] == table.buckets.index(bucket))
             places = permutation(0, "thumbnails", str(bucket), length=len(members))[:each]
             chosen += np.sort(members[places]).tolist()
-        decode = self._adapter.load_decoder(device, self._tile_pixels)
-        found = (self._thumbnail(table[row], decode, wants_mirror=place % 2 == 1) for place, row in enumerate(chosen))
+        decode = self._family.load_decoder(device, self._tile_pixels)
+        found = (self._thumbnail(table[row], decode, wants_flip=place % 2 == 1) for place, row in enumerate(chosen))
         return [thumbnail for thumbnail in found if thumbnail is not None]
 
-    def _thumbnail(self, example: Example, decode: DecodeFunction, *, wants_mirror: bool) -> Thumbnail | None:
+    def _thumbnail(self, example: Example, decode: DecodeFunction, *, wants_flip: bool) -> Thumbnail | None:
         """None for a file that has gone since it was encoded. Mirrored, if it is wanted and ever trained on so."""
-        mirrored = wants_mirror and example.may_flip
+        flipped = wants_flip and example.may_flip
         try:
-            picture, (width, height) = read_thumbnail(example.image, THUMBNAIL_PIXELS)
+            image, (width, height) = read_thumbnail(example.image, THUMBNAIL_PIXELS)
         except BadFile:
             return None
-        pixels = decode(self._data.latents(example, flipped=mirrored)[None])[0]
+        pixels = decode(self._data.latents(example, flipped=flipped)[None])[0]
         box, bucket = example.box, example.bucket
         left, top = box.left / box.resized_width, box.top / box.resized_height
         right, bottom = left + bucket.width / box.resized_width, top + bucket.height / box.resized_height
         return Thumbnail(
-            picture=str(example.image),
+            image=str(example.image),
             caption=example.caption(),
             bucket=str(bucket),
             width=width,
             height=height,
             crop=(left, top, right, bottom),
-            original=_jpeg(picture),
+            original=_jpeg(image),
             encoded=_jpeg(Image.fromarray(pixels.permute(1, 2, 0).numpy())),
-            mirrored=mirrored,
+            flipped=flipped,
         )
 
 
-def _identity(file: PictureFile) -> tuple[object, ...]:
+def _identity(file: ImageFile) -> tuple[object, ...]:
     """Equal for two names of one file."""
     try:
         status = file.path.stat()
@@ -217,8 +217,8 @@ def _lengths(folder: Path, captions: Wanted) -> np.ndarray:
     return Store(folder).column(captions.keys, LENGTH)
 
 
-def _jpeg(picture: Image.Image) -> bytes:
-    small = picture.copy()
+def _jpeg(image: Image.Image) -> bytes:
+    small = image.copy()
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=JPEG_QUALITY)

@@ -1,6 +1,6 @@
 """The page on a dataset as it will be trained: how it is cut, what of it is read, what is shown how often, what is not used.
 
-It is one file; pictures stand in it. What there is nothing of is left out, heading and all. Long lists are folded, very long
+It is one file; images stand in it. What there is nothing of is left out, heading and all. Long lists are folded, very long
 ones shortened, and each says how much more there is.
 """
 
@@ -24,7 +24,7 @@ MAX_GROUP = 20
 START_CHARACTERS, MAX_CHARACTERS = 180, 8000
 """Of a caption: what is seen while it is folded, and what is there of a very long one."""
 MAX_HEIGHT_REM, MAX_RATIO = 17, 3.0
-"""Of the two pictures of a pair. Their widths are as their shapes, so that both are of one height; not so very wide ones."""
+"""Of the two images of a pair. Their widths are as their shapes, so that both are of one height; not so very wide ones."""
 
 _CSS = """
 :root { --box: #eef1f6; --first: #2f6fbd; --again: #cc5a14; --filler: #8a8a8a; --mark: #ffe3b8; }
@@ -77,7 +77,7 @@ def render(facts: DatasetFacts) -> str:
     sections = [
         ("Summary", _warnings(facts.warnings) + table_of(facts.rows)),
         ("Buckets", _buckets(facts.buckets)),
-        ("Pictures", _pictures(facts.thumbnails, facts.buckets)),
+        ("Images", _images(facts.thumbnails, facts.buckets)),
         ("Captions", "".join(_encoder(encoder) for encoder in facts.encoders)),
         ("Exposure", _exposure(facts.exposure)),
         ("Duplicates", _duplicates(facts.duplicates, facts.num_duplicates)),
@@ -140,7 +140,7 @@ def _buckets(buckets: Sequence[BucketFacts]) -> str:
     """A table of numbers, each row with a bar of the showings."""
     if not buckets:
         return ""
-    names = ["bucket", "pictures", "shown in an epoch", "repeats", "fillers", "enlarged", ""]
+    names = ["bucket", "images", "shown in an epoch", "repeats", "fillers", "enlarged", ""]
     most = max(1, *(bucket.shown_per_epoch for bucket in buckets))
     rows = "".join(_bucket_row(bucket.name, _numbers(bucket), _bar(bucket, most)) for bucket in buckets)
     if len(buckets) > 1:
@@ -154,7 +154,7 @@ def _buckets(buckets: Sequence[BucketFacts]) -> str:
 
 
 def _numbers(bucket: BucketFacts) -> list[int]:
-    return [bucket.num_pictures, bucket.shown_per_epoch, bucket.num_repeats, bucket.num_fillers, bucket.num_enlarged]
+    return [bucket.num_images, bucket.shown_per_epoch, bucket.num_repeats, bucket.num_fillers, bucket.num_enlarged]
 
 
 def _bucket_row(name: str, numbers: Sequence[int], bar: str) -> str:
@@ -170,21 +170,21 @@ def _bar(bucket: BucketFacts, most: int) -> str:
     return f'<div class="bar" aria-hidden="true">{pieces}</div>'
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def _pictures(thumbnails: Sequence[Thumbnail], buckets: Sequence[BucketFacts]) -> str:
-    """The pictures of each bucket, in the order in which buckets come up."""
+def _images(thumbnails: Sequence[Thumbnail], buckets: Sequence[BucketFacts]) -> str:
+    """The images of each bucket, in the order in which buckets come up."""
     if not thumbnails:
         return ""
-    in_all = {bucket.name: bucket.num_pictures for bucket in buckets}
+    in_all = {bucket.name: bucket.num_images for bucket in buckets}
     parts = [
-        '<p class="soft">Left: the whole picture; what is trained on is in the frame. '
+        '<p class="soft">Left: the whole image; what is trained on is in the frame. '
         "Right: the same out of the cache, its latents decoded.</p>"
     ]
     for name in dict.fromkeys(thumbnail.bucket for thumbnail in thumbnails):
         cards = [_card(thumbnail) for thumbnail in thumbnails if thumbnail.bucket == name]
-        of_all = f"{len(cards):,} of {_counted(in_all[name], 'picture')}" if name in in_all else ""
+        of_all = f"{len(cards):,} of {_counted(in_all[name], 'image')}" if name in in_all else ""
         heading = f'<h3>{html_of(name)}<span class="soft">{of_all}</span></h3>'
         parts.append(f'{heading}<div class="cards">{"".join(cards)}</div>')
     return "".join(parts)
@@ -195,13 +195,13 @@ def _card(thumbnail: Thumbnail) -> str:
     width, height = thumbnail.width * (right - left), thumbnail.height * (bottom - top)
     ratios = [min(thumbnail.width / thumbnail.height, MAX_RATIO), min(width / height, MAX_RATIO)]
     box = f"left:{left:.3%};top:{top:.3%};width:{right - left:.3%};height:{bottom - top:.3%}"
-    whole = _image(thumbnail.original, f"{thumbnail.picture}, whole", (thumbnail.width, thumbnail.height))
-    encoded = _image(thumbnail.encoded, f"{thumbnail.picture}, decoded latents", (width, height))
+    whole = _image(thumbnail.original, f"{thumbnail.image}, whole", (thumbnail.width, thumbnail.height))
+    encoded = _image(thumbnail.encoded, f"{thumbnail.image}, decoded latents", (width, height))
     return (
         f'<figure class="card"><div class="pair" style="max-width:{MAX_HEIGHT_REM * sum(ratios) + 0.3:.2f}rem">'
         f'<div style="flex:{100 * ratios[0]:.2f} 1 0">{whole}<div class="crop" style="{box}"></div></div>'
         f'<div style="flex:{100 * ratios[1]:.2f} 1 0">{encoded}</div></div>'
-        f"<figcaption><bdi>{html_of(thumbnail.picture)}</bdi><div>{_told(thumbnail)}</div>{_text(thumbnail.caption)}"
+        f"<figcaption><bdi>{html_of(thumbnail.image)}</bdi><div>{_told(thumbnail)}</div>{_text(thumbnail.caption)}"
         "</figcaption></figure>"
     )
 
@@ -217,7 +217,7 @@ def _told(thumbnail: Thumbnail) -> str:
     left, top, right, bottom = thumbnail.crop
     cut = 1 - (right - left) * (bottom - top)
     words = "nothing" if cut < 1e-4 else "less than 1%" if cut < 0.01 else f"{cut:.0%}"
-    return f"{thumbnail.width}x{thumbnail.height}, {words} cut off{', mirrored' if thumbnail.mirrored else ''}"
+    return f"{thumbnail.width}x{thumbnail.height}, {words} cut off{', flipped' if thumbnail.flipped else ''}"
 
 
 # --- captions ----------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def _token_plot(encoder: EncoderFacts) -> str:
 def _cut_caption(caption: CutCaption) -> str:
     """Folded, a long one is seen around its cut."""
     kept, cut = caption.kept, caption.cut
-    about = f'<div class="soft"><bdi>{html_of(caption.picture)}</bdi>, {_counted(caption.num_tokens, "token")}</div>'
+    about = f'<div class="soft"><bdi>{html_of(caption.image)}</bdi>, {_counted(caption.num_tokens, "token")}</div>'
     if len(kept) + len(cut) <= 2 * START_CHARACTERS:
         return f'{about}<div class="text" dir="auto">{html_of(kept)}<mark>{html_of(cut)}</mark></div>'
     half = START_CHARACTERS // 2
@@ -267,13 +267,13 @@ def _cut_caption(caption: CutCaption) -> str:
 
 
 def _exposure(exposure: Sequence[tuple[float, int]]) -> str:
-    """A sentence, and a plot where pictures differ."""
+    """A sentence, and a plot where images differ."""
     exposure = [(showings, count) for showings, count in exposure if count]
     if not exposure:
         return ""
     least, most = exposure[0][0], exposure[-1][0]
     if least == most:
-        return f"<p>An epoch shows every picture {_times(most)}.</p>"
+        return f"<p>An epoch shows every image {_times(most)}.</p>"
     mean = sum(showings * count for showings, count in exposure) / sum(count for _, count in exposure)
 
     def draw() -> Figure:
@@ -282,7 +282,7 @@ def _exposure(exposure: Sequence[tuple[float, int]]) -> str:
         return plots.exposure_figure(exposure)
 
     caption = f"From {round(least, 2):g} to {_times(most)}, {mean:.2f} times in the mean."
-    return plot_figure("pictures by showings in an epoch", caption, draw)
+    return plot_figure("images by showings in an epoch", caption, draw)
 
 
 def _times(number: float) -> str:

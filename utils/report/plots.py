@@ -141,7 +141,7 @@ def evaluation_figure(losses: Sequence[tuple[int, float]], changes: Sequence[Cha
     """Mean loss over steps, (step, loss) each, and below it what has changed since the first, where that can be told."""
     figure, axes = new_figure([1.9, 1.9] if changes else [1.9])
     axes[0].plot(*zip(*losses, strict=True), "o-", color=T_COLOR, markersize=3.5)
-    axes[0].set_title("Loss on held-out pictures")
+    axes[0].set_title("Loss on held-out images")
     if changes:
         steps, means, low, high = (list(column) for column in zip(*changes, strict=True))
         axes[1].axhline(0, color=INK, linewidth=0.8)
@@ -193,7 +193,7 @@ def token_figure(histogram: Sequence[tuple[int, int]], max_tokens: int) -> Figur
 
 
 def exposure_figure(exposure: Sequence[tuple[float, int]]) -> Figure:
-    """How often pictures are shown in an epoch, (showings, pictures) each: a bar for each number if they are few."""
+    """How often images are shown in an epoch, (showings, images) each: a bar for each number if they are few."""
     figure, (axes,) = new_figure([1.9])
     if len(exposure) <= MAX_NAMED_BARS:
         names = [f"{round(showings, 2):g}" for showings, _ in exposure]
@@ -205,7 +205,7 @@ def exposure_figure(exposure: Sequence[tuple[float, int]]) -> Figure:
     else:
         showings, counts = zip(*exposure, strict=True)
         axes.hist(showings, bins=MAX_BARS, weights=counts, color=T_COLOR)
-    _count_axis(axes, "Pictures by their showings in an epoch", "showings")
+    _count_axis(axes, "Images by their showings in an epoch", "showings")
     return figure
 
 

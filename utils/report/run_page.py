@@ -1,6 +1,6 @@
 """The run's report: report.html in the run folder, one page that needs no network, no script and no other program.
 
-Plots stand in the page itself; preview pictures are linked where they lie beside it. The page is made anew from the run
+Plots stand in the page itself; preview images are linked where they lie beside it. The page is made anew from the run
 folder's files each time. What there is nothing of is left out, heading and all.
 """
 
@@ -143,7 +143,7 @@ def _evaluation_plot(results: Sequence[EvaluationResult]) -> str:
 
 def _evaluation_table(result: EvaluationResult) -> str:
     weights = " of the averaged weights" if result.weights == "ema" else ""
-    header = ["", "pictures", "loss"]
+    header = ["", "images", "loss"]
     start = result.groups[0].to_start
     if start is not None:
         header.append(f"change since step {start.to_step} (95%)")
@@ -151,7 +151,7 @@ def _evaluation_table(result: EvaluationResult) -> str:
     if start is not None and best is not None and best.to_step != start.to_step:
         header.append(f"since step {best.to_step}, the best (95%)")
     rows = [
-        [group.name, str(group.num_pictures), f"{group.loss:.5f}", told(group.to_start), told(group.to_best)][: len(header)]
+        [group.name, str(group.num_images), f"{group.loss:.5f}", told(group.to_start), told(group.to_best)][: len(header)]
         for group in result.groups
     ]
     caption = f"<caption>Step {result.step}: loss{weights}</caption>"
@@ -162,7 +162,7 @@ def _evaluation_table(result: EvaluationResult) -> str:
 
 
 def _read_listings(parent: Path) -> dict[int, list[dict[str, Any]]]:
-    """Step -> entries of its prompts.json, of the pictures that are there, in order of steps."""
+    """Step -> entries of its prompts.json, of the images that are there, in order of steps."""
     listings: dict[int, list[dict[str, Any]]] = {}
     for path in sorted(parent.glob(f"step_*/{LISTING}")):
         try:
@@ -176,7 +176,7 @@ def _read_listings(parent: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 def _previews_section(folder: Path) -> str:
-    """Each prompt's newest picture, beside that of step 0 with the same settings."""
+    """Each prompt's newest image, beside that of step 0 with the same settings."""
     listings = _read_listings(folder / SAMPLES)
     if not listings:
         return ""
@@ -189,10 +189,10 @@ def _previews_section(folder: Path) -> str:
     return f'<div class="previews">{"".join(figures)}</div>'
 
 
-def _preview(pictures: Sequence[tuple[int, dict[str, Any]]]) -> str:
-    """One prompt: (step, entry) of each picture, the newest last."""
-    entry = pictures[-1][1]
-    links = "".join(_picture(step, shown) for step, shown in pictures)
+def _preview(images: Sequence[tuple[int, dict[str, Any]]]) -> str:
+    """One prompt: (step, entry) of each image, the newest last."""
+    entry = images[-1][1]
+    links = "".join(_image(step, shown) for step, shown in images)
     settings = [
         f"{key.replace('_', ' ')} {value}" for key, value in entry.items() if key not in ("prompt", "file") and value != ""
     ]
@@ -200,7 +200,7 @@ def _preview(pictures: Sequence[tuple[int, dict[str, Any]]]) -> str:
     return f'<figure><div class="pair">{links}</div><figcaption>{caption}</figcaption></figure>'
 
 
-def _picture(step: int, entry: dict[str, Any]) -> str:
+def _image(step: int, entry: dict[str, Any]) -> str:
     path = quote(f"{SAMPLES}/step_{step:06d}/{entry['file']}")
     size = "".join(f' {key}="{int(entry[key])}"' for key in ("width", "height") if key in entry)
     return f'<a href="{path}"><img src="{path}" alt="preview at step {step}"{size} loading="lazy">step {step}</a>'

@@ -20,7 +20,7 @@ MAX_BUCKETS_SHOWN = 12
 
 def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     """The start banner. `output`: where results go, in words."""
-    notes = [f"note: {line}" for line in (*experiment.adapter.notes, *experiment.dataset.warnings)]
+    notes = [f"note: {line}" for line in (*experiment.family.notes, *experiment.dataset.warnings)]
     notes += [f"note: {line}" for line in objective_notes(experiment.config.experiment.objective)]
     notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
     notes += _left_out(experiment)
@@ -48,11 +48,11 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
     if len(buckets) > len(shown):
         shown.append(f"and {len(buckets) - len(shown)} more")
     pipeline = config.pipeline
-    fillers = f"; {order.num_fillers} pictures of an epoch are shown again to fill batches" if order.num_fillers else ""
+    fillers = f"; {order.num_fillers} images of an epoch are shown again to fill batches" if order.num_fillers else ""
     num_steps = experiment.num_steps(order)
     return [
-        ("model", experiment.adapter.describe()),
-        *((name, str(path)) for name, path in experiment.adapter.sources.items()),
+        ("model", experiment.family.describe()),
+        *((name, str(path)) for name, path in experiment.family.sources.items()),
         ("training", _what_is_trained(experiment)),
         *_ema_rows(experiment),
         *_stage_rows(experiment),
@@ -115,7 +115,7 @@ def objective_notes(config: ObjectiveConfig) -> list[str]:
 
 
 def _what_is_trained(experiment: Experiment) -> str:
-    trained = sum(_num_trained(experiment, layer) for layer in experiment.adapter.layers)
+    trained = sum(_num_trained(experiment, layer) for layer in experiment.family.layers)
     plan, start = experiment.adapter_plan, experiment.adapter_start
     what = "every weight" if plan is None else plan.describe()
     return f"{what} ({_millions(trained)} parameters){f', starting from {start.path}' if start is not None else ''}"
@@ -145,9 +145,7 @@ def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
-    return [
-        (f"evaluation on {name}", f"{examples.num_pictures} pictures") for name, examples in experiment.eval_sets.items()
-    ]
+    return [(f"evaluation on {name}", f"{examples.num_images} images") for name, examples in experiment.eval_sets.items()]
 
 
 def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:
@@ -161,7 +159,7 @@ def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:
 def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
     rows = []
     for stage, (start, stop) in enumerate(itertools.pairwise(experiment.bounds)):
-        layers = experiment.adapter.layers[start:stop]
+        layers = experiment.family.layers[start:stop]
         total = sum(layer.num_parameters for layer in layers)
         trained = sum(_num_trained(experiment, layer) for layer in layers)
         text = f"{layers[0].name} to {layers[-1].name}: {_millions(total)} parameters, {_millions(trained)} trained"
@@ -171,7 +169,7 @@ def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
 
 def _room(experiment: Experiment) -> int:
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
-    return room_for(experiment.adapter, tables, experiment.cache_settings)
+    return room_for(experiment.family, tables, experiment.cache_settings)
 
 
 def _bubble(experiment: Experiment) -> str:

@@ -50,7 +50,7 @@ class Observer:
         self._previews = self._make_previews(data)
 
     def _write_times(self, step: int) -> None:
-        """How often each t and each sigma is trained from this step on, for TensorBoard; over pictures of all sizes."""
+        """How often each t and each sigma is trained from this step on, for TensorBoard; over images of all sizes."""
         edges = torch.linspace(0, 1, NUM_TIME_BINS + 1, dtype=torch.float64)
         counts = self._experiment.dataset.bucket_counts()
         shares = torch.zeros(2, NUM_TIME_BINS, dtype=torch.float64)
@@ -68,7 +68,7 @@ class Observer:
             return None
         panel = make_panel(experiment.eval_sets, config.eval.num_t_bands, config.seed, self._objective.shift_at)
         return Evaluation(
-            experiment.adapter,
+            experiment.family,
             data,
             self._pipeline,
             config.eval,
@@ -84,7 +84,7 @@ class Observer:
     def _make_previews(self, data: EncodedData) -> Previews:
         shift = self._config.sampling.shift
         return Previews(
-            self._experiment.adapter,
+            self._experiment.family,
             data,
             self._pipeline,
             self._config.sampling,
@@ -113,7 +113,7 @@ class Observer:
         self._log.write_evaluation(step, result.scalars())
         wants_best = self._config.eval is not None and self._config.eval.keep_best
         if wants_best and result.is_best and step > 0:  # the start's weights are where they came from
-            export.write_weights(self._pipeline, self._experiment.adapter, self._config, self._folder / BEST, step)
+            export.write_weights(self._pipeline, self._experiment.family, self._config, self._folder / BEST, step)
 
     def saved(self) -> None:
         """A checkpoint has been written. No run will go on from before it, so of the best weights the newest are enough."""

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from models import adapter_class
-from models.family import AdapterFile, ModelAdapter, ModelFilesError
-from utils.checkpoint.save import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_problems
-from utils.config.load import TRAINING, Config, ConfigError, Problem, dump_toml, load_config, located
+from models import family_class
+from models.family import LoraFile, ModelFamily, ModelFilesError
+from utils.checkpoint.save import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_errors
+from utils.config.load import TRAINING, Config, ConfigError, ErrorDetail, dump_toml, load_config, located
 from utils.config.schema.tables import HOLDOUT, DatasetConfig
 from utils.data.batches import BatchOrder
-from utils.data.dataset import ContentMemory, Dataset, directory_problems, hold_out, resolution_problems
+from utils.data.dataset import ContentMemory, Dataset, directory_errors, hold_out, resolution_errors
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan
@@ -31,21 +31,21 @@ from utils.data.sources.decoding import BadFile
 from utils.data.sources.listing import Lister
 from utils.data.sources.readers import Readers
 from utils.distributed.group import World
-from utils.export.weights import export_problems
-from utils.objective.objective import objective_problems
-from utils.optim.registry import optimizer_problems
+from utils.export.weights import export_errors
+from utils.objective.objective import objective_errors
+from utils.optim.registry import optimizer_errors
 from utils.pipeline.partition import balanced_bounds
-from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
+from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 from utils.report.dataset_gather import write_bad_files
-from utils.trainable.lora import AdapterPlan
-from utils.trainable.targets import choose_modules, start_problems
+from utils.trainable.lora import LoraTargets
+from utils.trainable.targets import choose_modules, start_errors
 
 CHECKPOINTS = "checkpoints"
 MAX_BAD_FILES_SHOWN = 20
 SAMPLE_BYTES = 4 * 2**20
 MAX_READERS = 16
 BAD_FILE_ADVICE = 'mend or remove these files, or leave them out with on_bad_file = "skip"'
-SMALL_PICTURE_ADVICE = 'give larger pictures or a smaller resolution; "allow" enlarges them, "never" leaves them out'
+SMALL_IMAGE_ADVICE = 'give larger images or a smaller resolution; "allow" enlarges them, "never" leaves them out'
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Experiment:
     """A run that can start: all files read, all numbers known."""
 
     config: Config
-    adapter: ModelAdapter
+    family: ModelFamily
     dataset: Dataset
     eval_sets: dict[str, ExampleTable]
-    """Name -> pictures that are measured and not trained on."""
+    """Name -> images that are measured and not trained on."""
     memories: list[ContentMemory]
     """Where hashes of all their files are kept. Of other ranks than 0, all these are empty until the cache is filled."""
     prompts: list[Prompt]
@@ -64,9 +64,9 @@ class Experiment:
     num_replicas: int
     global_batch: int
     bounds: list[int]
-    adapter_plan: AdapterPlan | None
+    adapter_plan: LoraTargets | None
     """None: the whole network is trained."""
-    adapter_start: AdapterFile | None
+    adapter_start: LoraFile | None
     """What the adapter starts from; None for a fresh start."""
     resume_run: Path | None
     """The run folder to go on in; None for a new one."""
@@ -88,14 +88,14 @@ class Experiment:
         return min(limit for limit in limits if limit is not None)
 
 
-def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> dict[str, Any]:
+def run_identity(config: Config, family: ModelFamily, global_batch: int) -> dict[str, Any]:
     experiment = config.experiment
     return {
         "seed": experiment.seed,
         "global batch": global_batch,
-        "layer list": adapter.layer_list_version,
-        NETWORK_FILES: [sample_hash(path) for path in adapter.network_files],
-        "network settings": adapter.network_settings,
+        "layer list": family.layer_list_version,
+        NETWORK_FILES: [sample_hash(path) for path in family.network_files],
+        "network settings": family.network_settings,
         "adapter": experiment.adapter.model_dump(mode="json", exclude={"init_from"}) if experiment.adapter else "none",
         "optimizer.type": experiment.optimizer.type,
         "ema": experiment.ema.model_dump(mode="json") if experiment.ema else "none",
@@ -105,42 +105,42 @@ def run_identity(config: Config, adapter: ModelAdapter, global_batch: int) -> di
 def prepare(
     config_path: Path, overrides: Sequence[str], resume: str | None, world: World, *, only_look: bool = False
 ) -> Experiment:
-    """Check everything. Raises ConfigError with every problem found.
+    """Check everything. Raises ConfigError with every error found.
 
     `resume`: None, "" (newest run) or a run folder. `only_look`: from one process, at a run of any number, and writing
     nothing. Rank 0 alone looks at the datasets.
     """
     config = load_config(config_path, overrides)
-    problems: list[Problem] = []
-    problems += [Problem(config_path, key, text) for key, text in optimizer_problems(config.experiment.optimizer)]
-    problems += [Problem(config_path, key, text) for key, text in objective_problems(config.experiment.objective)]
-    _check_folders(config, problems)
-    num_stages = _check_stages(config, world, problems, only_look)
-    _check_directories(config, problems)
-    _check_averages(config, problems)
-    prompts = _read_prompts(config, problems)
-    adapter = _open_model(config, problems)
+    errors: list[ErrorDetail] = []
+    errors += [ErrorDetail(config_path, key, text) for key, text in optimizer_errors(config.experiment.optimizer)]
+    errors += [ErrorDetail(config_path, key, text) for key, text in objective_errors(config.experiment.objective)]
+    _check_folders(config, errors)
+    num_stages = _check_stages(config, world, errors, only_look)
+    _check_directories(config, errors)
+    _check_averages(config, errors)
+    prompts = _read_prompts(config, errors)
+    family = _open_model(config, errors)
     datasets = Datasets()
     bounds, plan, start = [0, 1], None, None
-    if adapter is not None:
-        bounds = _check_bounds(config, adapter, num_stages, problems)
-        plan, start = _check_adapter(config, adapter, problems)
-        problems += [Problem(config.path, key, text) for key, text in export_problems(config.experiment, adapter)]
-        found = prompt_problems(prompts, config.experiment.sampling, adapter.latent, adapter.num_blocks)
-        problems += [Problem(config.path, key, text) for key, text in found]
-        _check_encoder_names(config, adapter, problems)
+    if family is not None:
+        bounds = _check_bounds(config, family, num_stages, errors)
+        plan, start = _check_adapter(config, family, errors)
+        errors += [ErrorDetail(config.path, key, text) for key, text in export_errors(config.experiment, family)]
+        found = prompt_errors(prompts, config.experiment.sampling, family.latent, family.num_blocks)
+        errors += [ErrorDetail(config.path, key, text) for key, text in found]
+        _check_encoder_names(config, family, errors)
         if world.is_main:
-            datasets = _open_datasets(config, adapter, problems, world, may_write=not only_look and not problems)
+            datasets = _open_datasets(config, family, errors, world, may_write=not only_look and not errors)
     num_replicas = max(1, world.size // num_stages)
-    run = _find_run(config, resume, problems)
-    if problems or adapter is None:
-        raise ConfigError(located(problems, overrides))
+    run = _find_run(config, resume, errors)
+    if errors or family is None:
+        raise ConfigError(located(errors, overrides))
     pipeline = config.experiment.pipeline
     global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
-    identity = run_identity(config, adapter, global_batch)
+    identity = run_identity(config, family, global_batch)
     return Experiment(
         config=config,
-        adapter=adapter,
+        family=family,
         dataset=datasets.training,
         eval_sets=datasets.eval_sets,
         memories=datasets.memories,
@@ -158,67 +158,67 @@ def prepare(
     )
 
 
-def _check_folders(config: Config, problems: list[Problem]) -> None:
+def _check_folders(config: Config, errors: list[ErrorDetail]) -> None:
     """Folders that will be written to."""
     for key, folder in (("output_dir", config.experiment.output_dir), ("cache_dir", config.experiment.cache_dir)):
         if folder is None:
             continue
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
-            problems.append(Problem(config.path, key, f"= {str(folder)!r}: {existing} is a file, not a folder"))
+            errors.append(ErrorDetail(config.path, key, f"= {str(folder)!r}: {existing} is a file, not a folder"))
         elif not os.access(existing, os.W_OK | os.X_OK):
-            problems.append(Problem(config.path, key, f"= {str(folder)!r}: {existing} cannot be written to"))
+            errors.append(ErrorDetail(config.path, key, f"= {str(folder)!r}: {existing} cannot be written to"))
 
 
-def _check_directories(config: Config, problems: list[Problem]) -> None:
+def _check_directories(config: Config, errors: list[ErrorDetail]) -> None:
     for path, table in config.dataset_files().items():
-        problems += [Problem(path, key, text) for key, text in directory_problems(table)]
+        errors += [ErrorDetail(path, key, text) for key, text in directory_errors(table)]
 
 
-def _check_averages(config: Config, problems: list[Problem]) -> None:
+def _check_averages(config: Config, errors: list[ErrorDetail]) -> None:
     """Who wants to use an average of the weights where none is kept."""
     experiment = config.experiment
     for key, table in (("sampling", experiment.sampling), ("eval", experiment.eval)):
         if table is not None and table.weights == "ema" and experiment.ema is None:
-            problems.append(Problem(config.path, f"{key}.weights", "= 'ema': there is no average without an [ema] table"))
+            errors.append(ErrorDetail(config.path, f"{key}.weights", "= 'ema': there is no average without an [ema] table"))
 
 
-def _read_prompts(config: Config, problems: list[Problem]) -> list[Prompt]:
+def _read_prompts(config: Config, errors: list[ErrorDetail]) -> list[Prompt]:
     prompts, found = read_prompts(config.experiment.sampling)
-    problems += [Problem(file or config.path, place, text) for file, place, text in found[:MAX_BAD_FILES_SHOWN]]
+    errors += [ErrorDetail(file or config.path, place, text) for file, place, text in found[:MAX_BAD_FILES_SHOWN]]
     if len(found) > MAX_BAD_FILES_SHOWN:
         rest = f"{len(found) - MAX_BAD_FILES_SHOWN} more lines are wrong"
-        problems.append(Problem(config.path, "sampling.prompts_file", rest))
+        errors.append(ErrorDetail(config.path, "sampling.prompts_file", rest))
     return prompts
 
 
-def _check_encoder_names(config: Config, adapter: ModelAdapter, problems: list[Problem]) -> None:
+def _check_encoder_names(config: Config, family: ModelFamily, errors: list[ErrorDetail]) -> None:
     rates = config.experiment.objective.encoder_dropout_rate
-    names = [encoder.name for encoder in adapter.text_encoders]
+    names = [encoder.name for encoder in family.text_encoders]
     for name in rates if isinstance(rates, dict) else []:
         if name not in names:
             message = f"there is no such text encoder; there are {', '.join(names)}"
-            problems.append(Problem(config.path, f"objective.encoder_dropout_rate.{name}", message))
+            errors.append(ErrorDetail(config.path, f"objective.encoder_dropout_rate.{name}", message))
 
 
-def _check_stages(config: Config, world: World, problems: list[Problem], only_look: bool) -> int:
+def _check_stages(config: Config, world: World, errors: list[ErrorDetail], only_look: bool) -> int:
     stages = config.experiment.pipeline.pipeline_stages
     if stages == "auto":
         return world.size
     if world.size % stages and not (only_look and world.size == 1):
         message = f"= {stages}: must divide the number of processes, {world.size}; start a multiple of {stages} processes"
-        problems.append(Problem(config.path, "pipeline.pipeline_stages", message))
+        errors.append(ErrorDetail(config.path, "pipeline.pipeline_stages", message))
     return stages
 
 
-def _open_model(config: Config, problems: list[Problem]) -> ModelAdapter | None:
+def _open_model(config: Config, errors: list[ErrorDetail]) -> ModelFamily | None:
     model = config.experiment.model
     try:
-        adapter: ModelAdapter = adapter_class(model.type)(model)
+        family: ModelFamily = family_class(model.type)(model)
     except ModelFilesError as error:
-        problems += [Problem(config.path, f"model.{key}", text) for key, text in error.problems]
+        errors += [ErrorDetail(config.path, f"model.{key}", text) for key, text in error.errors]
         return None
-    return adapter
+    return family
 
 
 @dataclass
@@ -231,26 +231,26 @@ class Datasets:
 
 
 def num_readers(world: World) -> int:
-    """Processes that read pictures for a rank: all cores but one for each rank, at least one, and no more than help."""
+    """Processes that read images for a rank: all cores but one for each rank, at least one, and no more than help."""
     return max(1, min(MAX_READERS, len(os.sched_getaffinity(0)) // world.local_size - 1))
 
 
 def _open_datasets(
-    config: Config, adapter: ModelAdapter, problems: list[Problem], world: World, *, may_write: bool
+    config: Config, family: ModelFamily, errors: list[ErrorDetail], world: World, *, may_write: bool
 ) -> Datasets:
     """may_write: whether what was found in folders may be remembered in the cache, and bad files be listed."""
     with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks are waiting
         lister = Lister(readers, config.experiment.cache_folder / "files", may_write=may_write)
-        datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), adapter, problems, lister))
+        datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), family, errors, lister))
         datasets.memories.append(datasets.training.memory)
-        _hold_out(config, datasets, problems)
+        _hold_out(config, datasets, errors)
         for name in config.eval_sets:
-            found = _open_dataset(*config.dataset_of(name), adapter, problems, lister, prefix=f"eval/{name}/")
+            found = _open_dataset(*config.dataset_of(name), family, errors, lister, prefix=f"eval/{name}/")
             datasets.eval_sets[name] = found.examples
             datasets.memories.append(found.memory)
             both = _num_shared(datasets.training.examples, found.examples)
             if both:
-                warning = f"{both} pictures of the evaluation set {name!r} are trained on too"
+                warning = f"{both} images of the evaluation set {name!r} are trained on too"
                 datasets.training.warnings.append(warning)
             datasets.training.warnings.extend(found.warnings)
             for told, more in zip(_told_files(datasets.training), _told_files(found), strict=True):
@@ -271,7 +271,7 @@ def eval_set_names(config: Config) -> list[str]:
     return [*([HOLDOUT] if held_out else []), *config.eval_sets]
 
 
-def _hold_out(config: Config, datasets: Datasets, problems: list[Problem]) -> None:
+def _hold_out(config: Config, datasets: Datasets, errors: list[ErrorDetail]) -> None:
     held_out = config.experiment.eval.holdout_images if config.experiment.eval is not None else 0
     if not held_out or not len(datasets.training.examples):
         return
@@ -279,79 +279,79 @@ def _hold_out(config: Config, datasets: Datasets, problems: list[Problem]) -> No
         examples, datasets.eval_sets[HOLDOUT] = hold_out(datasets.training.examples, held_out, config.experiment.seed)
         datasets.training = replace(datasets.training, examples=examples)
     except ValueError as error:
-        problems.append(Problem(config.path, "eval.holdout_images", f"= {held_out}: {error}"))
+        errors.append(ErrorDetail(config.path, "eval.holdout_images", f"= {held_out}: {error}"))
 
 
 def _num_shared(table: ExampleTable, other: ExampleTable) -> int:
     """Files that examples of both tables are of."""
-    first, second = (np.unique(one.pictures.same[one.rows[:, 0]]) for one in (table, other))
+    first, second = (np.unique(one.images.same[one.rows[:, 0]]) for one in (table, other))
     return len(np.intersect1d(first, second))
 
 
 def _open_dataset(
-    path: Path, table: DatasetConfig, adapter: ModelAdapter, problems: list[Problem], lister: Lister, *, prefix: str = ""
+    path: Path, table: DatasetConfig, family: ModelFamily, errors: list[ErrorDetail], lister: Lister, *, prefix: str = ""
 ) -> Dataset:
-    missing = directory_problems(table)
-    found = [Problem(path, key, text) for key, text in resolution_problems(table, adapter.latent)]
+    missing = directory_errors(table)
+    found = [ErrorDetail(path, key, text) for key, text in resolution_errors(table, family.latent)]
     if found:
-        problems += found
+        errors += found
         return Dataset()
-    dataset = scan(table, adapter.latent.pixel_multiple, lister, prefix=prefix)
-    problems += _shortened(path, dataset.fatal_files, "on_bad_file", BAD_FILE_ADVICE)
-    problems += _shortened(path, dataset.refused, "upscale", SMALL_PICTURE_ADVICE)
+    dataset = scan(table, family.latent.pixel_multiple, lister, prefix=prefix)
+    errors += _shortened(path, dataset.fatal_files, "on_bad_file", BAD_FILE_ADVICE)
+    errors += _shortened(path, dataset.refused, "upscale", SMALL_IMAGE_ADVICE)
     if not len(dataset.examples) and not missing:
         folders = ", ".join(str(directory.path) for directory in table.directory)
-        problems.append(Problem(path, "directory", f"no usable picture with a caption in {folders}"))
+        errors.append(ErrorDetail(path, "directory", f"no usable image with a caption in {folders}"))
     return dataset
 
 
-def _shortened(path: Path, bad_files: Sequence[BadFile], key: str, advice: str) -> list[Problem]:
-    """A problem for each of the first files, and one that says what to do."""
+def _shortened(path: Path, bad_files: Sequence[BadFile], key: str, advice: str) -> list[ErrorDetail]:
+    """An error for each of the first files, and one that says what to do."""
     if not bad_files:
         return []
-    problems = [Problem(bad.path, "", bad.reason) for bad in bad_files[:MAX_BAD_FILES_SHOWN]]
+    errors = [ErrorDetail(bad.path, "", bad.reason) for bad in bad_files[:MAX_BAD_FILES_SHOWN]]
     rest = len(bad_files) - MAX_BAD_FILES_SHOWN
     if rest > 0:
-        problems.append(Problem(path, "", f"{rest} more files cannot be used"))
-    return [*problems, Problem(path, key, advice)]
+        errors.append(ErrorDetail(path, "", f"{rest} more files cannot be used"))
+    return [*errors, ErrorDetail(path, key, advice)]
 
 
-def _check_bounds(config: Config, adapter: ModelAdapter, num_stages: int, problems: list[Problem]) -> list[int]:
+def _check_bounds(config: Config, family: ModelFamily, num_stages: int, errors: list[ErrorDetail]) -> list[int]:
     try:
-        return balanced_bounds([layer.cost for layer in adapter.layers], num_stages)
+        return balanced_bounds([layer.cost for layer in family.layers], num_stages)
     except ValueError as error:
-        problems.append(Problem(config.path, "pipeline.pipeline_stages", f"= {num_stages}: {error}"))
-        return [0, len(adapter.layers)]
+        errors.append(ErrorDetail(config.path, "pipeline.pipeline_stages", f"= {num_stages}: {error}"))
+        return [0, len(family.layers)]
 
 
 def _check_adapter(
-    config: Config, adapter: ModelAdapter, problems: list[Problem]
-) -> tuple[AdapterPlan | None, AdapterFile | None]:
+    config: Config, family: ModelFamily, errors: list[ErrorDetail]
+) -> tuple[LoraTargets | None, LoraFile | None]:
     """What is trained of the network, and the file it starts from."""
     settings = config.experiment.adapter
     if settings is None:
         return None, None
-    plan, found = choose_modules(settings, adapter)
-    problems += [Problem(config.path, key, text) for key, text in found]
+    plan, found = choose_modules(settings, family)
+    errors += [ErrorDetail(config.path, key, text) for key, text in found]
     file = None
     if settings.init_from is not None:
         try:
-            file = adapter.open_adapter_file(settings.init_from)
+            file = family.open_lora_file(settings.init_from)
         except ModelFilesError as error:
-            problems += [Problem(config.path, "adapter.init_from", text) for _, text in error.problems]
+            errors += [ErrorDetail(config.path, "adapter.init_from", text) for _, text in error.errors]
     if file is not None and not found:
-        texts = start_problems(file, plan, settings, adapter)
-        problems += [Problem(config.path, "adapter.init_from", f"{file.path} {text}") for text in texts]
+        texts = start_errors(file, plan, settings, family)
+        errors += [ErrorDetail(config.path, "adapter.init_from", f"{file.path} {text}") for text in texts]
     return plan, file
 
 
-def _find_run(config: Config, resume: str | None, problems: list[Problem]) -> Path | None:
+def _find_run(config: Config, resume: str | None, errors: list[ErrorDetail]) -> Path | None:
     """The run folder to go on in; None for a new run."""
     if resume is None:
         return None
     run = Path(resume) if resume else newest_run(config.experiment.output_dir)
     if run is not None and not (run / "config.toml").is_file():
-        problems.append(Problem(run, "", "is no run folder: it has no config.toml"))
+        errors.append(ErrorDetail(run, "", "is no run folder: it has no config.toml"))
     return run
 
 
@@ -360,12 +360,12 @@ def _find_checkpoint(config: Config, run: Path | None, identity: dict[str, Any])
     try:
         saved = find_checkpoints(run / CHECKPOINTS) if run is not None else []
     except CheckpointError as error:
-        raise ConfigError([Problem(config.path, "", str(error))]) from error
+        raise ConfigError([ErrorDetail(config.path, "", str(error))]) from error
     if not saved:
         return None
-    problems = [Problem(config.path, "", text) for text in identity_problems(saved[-1], identity)]
-    if problems:
-        raise ConfigError(problems)
+    errors = [ErrorDetail(config.path, "", text) for text in identity_errors(saved[-1], identity)]
+    if errors:
+        raise ConfigError(errors)
     return saved[-1]
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.family import AdapterFile, ModuleAdapter
+from models.family import LoraFile, ModuleAdapter
 from utils import randomness
 
 Shape = tuple[int, ...]
@@ -40,7 +40,7 @@ _DRAWN = ("down", "w2", "w2_a", "w2_b")
 
 
 @dataclass(frozen=True)
-class ModulePlan:
+class LoraTarget:
     """The adapter of one module whose weight is (out, in) or, of a convolution, (out, in, k, k)."""
 
     weight_shape: Shape
@@ -49,13 +49,13 @@ class ModulePlan:
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
+class LoraTargets:
     """Kind of adapter, and the modules that get one by native name, in the network's order."""
 
     kind: Literal["lora", "lokr"]
     rank_stabilized: bool
     dora: bool
-    modules: Mapping[str, ModulePlan]
+    modules: Mapping[str, LoraTarget]
 
     def shapes(self, module: str) -> dict[str, Shape]:
         """Of what is trained for the module, by its name in ModuleAdapter."""
@@ -93,7 +93,7 @@ def _kronecker_shapes(num_rows: int, num_columns: int, rank: int) -> dict[str, S
 # --- putting it in -----------------------------------------------------------------------------------------------------
 
 
-def inject(layer: nn.Module, prefix: str, plan: AdapterPlan, *, seed: int) -> None:
+def inject(layer: nn.Module, prefix: str, plan: LoraTargets, *, seed: int) -> None:
     """Freeze the layer and give its modules that are in the plan an adapter that changes nothing yet.
 
     What starts at random is drawn by the module's name, so that no layout changes it.
@@ -117,7 +117,7 @@ def inject(layer: nn.Module, prefix: str, plan: AdapterPlan, *, seed: int) -> No
                     parts[part].copy_(drawn)
 
 
-def _peft_config(plan: AdapterPlan, modules: Mapping[str, ModulePlan]) -> Any:
+def _peft_config(plan: LoraTargets, modules: Mapping[str, LoraTarget]) -> Any:
     """peft's settings for these modules of a layer (names within it)."""
     from peft import LoKrConfig, LoraConfig
 
@@ -165,7 +165,7 @@ def _peft_module(layer: nn.Module, name: str) -> Any:
 # --- out of a file, and out of the layer -------------------------------------------------------------------------------
 
 
-def start_values(layer: nn.Module, prefix: str, file: AdapterFile) -> dict[str, Tensor]:
+def start_values(layer: nn.Module, prefix: str, file: LoraFile) -> dict[str, Tensor]:
     """What the layer's adapters are to be so that they compute what they do in a file: parameter name -> float32 tensor.
 
     The scale stays ours; the first factor makes up for the difference. Rank that the file lacks keeps its start.
@@ -189,10 +189,10 @@ def start_values(layer: nn.Module, prefix: str, file: AdapterFile) -> dict[str, 
 
 
 @torch.no_grad()
-def load_start(layer: nn.Module, prefix: str, file: AdapterFile) -> None:
+def load_start(layer: nn.Module, prefix: str, file: LoraFile) -> None:
     """Write `start_values` into the layer, rounded to its precision.
 
-    The file may have less rank, and no magnitudes for a DoRA; `targets.start_problems` tells what it may not.
+    The file may have less rank, and no magnitudes for a DoRA; `targets.start_errors` tells what it may not.
     """
     for name, value in start_values(layer, prefix, file).items():
         layer.get_parameter(name).copy_(value)

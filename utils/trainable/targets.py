@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from models.family import AdapterFile, ModelAdapter
+from models.family import LoraFile, ModelFamily
 from utils.config.schema.tables import AdapterConfig, TargetConfig
-from utils.trainable.lora import AdapterPlan, ModulePlan, Shape
+from utils.trainable.lora import LoraTarget, LoraTargets, Shape
 
 MAX_NAMES_SHOWN = 3
 
-Problems = list[tuple[str, str]]
+ErrorList = list[tuple[str, str]]
 """(key of the experiment file, what is wrong with it)"""
 
 
@@ -30,35 +30,35 @@ class _Target:
     entry: TargetConfig
 
 
-def choose_modules(settings: AdapterConfig, network: ModelAdapter) -> tuple[AdapterPlan, Problems]:
+def choose_modules(settings: AdapterConfig, network: ModelFamily) -> tuple[LoraTargets, ErrorList]:
     """The modules to be trained, each with its rank and alpha, and everything that is wrong with the settings."""
-    problems: Problems = []
+    errors: ErrorList = []
     if settings.targets is None:
         targets = [_Target("adapter.targets", TargetConfig(pattern=name)) for name in network.default_lora_targets]
     else:
         targets = [_Target(f"adapter.targets[{index}]", entry) for index, entry in enumerate(settings.targets)]
-    within = _modules_within_blocks(settings, network, problems)
+    within = _modules_within_blocks(settings, network, errors)
     deciding: dict[str, _Target] = {}
     for target in targets:
-        matched, problem = _match(target.entry.pattern, network)
-        if problem is None and not within.intersection(matched):
-            problem = f"= {target.entry.pattern!r}: {_none_within(matched, settings.blocks, network)}"
-        if problem is not None:
-            problems.append((target.key, problem))
+        matched, error = _match(target.entry.pattern, network)
+        if error is None and not within.intersection(matched):
+            error = f"= {target.entry.pattern!r}: {_none_within(matched, settings.blocks, network)}"
+        if error is not None:
+            errors.append((target.key, error))
         deciding.update(dict.fromkeys(within.intersection(matched), target))
     modules = {
-        name: _module_plan(settings, deciding[name].entry, shape)
+        name: _lora_target(settings, deciding[name].entry, shape)
         for name, shape in network.adaptable_modules.items()
         if name in deciding
     }
-    problems += _size_problems(settings, modules, deciding)
-    return AdapterPlan(settings.type, settings.rank_stabilized, settings.dora, modules), problems
+    errors += _size_errors(settings, modules, deciding)
+    return LoraTargets(settings.type, settings.rank_stabilized, settings.dora, modules), errors
 
 
-def _module_plan(settings: AdapterConfig, entry: TargetConfig, shape: Shape) -> ModulePlan:
+def _lora_target(settings: AdapterConfig, entry: TargetConfig, shape: Shape) -> LoraTarget:
     rank = entry.rank if entry.rank is not None else settings.rank
     alphas = (entry.alpha, settings.alpha, float(rank))
-    return ModulePlan(shape, rank, next(alpha for alpha in alphas if alpha is not None))
+    return LoraTarget(shape, rank, next(alpha for alpha in alphas if alpha is not None))
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def parse_blocks(text: str, num_blocks: int) -> set[int]:
     return chosen
 
 
-def _modules_within_blocks(settings: AdapterConfig, network: ModelAdapter, problems: Problems) -> set[str]:
+def _modules_within_blocks(settings: AdapterConfig, network: ModelFamily, errors: ErrorList) -> set[str]:
     """Every module that `blocks` does not rule out; all of them when it is unset or wrong."""
     modules = set(network.adaptable_modules)
     if settings.blocks is None:
@@ -93,12 +93,12 @@ def _modules_within_blocks(settings: AdapterConfig, network: ModelAdapter, probl
     try:
         allowed = parse_blocks(settings.blocks, network.num_blocks)
     except ValueError as error:
-        problems.append(("adapter.blocks", f"= {settings.blocks!r}: {error}"))
+        errors.append(("adapter.blocks", f"= {settings.blocks!r}: {error}"))
         return modules
     return {name for name in modules if network.block_of(name) is None or network.block_of(name) in allowed}
 
 
-def _none_within(matched: Iterable[str], blocks: str | None, network: ModelAdapter) -> str:
+def _none_within(matched: Iterable[str], blocks: str | None, network: ModelFamily) -> str:
     found = sorted({block for name in matched if (block := network.block_of(name)) is not None})
     return f"matches only modules of blocks {found[0]} to {found[-1]}, and none of these is among blocks = {blocks!r}"
 
@@ -106,7 +106,7 @@ def _none_within(matched: Iterable[str], blocks: str | None, network: ModelAdapt
 # --- names -------------------------------------------------------------------------------------------------------------
 
 
-def _match(pattern: str, network: ModelAdapter) -> tuple[list[str], str | None]:
+def _match(pattern: str, network: ModelFamily) -> tuple[list[str], str | None]:
     """The modules that a group's name or an expression chooses, or none and why."""
     expression = network.lora_target_groups.get(pattern, pattern)
     try:
@@ -121,7 +121,7 @@ def _match(pattern: str, network: ModelAdapter) -> tuple[list[str], str | None]:
     return [], f"= {pattern!r}: matches no module{_advice(pattern, compiled, network)}"
 
 
-def _advice(pattern: str, compiled: re.Pattern[str], network: ModelAdapter) -> str:
+def _advice(pattern: str, compiled: re.Pattern[str], network: ModelFamily) -> str:
     """What may have been meant by an expression that matches no module."""
     texts = []
     found = next((name for name in network.adaptable_modules if (hit := compiled.search(name)) and hit.group()), None)
@@ -138,7 +138,7 @@ def _advice(pattern: str, compiled: re.Pattern[str], network: ModelAdapter) -> s
     return "; " + "; ".join(texts)
 
 
-def _longer_expression(pattern: str, network: ModelAdapter) -> str | None:
+def _longer_expression(pattern: str, network: ModelFamily) -> str | None:
     """The expression with `.*` in front, behind or both, whichever matches a module first."""
     inner = f"({pattern})" if "|" in pattern else pattern
     for longer in (f".*{inner}", f"{inner}.*", f".*{inner}.*"):
@@ -151,7 +151,7 @@ def _longer_expression(pattern: str, network: ModelAdapter) -> str | None:
     return None
 
 
-def _near_misses(pattern: str, network: ModelAdapter) -> list[str]:
+def _near_misses(pattern: str, network: ModelFamily) -> list[str]:
     """What could be written in `targets` and is spelled much like the pattern: groups, then modules by name or its end."""
     groups = {name.lower(): name for name in network.lora_target_groups}
     close = [groups[key] for key in difflib.get_close_matches(pattern.lower(), groups, n=MAX_NAMES_SHOWN)]
@@ -183,7 +183,7 @@ def some(names: Iterable[str]) -> str:
 # --- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def _size_problems(settings: AdapterConfig, modules: Mapping[str, ModulePlan], deciding: Mapping[str, _Target]) -> Problems:
+def _size_errors(settings: AdapterConfig, modules: Mapping[str, LoraTarget], deciding: Mapping[str, _Target]) -> ErrorList:
     """Ranks beyond what a weight can have, and convolutions where they cannot be."""
     too_high: dict[tuple[str, int], list[str]] = {}
     convolutions: dict[_Target, list[str]] = {}
@@ -195,11 +195,11 @@ def _size_problems(settings: AdapterConfig, modules: Mapping[str, ModulePlan], d
             too_high.setdefault((key, plan.rank), []).append(f"{name} (at most {limit})")
         if settings.type == "lokr" and len(plan.weight_shape) == 4:
             convolutions.setdefault(target, []).append(name)
-    problems = [
+    errors = [
         (key, f"= {rank}: is more than these can have: {some(names)}; give them a lower one by an entry of targets")
         for (key, rank), names in too_high.items()
     ]
-    problems += [
+    errors += [
         (
             target.key,
             f"= {target.entry.pattern!r}: chooses {some(names)}, a convolution, which LoKr is not made for; "
@@ -207,26 +207,26 @@ def _size_problems(settings: AdapterConfig, modules: Mapping[str, ModulePlan], d
         )
         for target, names in convolutions.items()
     ]
-    return problems
+    return errors
 
 
 # --- starting from a file ----------------------------------------------------------------------------------------------
 
 
-def start_problems(file: AdapterFile, plan: AdapterPlan, settings: AdapterConfig, network: ModelAdapter) -> list[str]:
+def start_errors(file: LoraFile, plan: LoraTargets, settings: AdapterConfig, network: ModelFamily) -> list[str]:
     """Why training of this plan cannot start from the file's adapter."""
-    problems = _kind_problems(file, plan)
+    errors = _kind_errors(file, plan)
     strangers = [name for name in file.shapes if name not in plan.modules]
     if strangers:
         advice = _how_to_add(strangers, settings, network)
-        problems.append(f"has modules that are not trained here: {some(strangers)}; {advice}")
-    if not problems:
+        errors.append(f"has modules that are not trained here: {some(strangers)}; {advice}")
+    if not errors:
         shared = [name for name in file.shapes if name in plan.modules]
-        problems += _kronecker_problems(shared, file, plan) if plan.kind == "lokr" else _rank_problems(shared, file, plan)
-    return problems
+        errors += _kronecker_errors(shared, file, plan) if plan.kind == "lokr" else _rank_errors(shared, file, plan)
+    return errors
 
 
-def _kind_problems(file: AdapterFile, plan: AdapterPlan) -> list[str]:
+def _kind_errors(file: LoraFile, plan: LoraTargets) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, shapes in file.shapes.items():
         kind = "LoKr" if "down" not in shapes else "DoRA" if "magnitude" in shapes else "LoRA"
@@ -240,7 +240,7 @@ def _kind_problems(file: AdapterFile, plan: AdapterPlan) -> list[str]:
     ]
 
 
-def _how_to_add(modules: Iterable[str], settings: AdapterConfig, network: ModelAdapter) -> str:
+def _how_to_add(modules: Iterable[str], settings: AdapterConfig, network: ModelFamily) -> str:
     """The groups, or failing that the modules, that `targets` would have to have too; `blocks` where it is in the way."""
     missing = []
     for name in modules:
@@ -255,7 +255,7 @@ def _how_to_add(modules: Iterable[str], settings: AdapterConfig, network: ModelA
     return " and ".join(advice)
 
 
-def _rank_problems(modules: Iterable[str], file: AdapterFile, plan: AdapterPlan) -> list[str]:
+def _rank_errors(modules: Iterable[str], file: LoraFile, plan: LoraTargets) -> list[str]:
     higher = [
         f"{name} ({file.shapes[name]['down'][0]}, here {plan.modules[name].rank})"
         for name in modules
@@ -264,7 +264,7 @@ def _rank_problems(modules: Iterable[str], file: AdapterFile, plan: AdapterPlan)
     return [f"has a higher rank than is trained here: {some(higher)}; raise rank"] if higher else []
 
 
-def _kronecker_problems(modules: Iterable[str], file: AdapterFile, plan: AdapterPlan) -> list[str]:
+def _kronecker_errors(modules: Iterable[str], file: LoraFile, plan: LoraTargets) -> list[str]:
     different = [
         f"{name} ({_shown(file.shapes[name])}; here {_shown(plan.shapes(name))})"
         for name in modules

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.family import ModelFilesError
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.tensor_files import open_folder
 from tests import public_files
 from tests.model_copies import linked_copy, rewrite, settings_for
@@ -25,16 +25,16 @@ ENCODER_FOLDERS = public_files.ENCODER_FOLDERS
 Change = Callable[[Tensors], None]
 
 
-def problems_of(model: Path, **changes: Any) -> list[tuple[str, str]]:
+def errors_of(model: Path, **changes: Any) -> list[tuple[str, str]]:
     with pytest.raises(ModelFilesError) as caught:
-        SD3Adapter(settings_for(model, **changes))
-    assert all(text and f"{key}: {text}" in str(caught.value) for key, text in caught.value.problems)
-    return caught.value.problems
+        SD3Family(settings_for(model, **changes))
+    assert all(text and f"{key}: {text}" in str(caught.value) for key, text in caught.value.errors)
+    return caught.value.errors
 
 
-def only_problem(key: str, model: Path, **changes: Any) -> str:
-    """The text of the one problem, which has this key."""
-    ((named, text),) = problems_of(model, **changes)
+def only_error(key: str, model: Path, **changes: Any) -> str:
+    """The text of the one error, which has this key."""
+    ((named, text),) = errors_of(model, **changes)
     assert named == key
     return text
 
@@ -81,13 +81,13 @@ def test_a_file_of_another_format_is_told_for_what_it_is(tiny_model: Path, tmp_p
     content, message = NOT_SAFETENSORS[what]
     path = tmp_path / "given.safetensors"
     path.write_bytes(content)
-    assert only_problem(key, tiny_model, **{key: path}).startswith(f"{path} {message}")
+    assert only_error(key, tiny_model, **{key: path}).startswith(f"{path} {message}")
 
 
 @pytest.mark.parametrize("key", ["mmdit", "vae", "clip_l", "clip_g", "t5xxl"])
 def test_a_missing_file_is_named(tiny_model: Path, tmp_path: Path, key: str) -> None:
     path = tmp_path / "none.safetensors"
-    assert only_problem(key, tiny_model, **{key: path}) == f"{path} does not exist"
+    assert only_error(key, tiny_model, **{key: path}) == f"{path} does not exist"
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.999, 0.001])
@@ -95,7 +95,7 @@ def test_a_download_that_was_cut_off_is_told_with_its_size(tiny_model: Path, tmp
     content = (tiny_model / "mmdit.safetensors").read_bytes()
     path = tmp_path / "half.safetensors"
     path.write_bytes(content[: int(len(content) * kept)])
-    text = only_problem("mmdit", tiny_model, mmdit=path)
+    text = only_error("mmdit", tiny_model, mmdit=path)
     assert f"{path} is cut off: it has {path.stat().st_size:,} bytes" in text
     assert "download it again" in text
 
@@ -107,7 +107,7 @@ def test_a_cut_off_file_whose_header_s_length_begins_like_a_pickle_is_still_cut_
     path = tmp_path / "half.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
     assert path.read_bytes()[0] == 0x80
-    assert "is cut off" in only_problem("mmdit", tiny_model, mmdit=path)
+    assert "is cut off" in only_error("mmdit", tiny_model, mmdit=path)
 
 
 # --- files of something else -------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ OTHERS = {
 def test_another_network_given_as_mmdit_is_told_for_what_it_is(tiny_model: Path, tmp_path: Path, what: str) -> None:
     tensors, name = OTHERS[what]
     path = public_files.write_file(tmp_path / "other.safetensors", tensors)
-    text = only_problem("mmdit", tiny_model, mmdit=path)
+    text = only_error("mmdit", tiny_model, mmdit=path)
     assert text.startswith(f"{path} is {name}")
     assert "not a whole SD3 network: it has no " in text
 
@@ -142,7 +142,7 @@ def test_another_network_given_as_mmdit_is_told_for_what_it_is(tiny_model: Path,
 @pytest.mark.parametrize(("part", "name"), [("clip_l", "a CLIP text encoder"), ("t5xxl", "a T5 text encoder")])
 def test_an_encoder_given_as_mmdit_is_told_for_what_it_is(tiny_model: Path, part: str, name: str) -> None:
     path = tiny_model / ENCODER_FOLDERS[part] / "model.safetensors"
-    assert only_problem("mmdit", tiny_model, mmdit=path).startswith(f"{path} is {name}, not a whole SD3 network")
+    assert only_error("mmdit", tiny_model, mmdit=path).startswith(f"{path} is {name}, not a whole SD3 network")
 
 
 def test_a_controlnet_given_as_mmdit_is_told_for_what_it_is(tiny_model: Path, tmp_path: Path, native: Tensors) -> None:
@@ -151,7 +151,7 @@ def test_a_controlnet_given_as_mmdit_is_told_for_what_it_is(tiny_model: Path, tm
 
     network = public_files.diffusers_network(native)
     SD3ControlNetModel.from_transformer(network, num_layers=2, num_extra_conditioning_channels=0).save_pretrained(tmp_path)
-    text = only_problem("mmdit", tiny_model, mmdit=tmp_path)
+    text = only_error("mmdit", tiny_model, mmdit=tmp_path)
     assert text.startswith(f"{tmp_path} is a ControlNet, not a whole SD3 network")
 
 
@@ -166,13 +166,13 @@ def test_a_controlnet_given_as_mmdit_is_told_for_what_it_is(tiny_model: Path, tm
 )
 def test_the_network_given_as_another_part_is_told_for_what_it_is(tiny_model: Path, key: str, kind: str) -> None:
     path = tiny_model / "mmdit.safetensors"
-    text = only_problem(key, tiny_model, **{key: path})
+    text = only_error(key, tiny_model, **{key: path})
     assert text.startswith(f"{path} is an SD3 network with native keys, not {kind}")
 
 
 def test_diffusers_autoencoder_as_a_bare_file_is_told_to_be_given_as_a_folder(tiny_model: Path) -> None:
     path = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
-    text = only_problem("vae", tiny_model, vae=path)
+    text = only_error("vae", tiny_model, vae=path)
     assert f"{path} is a UNet or autoencoder in diffusers' layout" in text
     assert "give its folder" in text
 
@@ -207,7 +207,7 @@ def test_one_tensor_that_does_not_fit_is_named_as_the_file_names_it(
     change, message = change_one(kind, bias, "")
     change(tensors)
     path = public_files.write_file(tmp_path / "changed.safetensors", tensors)
-    assert only_problem("mmdit", tiny_model, mmdit=path) == f"{path}, {TINY} {message}"
+    assert only_error("mmdit", tiny_model, mmdit=path) == f"{path}, {TINY} {message}"
 
 
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
@@ -232,7 +232,7 @@ def test_a_missing_tensor_that_defines_the_shape_is_named_as_the_file_names_it(
     path = public_files.write_file(
         tmp_path / "changed.safetensors", {key: value for key, value in tensors.items() if key != name}
     )
-    assert only_problem("mmdit", tiny_model, mmdit=path).endswith(f"not a whole SD3 network: it has no {name}")
+    assert only_error("mmdit", tiny_model, mmdit=path).endswith(f"not a whole SD3 network: it has no {name}")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_missing_tensor_that_tells_the_variant_does_not_make_it_another(
     shape = tuple(native[name].shape)
     tensors = {key: value for key, value in native.items() if key != name}
     path = public_files.write_file(tmp_path / "changed.safetensors", tensors)
-    assert only_problem("mmdit", tiny_model, mmdit=path) == f"{path}, {TINY} misses tensor {name} {shape}"
+    assert only_error("mmdit", tiny_model, mmdit=path) == f"{path}, {TINY} misses tensor {name} {shape}"
 
 
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
@@ -259,7 +259,7 @@ def test_a_network_that_lacks_a_block_names_its_tensors_and_counts_the_rest(
     tensors, block = (native, "joint_blocks.1.") if layout == "native" else (renamed, "transformer_blocks.1.")
     lacking = [name for name in tensors if name.startswith(block)]
     kept = {name: value for name, value in tensors.items() if name not in lacking}
-    found = problems_of(tiny_model, mmdit=public_files.write_file(tmp_path / "changed.safetensors", kept))
+    found = errors_of(tiny_model, mmdit=public_files.write_file(tmp_path / "changed.safetensors", kept))
     assert {key for key, _ in found} == {"mmdit"}
     assert all(f"misses tensor {block}" in text for _, text in found[:-1])
     assert f"and {len(lacking) - len(found) + 1} more tensors" in found[-1][1]
@@ -270,7 +270,7 @@ def test_a_network_without_its_last_block_is_not_taken_for_a_shorter_one(
 ) -> None:
     """The block before it has what a last one has not."""
     kept = {name: value for name, value in native.items() if not name.startswith("joint_blocks.2.")}
-    found = problems_of(tiny_model, mmdit=public_files.write_file(tmp_path / "changed.safetensors", kept))
+    found = errors_of(tiny_model, mmdit=public_files.write_file(tmp_path / "changed.safetensors", kept))
     assert any("joint_blocks.1.context_block.mlp.fc1.weight, which this network does not have" in text for _, text in found)
 
 
@@ -286,7 +286,7 @@ def shards(tmp_path: Path, native: Tensors) -> Path:
 
 def test_a_missing_shard_is_named(tiny_model: Path, shards: Path) -> None:
     (shards / "diffusion_pytorch_model-00002-of-00004.safetensors").unlink()
-    text = only_problem("mmdit", tiny_model, mmdit=shards)
+    text = only_error("mmdit", tiny_model, mmdit=shards)
     assert f"{shards} lacks diffusion_pytorch_model-00002-of-00004.safetensors" in text
     assert "diffusion_pytorch_model.safetensors.index.json lists" in text
 
@@ -296,14 +296,14 @@ def test_an_index_that_names_a_tensor_which_is_not_there_is_refused(tiny_model: 
     index = json.loads(path.read_text())
     index["weight_map"]["proj_out.gate"] = "diffusion_pytorch_model-00001-of-00004.safetensors"
     path.write_text(json.dumps(index))
-    text = only_problem("mmdit", tiny_model, mmdit=shards)
+    text = only_error("mmdit", tiny_model, mmdit=shards)
     assert f"{shards / 'diffusion_pytorch_model-00001-of-00004.safetensors'} has no tensor proj_out.gate" in text
 
 
 @pytest.mark.parametrize("content", ["{ half", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none_is_named(tiny_model: Path, shards: Path, content: str) -> None:
     (shards / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
-    assert "diffusion_pytorch_model.safetensors.index.json" in only_problem("mmdit", tiny_model, mmdit=shards)
+    assert "diffusion_pytorch_model.safetensors.index.json" in only_error("mmdit", tiny_model, mmdit=shards)
 
 
 # --- ways of storing ---------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_weights_of_another_type_are_refused_by_name(tiny_model: Path, tmp_path:
     tensors[name] = tensors[name].to(torch.uint8)
     path = public_files.write_file(tmp_path / "changed.safetensors", tensors)
     (tmp_path / "tokenizer_3").symlink_to(tiny_model / "tokenizer_3")
-    text = only_problem(part, tiny_model, **{part: path})
+    text = only_error(part, tiny_model, **{part: path})
     assert str(path) in text
     assert f"stores {name} as U8; readable are BF16, F16, F32, F64, F8_E4M3, F8_E5M2" in text
 
@@ -332,7 +332,7 @@ def test_scales_by_blocks_are_refused_by_name(
     tensors = {**native, LINEAR: native[LINEAR].to(public_files.FP8)}
     tensors[LINEAR.removesuffix(".weight") + ".weight_scale"] = torch.ones(shape)
     path = public_files.write_file(tmp_path / "changed.safetensors", tensors)
-    text = only_problem("mmdit", tiny_model, mmdit=path)
+    text = only_error("mmdit", tiny_model, mmdit=path)
     assert f"scales {LINEAR} by blocks of {shape}; read are one scale a tensor or one a row" in text
 
 
@@ -342,7 +342,7 @@ def test_scales_by_blocks_are_refused_by_name(
 def test_a_folder_with_several_sets_of_weights_asks_for_one_file(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("first.safetensors", "second.safetensors"):
         (tmp_path / name).symlink_to(tiny_model / "mmdit.safetensors")
-    text = only_problem("mmdit", tiny_model, mmdit=tmp_path)
+    text = only_error("mmdit", tiny_model, mmdit=tmp_path)
     assert f"{tmp_path} has several sets of weights (first.safetensors, second.safetensors)" in text
     assert "give one file" in text
 
@@ -354,7 +354,7 @@ def test_a_missing_or_broken_config_json_is_named(model: Path, key: str, content
     path.unlink()
     if content is not None:
         path.write_text(content)
-    text = only_problem(key, model)
+    text = only_error(key, model)
     assert "config.json" in text
     assert str(path.parent) in text
 
@@ -369,7 +369,7 @@ def test_a_folder_of_pickled_weights_is_not_read(model: Path, key: str) -> None:
         folder, changes = model / {**ENCODER_FOLDERS, "vae": "vae"}[key], {}
         for path in folder.glob("*.safetensors"):
             path.rename(path.with_suffix(".bin"))
-    text = only_problem(key, model, **changes)
+    text = only_error(key, model, **changes)
     assert f"{folder} has no .safetensors file" in text
     assert "pickled" in text
 
@@ -382,7 +382,7 @@ def test_a_config_json_without_a_setting_names_it(model: Path, key: str, setting
     config = json.loads(path.read_text())
     del config[setting]
     rewrite(path, json.dumps(config))
-    assert only_problem(key, model) == f"{path} gives no {setting}"
+    assert only_error(key, model) == f"{path} gives no {setting}"
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_a_config_json_without_a_setting_names_it(model: Path, key: str, setting
         ("t5xxl", {"num_layers": 3}, "misses tensor encoder.block.2.layer.0.SelfAttention.q.weight (128, 192)"),
         ("vae", {"layers_per_block": 2}, "misses tensor encoder.down_blocks.0.resnets.1.norm1.weight (32,)"),
         ("vae", {"latent_channels": 4}, "has 4 latent channels, the network takes 16"),
-        ("vae", {"block_out_channels": [32, 32, 64]}, "shrinks pictures 4 times, SD3's shrinks them 8 times"),
+        ("vae", {"block_out_channels": [32, 32, 64]}, "shrinks images 4 times, SD3's shrinks them 8 times"),
     ],
 )
 def test_tensors_that_do_not_fit_their_config_json_are_named(
@@ -401,7 +401,7 @@ def test_tensors_that_do_not_fit_their_config_json_are_named(
     folder = model / {**ENCODER_FOLDERS, "vae": "vae"}[key]
     path = folder / "config.json"
     rewrite(path, json.dumps({**json.loads(path.read_text()), **changes}))
-    found = problems_of(model)
+    found = errors_of(model)
     assert {named for named, _ in found} == {key}
     assert all(str(folder) in text for _, text in found)
     assert any(message in text for _, text in found)
@@ -430,7 +430,7 @@ def write_t5(folder: Path, model: Path, width: int) -> Path:
 def test_clips_of_another_width_are_refused(model: Path, tmp_path: Path, changed: str) -> None:
     width = {"hidden_size": 192, "projection_dim": 192} if changed == "clip_g" else {"hidden_size": 128}
     folder = write_clip(model / "other", model, changed, **width)
-    found = problems_of(model, **{changed: folder, f"{changed}_tokenizer": str(model / "tokenizer")})
+    found = errors_of(model, **{changed: folder, f"{changed}_tokenizer": str(model / "tokenizer")})
     assert ("clip_l", "pooled width of clip_l and clip_g is 256, the network takes 192 of both") in found
     assert ("clip_l", "clip_l and clip_g are wider than the network's context, 192") in found
 
@@ -438,12 +438,12 @@ def test_clips_of_another_width_are_refused(model: Path, tmp_path: Path, changed
 def test_a_t5_of_another_width_is_refused(model: Path) -> None:
     """As T5-XL is 2048 wide, T5-XXL 4096."""
     folder = write_t5(model / "other", model, 96)
-    assert only_problem("t5xxl", model, t5xxl=folder) == "is 96 wide, the network's context is 192"
+    assert only_error("t5xxl", model, t5xxl=folder) == "is 96 wide, the network's context is 192"
 
 
 def test_a_clip_with_fewer_positions_than_tokens_is_refused(model: Path) -> None:
     folder = write_clip(model / "other", model, "clip_g", max_position_embeddings=6)
-    text = only_problem("clip_max_token_length", model, clip_g=folder)
+    text = only_error("clip_max_token_length", model, clip_g=folder)
     assert text == "= 8: clip_g has 6 positions"
 
 
@@ -458,13 +458,13 @@ def test_an_autoencoder_of_four_channels_is_refused(tiny_model: Path, tmp_path: 
     path = tmp_path / "sdxl_vae.safetensors"
     public_files.write_file(path, public_files.ldm_autoencoder(tensors, tmp_path / "vae"))
     for given in (path, tmp_path / "vae"):
-        text = only_problem("vae", tiny_model, vae=given)
+        text = only_error("vae", tiny_model, vae=given)
         assert text == f"{given} has 4 latent channels, the network takes 16"
 
 
 def test_clip_folders_that_have_changed_places_are_refused(tiny_model: Path) -> None:
     """Their widths add up to the same either way, and the network would be conditioned on nonsense."""
-    found = problems_of(tiny_model, clip_l=tiny_model / "text_encoder_2", clip_g=tiny_model / "text_encoder")
+    found = errors_of(tiny_model, clip_l=tiny_model / "text_encoder_2", clip_g=tiny_model / "text_encoder")
     assert found == [("clip_l", "is wider than clip_g: the two have changed places")]
 
 
@@ -476,7 +476,7 @@ def test_clip_files_that_have_changed_places_are_refused(tiny_model: Path, tmp_p
     large = tmp_path / "clip_g.safetensors"
     large.symlink_to(tiny_model / "text_encoder_2" / "model.safetensors")
     public_files.link_tokenizers(tiny_model, tmp_path)
-    text = only_problem("clip_g", tiny_model, clip_l=large, clip_g=small)
+    text = only_error("clip_g", tiny_model, clip_l=large, clip_g=small)
     assert f"{small} is a CLIP text encoder, not a whole CLIP-G text encoder: it has no text_projection.weight" in text
 
 
@@ -491,7 +491,7 @@ def network_only(native: Tensors, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("key", ["vae", "clip_l", "clip_g", "t5xxl"])
 def test_a_part_that_is_not_in_the_single_file_asks_for_its_path(tiny_model: Path, network_only: Path, key: str) -> None:
-    text = only_problem(key, tiny_model, mmdit=network_only, **{key: None})
+    text = only_error(key, tiny_model, mmdit=network_only, **{key: None})
     assert f"is not given, and {network_only} has none; give {key} = PATH" in text
     assert (f"{key} = false" in text) == (key != "vae")  # nothing is trained without an autoencoder
 
@@ -501,7 +501,7 @@ def test_a_part_that_is_not_in_the_pipeline_s_folder_names_the_folder(
     tiny_model: Path, tmp_path: Path, native: Tensors, key: str
 ) -> None:
     public_files.diffusers_network(native).save_pretrained(tmp_path / "transformer")
-    text = only_problem(key, tiny_model, mmdit=tmp_path, **{key: None})
+    text = only_error(key, tiny_model, mmdit=tmp_path, **{key: None})
     folder = {**ENCODER_FOLDERS, "vae": "vae"}[key]
     assert f"{tmp_path} has no folder {folder}; give {key} = PATH" in text
 
@@ -517,20 +517,20 @@ def test_an_encoder_is_a_path_or_false(tiny_model: Path, key: str, value: object
 # --- several at once ---------------------------------------------------------------------------------------------------
 
 
-def test_problems_of_all_parts_are_told_at_once(model: Path, tmp_path: Path) -> None:
+def test_errors_of_all_parts_are_told_at_once(model: Path, tmp_path: Path) -> None:
     """A missing file, a broken one, a misfit, a missing folder and a tokenizer: each is found at another time."""
     (tmp_path / "network.safetensors").write_bytes(b"GGUF" + bytes(60))
     shutil.rmtree(model / "vae")
     path = model / "text_encoder" / "config.json"
     rewrite(path, json.dumps({**json.loads(path.read_text()), "hidden_size": 96}))
     given = {"t5xxl_tokenizer": str(model / "tokenizer_2"), "clip_g": tmp_path / "none.safetensors"}
-    found = problems_of(model, mmdit=tmp_path / "network.safetensors", **given)
+    found = errors_of(model, mmdit=tmp_path / "network.safetensors", **given)
     assert {key for key, _ in found} == {"mmdit", "vae", "clip_l", "clip_g", "t5xxl_tokenizer"}
 
 
 def test_an_unreadable_file_that_should_hold_all_is_told_once(tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "none.safetensors"
-    found = problems_of(tiny_model, mmdit=path, vae=None, clip_l=None, clip_g=None, t5xxl=None)
+    found = errors_of(tiny_model, mmdit=path, vae=None, clip_l=None, clip_g=None, t5xxl=None)
     assert found == [("mmdit", f"{path} does not exist")]
 
 
@@ -540,7 +540,7 @@ def test_a_whole_part_that_is_changed_in_one_tensor_is_refused(tiny_model: Path,
     del parts["clip_l"]["text_model.final_layer_norm.bias"]
     path = public_files.write_complete_file(tmp_path / "complete.safetensors", parts)
     public_files.link_tokenizers(tiny_model, tmp_path)
-    text = only_problem("clip_l", tiny_model, mmdit=path, clip_l=None)
+    text = only_error("clip_l", tiny_model, mmdit=path, clip_l=None)
     assert text == f"{path} misses tensor text_model.final_layer_norm.bias (64,)"
 
 
@@ -548,7 +548,7 @@ def test_files_that_are_whole_are_not_refused(tiny_model: Path, tmp_path: Path) 
     """What this file's changes are made to."""
     path = tmp_path / "whole.safetensors"
     save_file(original_part(tiny_model, "mmdit"), path)
-    assert SD3Adapter(settings_for(tiny_model, mmdit=path)).config == SD3Adapter(settings_for(tiny_model)).config
+    assert SD3Family(settings_for(tiny_model, mmdit=path)).config == SD3Family(settings_for(tiny_model)).config
 
 
 def test_of_shards_that_overlap_the_index_says_whose_tensor_counts(tmp_path: Path) -> None:
@@ -562,6 +562,6 @@ def test_of_shards_that_overlap_the_index_says_whose_tensor_counts(tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["mmdit", "vae", "t5xxl"])
 def test_a_name_that_the_system_does_not_take_is_refused(tiny_model: Path, key: str) -> None:
-    ((found, text),) = problems_of(tiny_model, **{key: Path("a" * 300)})
+    ((found, text),) = errors_of(tiny_model, **{key: Path("a" * 300)})
     assert found == key
     assert "File name too long" in text

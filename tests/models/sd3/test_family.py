@@ -11,7 +11,7 @@ import torch
 
 import models
 from models.family import ModelFilesError
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.sd3.settings import MergedAdapter
 from models.sd3.text_encoders import join_text
 from models.tensor_files import TensorFiles
@@ -20,22 +20,22 @@ from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, DEPTH, POO
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_model: Path) -> SD3Adapter:
-    return SD3Adapter(settings_for(tiny_model))
+def adapter(tiny_model: Path) -> SD3Family:
+    return SD3Family(settings_for(tiny_model))
 
 
 def test_the_registry_finds_the_family() -> None:
     assert "sd3" in models.family_names()
-    assert models.adapter_class("sd3") is SD3Adapter
+    assert models.family_class("sd3") is SD3Family
     with pytest.raises(KeyError):
-        models.adapter_class("sd4")
+        models.family_class("sd4")
 
 
-def test_layers_hold_every_parameter_of_the_file_once(adapter: SD3Adapter) -> None:
-    named = {layer.prefix + name: shape for layer in adapter.layers for name, shape in layer.shapes.items()}
-    assert sum(len(layer.shapes) for layer in adapter.layers) == len(named)
+def test_layers_hold_every_parameter_of_the_file_once(family: SD3Family) -> None:
+    named = {layer.prefix + name: shape for layer in family.layers for name, shape in layer.shapes.items()}
+    assert sum(len(layer.shapes) for layer in family.layers) == len(named)
     assert named == {name: shape for name, shape in tiny_shapes().items() if name != "pos_embed"}
-    assert [layer.name for layer in adapter.layers] == [
+    assert [layer.name for layer in family.layers] == [
         "embedders",
         *(f"joint_blocks.{index}" for index in range(DEPTH)),
         "final_layer",
@@ -43,15 +43,15 @@ def test_layers_hold_every_parameter_of_the_file_once(adapter: SD3Adapter) -> No
 
 
 def test_a_layer_is_built_in_the_training_precision(tiny_model: Path) -> None:
-    layer = SD3Adapter(settings_for(tiny_model, dtype="bfloat16")).layers[1].build()
+    layer = SD3Family(settings_for(tiny_model, dtype="bfloat16")).layers[1].build()
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
 
 
-def test_latent_geometry_is_the_network_s(adapter: SD3Adapter) -> None:
-    assert (adapter.latent.channels, adapter.latent.pixel_multiple, adapter.latent.max_side_pixels) == (16, 16, 256)
+def test_latent_geometry_is_the_network_s(family: SD3Family) -> None:
+    assert (family.latent.channels, family.latent.pixel_multiple, family.latent.max_side_pixels) == (16, 16, 256)
 
 
-def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(adapter: SD3Adapter) -> None:
+def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(family: SD3Family) -> None:
     text = {
         f"{name}.sequence": torch.randn(2, 8, width).to(torch.bfloat16)
         for name, width in (("clip_l", CLIP_L_WIDTH), ("clip_g", CLIP_G_WIDTH), ("t5xxl", CONTEXT_DIM))
@@ -61,24 +61,24 @@ def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(adapte
         for name, width in (("clip_l", CLIP_L_WIDTH), ("clip_g", CLIP_G_WIDTH))
     }
     latents = torch.randn(2, 16, 4, 4).to(torch.bfloat16)
-    noisy, timestep, context, pooled = adapter.network_inputs(latents, torch.tensor([0.999, 0.5131]), text)
+    noisy, timestep, context, pooled = family.network_inputs(latents, torch.tensor([0.999, 0.5131]), text)
     assert timestep.dtype == torch.float32
     torch.testing.assert_close(timestep, torch.tensor([999.0, 513.1]))
     assert torch.equal(noisy, latents)
-    assert torch.equal(context, join_text(text, adapter.settings, adapter.config)[0])
+    assert torch.equal(context, join_text(text, family.settings, family.config)[0])
     assert context.shape == (2, 16, CONTEXT_DIM)
     assert pooled.shape == (2, POOLED_DIM)
     assert context.dtype == pooled.dtype == torch.bfloat16
 
 
-def test_target_groups_share_out_every_adaptable_module_once(adapter: SD3Adapter) -> None:
-    for module in adapter.adaptable_modules:
-        assert sum(bool(re.fullmatch(pattern, module)) for pattern in adapter.lora_target_groups.values()) == 1, module
+def test_target_groups_share_out_every_adaptable_module_once(family: SD3Family) -> None:
+    for module in family.adaptable_modules:
+        assert sum(bool(re.fullmatch(pattern, module)) for pattern in family.lora_target_groups.values()) == 1, module
 
 
-def test_default_targets_are_attention_and_mlp_of_both_streams_and_the_final_layer(adapter: SD3Adapter) -> None:
-    patterns = [adapter.lora_target_groups[group] for group in adapter.default_lora_targets]
-    chosen = {name for name in adapter.adaptable_modules if any(re.fullmatch(pattern, name) for pattern in patterns)}
+def test_default_targets_are_attention_and_mlp_of_both_streams_and_the_final_layer(family: SD3Family) -> None:
+    patterns = [family.lora_target_groups[group] for group in family.default_lora_targets]
+    chosen = {name for name in family.adaptable_modules if any(re.fullmatch(pattern, name) for pattern in patterns)}
     assert "joint_blocks.0.x_block.attn.qkv" in chosen
     assert f"joint_blocks.{DEPTH - 1}.context_block.attn.qkv" in chosen
     assert {name for name in chosen if name.startswith("final_layer.")} == {
@@ -89,16 +89,16 @@ def test_default_targets_are_attention_and_mlp_of_both_streams_and_the_final_lay
     assert len(chosen) == 4 * (2 * DEPTH) - 3 + 2
 
 
-def test_a_module_s_block_is_told_from_its_name(adapter: SD3Adapter) -> None:
-    assert adapter.num_blocks == DEPTH
-    blocks = {adapter.block_of(name) for name in adapter.adaptable_modules}
+def test_a_module_s_block_is_told_from_its_name(family: SD3Family) -> None:
+    assert family.num_blocks == DEPTH
+    blocks = {family.block_of(name) for name in family.adaptable_modules}
     assert blocks == {None, *range(DEPTH)}
-    assert adapter.block_of("final_layer.linear") is None
-    assert adapter.block_of("joint_blocks.2.x_block.attn.qkv") == 2
+    assert family.block_of("final_layer.linear") is None
+    assert family.block_of("joint_blocks.2.x_block.attn.qkv") == 2
 
 
-def test_description_names_variant_and_precision(adapter: SD3Adapter) -> None:
-    assert adapter.describe() == "SD3.5-medium-like (width 128, depth 3), float32"
+def test_description_names_variant_and_precision(family: SD3Family) -> None:
+    assert family.describe() == "SD3.5-medium-like (width 128, depth 3), float32"
 
 
 def test_opening_a_model_reads_no_weights(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_opening_a_model_reads_no_weights(tiny_model: Path, monkeypatch: pytest.
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(TensorFiles, "read", refuse)
-    assert len(SD3Adapter(settings_for(tiny_model)).layers) == DEPTH + 2
+    assert len(SD3Family(settings_for(tiny_model)).layers) == DEPTH + 2
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -117,9 +117,9 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Path) -> None:
     model = linked_copy(tiny_model, tmp_path / "model")
-    assert not SD3Adapter(settings_for(model)).notes
+    assert not SD3Family(settings_for(model)).notes
     change_config(model / "vae", scaling_factor=1.05)
-    (note,) = SD3Adapter(settings_for(model)).notes
+    (note,) = SD3Family(settings_for(model)).notes
     assert note == f"{model / 'vae'} has scaling_factor 1.05; that of SD3 is 1.5305"
 
 
@@ -143,7 +143,7 @@ def test_settings_that_cannot_be_are_refused(
     model = linked_copy(tiny_model, tmp_path / "model")
     change_config(model / folder, **changes)
     with pytest.raises(ModelFilesError, match=re.escape(message)):
-        SD3Adapter(settings_for(model))
+        SD3Family(settings_for(model))
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.family import AdapterFile, ModelFilesError, ModuleAdapter
+from models.family import LoraFile, ModelFilesError, ModuleAdapter
 from models.sd3 import weights
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.sd3.layers import layer_prefix, num_layers
-from models.sd3.lora_files import diffusers_adapter, native_adapter, open_adapter_file
+from models.sd3.lora_files import diffusers_adapter, native_adapter, open_lora_file
 from models.sd3.mmdit import MMDiT
-from models.tensor_files import MAX_PROBLEMS_SHOWN, open_file
+from models.tensor_files import MAX_ERRORS_SHOWN, open_file
 from tests.golden.make_lora_keys import RANK, RELEASED, golden_path, golden_text, read_golden, released_shapes
 from tests.models.sd3.diffusers_reference import convert_module, diffusers_network, relative_error, to_diffusers
 from tests.tiny_model import CONTEXT_DIM, DEPTH, POOLED_DIM, Shape, random_weights, tiny_shapes
@@ -158,27 +158,27 @@ def diffusers_pipeline() -> Any:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def opened(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> AdapterFile:
+def opened(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> LoraFile:
     path = folder / "adapter.safetensors"
     save_file(dict(tensors), path, metadata=metadata)
-    return open_adapter_file(path, MODULES, DEPTH)
+    return open_lora_file(path, MODULES, DEPTH)
 
 
-def problems_of(path: Path, modules: Mapping[str, Shape] = MODULES) -> list[str]:
+def errors_of(path: Path, modules: Mapping[str, Shape] = MODULES) -> list[str]:
     with pytest.raises(ModelFilesError) as caught:
-        open_adapter_file(path, modules, DEPTH)
-    assert {key for key, _ in caught.value.problems} == {""}
-    assert all(str(path) in text for _, text in caught.value.problems)
-    return [text.replace(str(path), "FILE") for _, text in caught.value.problems]
+        open_lora_file(path, modules, DEPTH)
+    assert {key for key, _ in caught.value.errors} == {""}
+    assert all(str(path) in text for _, text in caught.value.errors)
+    return [text.replace(str(path), "FILE") for _, text in caught.value.errors]
 
 
-def problems_with(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> list[str]:
+def errors_with(folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> list[str]:
     path = folder / "adapter.safetensors"
     save_file(dict(tensors), path, metadata=metadata)
-    return problems_of(path)
+    return errors_of(path)
 
 
-def read_all(file: AdapterFile) -> Adapters:
+def read_all(file: LoraFile) -> Adapters:
     """Every module of the file, and that it is as the file said it would be."""
     adapters = {name: file.read(name) for name in file.shapes}
     for name, adapter in adapters.items():
@@ -255,11 +255,11 @@ final_layer.linear final_layer.adaLN_modulation.1
 
 
 def in_group(group: str, name: str) -> bool:
-    return re.fullmatch(SD3Adapter.lora_target_groups[group], name) is not None
+    return re.fullmatch(SD3Family.lora_target_groups[group], name) is not None
 
 
 def test_default_targets_are_these() -> None:
-    chosen = {name for name in MODULES if any(in_group(group, name) for group in SD3Adapter.default_lora_targets)}
+    chosen = {name for name in MODULES if any(in_group(group, name) for group in SD3Family.default_lora_targets)}
     assert chosen == set(DEFAULT_TARGETS)
 
 
@@ -267,7 +267,7 @@ def test_default_targets_are_these() -> None:
 def test_every_module_is_in_exactly_one_group(variant: str) -> None:
     modules = weights.adaptable_modules(weights.detect_config(released_shapes(variant)))
     for name in modules:
-        assert sum(in_group(group, name) for group in SD3Adapter.lora_target_groups) == 1, name
+        assert sum(in_group(group, name) for group in SD3Family.lora_target_groups) == 1, name
 
 
 # --- written and read back ---------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_adapter_that_diffusers_saved_with_its_settings_reads_as_diffusers_reads
     again.load_lora_weights(tmp_path)
     assert relative_error(diffusers_velocity(again.transformer), trained) <= TOLERANCE
 
-    read = read_all(open_adapter_file(tmp_path / "pytorch_lora_weights.safetensors", MODULES, DEPTH))
+    read = read_all(open_lora_file(tmp_path / "pytorch_lora_weights.safetensors", MODULES, DEPTH))
     assert relative_error(own_velocity(own_network(adapted_weights(read))), trained) <= TOLERANCE
     assert relative_error(own_velocity(own_network(WEIGHTS)), trained) > 0.05
 
@@ -511,7 +511,7 @@ def test_adapter_that_peft_saved_with_its_settings_reads_as_peft_applies_it(tmp_
     network.eval()
     trained = diffusers_velocity(network)
     network.save_pretrained(tmp_path)
-    read = read_all(open_adapter_file(tmp_path / "adapter_model.safetensors", MODULES, DEPTH))
+    read = read_all(open_lora_file(tmp_path / "adapter_model.safetensors", MODULES, DEPTH))
     assert relative_error(own_velocity(own_network(adapted_weights(read))), trained) <= TOLERANCE
     assert relative_error(own_velocity(own_network(WEIGHTS)), trained) > 0.01
 
@@ -696,22 +696,20 @@ def low_rank(key: str, rows: int, columns: int, rank: int = 2) -> dict[str, Tens
 )
 def test_a_file_of_another_format_is_named(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "adapter.safetensors").write_bytes(content)
-    assert problems_of(tmp_path / "adapter.safetensors")[0].startswith(text)
+    assert errors_of(tmp_path / "adapter.safetensors")[0].startswith(text)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert problems_of(tmp_path / "none.safetensors") == ["FILE does not exist"]
+    assert errors_of(tmp_path / "none.safetensors") == ["FILE does not exist"]
 
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
-    assert problems_with(tmp_path, {}) == ["FILE: holds no adapter of this network"]
+    assert errors_with(tmp_path, {}) == ["FILE: holds no adapter of this network"]
 
 
 def test_a_file_for_text_encoders_only_is_refused(tmp_path: Path) -> None:
     tensors = low_rank("lora_te1_text_model_encoder_layers_0_mlp_fc1", 8, 8)
-    assert problems_with(tmp_path, tensors) == [
-        "FILE: holds no adapter of this network; its 2 tensors are for text encoders"
-    ]
+    assert errors_with(tmp_path, tensors) == ["FILE: holds no adapter of this network; its 2 tensors are for text encoders"]
 
 
 @pytest.mark.parametrize(
@@ -725,24 +723,24 @@ def test_a_file_for_text_encoders_only_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_of_another_network_is_refused(tmp_path: Path, module: str) -> None:
     names = [f"{module}{number}" for number in ("", "_b", "_c")]
     tensors = {key: value for name in names for key, value in low_rank(name, 8, 8).items()}
-    [problem] = problems_with(tmp_path, tensors)
-    assert problem.startswith(f"FILE: has tensors of no module of this network: {module}")
-    assert problem.endswith(" and 3 more")
+    [error] = errors_with(tmp_path, tensors)
+    assert error.startswith(f"FILE: has tensors of no module of this network: {module}")
+    assert error.endswith(" and 3 more")
 
 
 @pytest.mark.parametrize(("present", "missing"), [("lora_down.weight", "up"), ("lora_up.weight", "down")])
 def test_half_a_pair_is_refused(tmp_path: Path, present: str, missing: str) -> None:
     tensors = {f"{FC1}.{present}": torch.zeros(2, 2), f"{FC1}.alpha": torch.tensor(1.0)}
-    assert problems_with(tmp_path, tensors) == [f"FILE: {FC1} has no {missing}"]
+    assert errors_with(tmp_path, tensors) == [f"FILE: {FC1} has no {missing}"]
 
 
 @pytest.mark.parametrize(("key", "shape"), [("alpha", ()), ("dora_scale", (512, 1)), ("lokr_w1_b", (2, 2))])
 def test_a_module_with_nothing_to_apply_is_refused(tmp_path: Path, key: str, shape: Shape) -> None:
-    problems = problems_with(tmp_path, {f"{FC1}.{key}": torch.zeros(shape)})
+    errors = errors_with(tmp_path, {f"{FC1}.{key}": torch.zeros(shape)})
     if key.startswith("lokr"):
-        assert problems == [f"FILE: {FC1} has no {w}, nor {w}_a and {w}_b to multiply" for w in ("w1", "w2")]
+        assert errors == [f"FILE: {FC1} has no {w}, nor {w}_a and {w}_b to multiply" for w in ("w1", "w2")]
     else:
-        assert problems == [f"FILE: {FC1} has no down and no up"]
+        assert errors == [f"FILE: {FC1} has no down and no up"]
 
 
 def test_an_adapter_of_a_wider_variant_is_refused_with_a_short_list(tmp_path: Path) -> None:
@@ -750,13 +748,13 @@ def test_an_adapter_of_a_wider_variant_is_refused_with_a_short_list(tmp_path: Pa
     for name, shape in MODULES.items():
         if len(shape) == 2:
             tensors |= low_rank("lora_unet_" + name.replace(".", "_"), 2 * shape[0], 2 * shape[1])
-    problems = problems_with(tmp_path, tensors)
-    assert "FILE: lora_unet_final_layer_linear has down of (2, 256), expected (2, 128)" in problems_with(
+    errors = errors_with(tmp_path, tensors)
+    assert "FILE: lora_unet_final_layer_linear has down of (2, 256), expected (2, 128)" in errors_with(
         tmp_path, low_rank("lora_unet_final_layer_linear", 128, 256)
     )
-    assert len(problems) == MAX_PROBLEMS_SHOWN + 1
-    assert problems[-1] == f"FILE: and {2 * (len(MODULES) - 1) - MAX_PROBLEMS_SHOWN} more that do not fit"
-    assert re.fullmatch(r"FILE: lora_unet_\w+ has (down|up) of \(\d+, \d+\), expected \(\d+, \d+\)", problems[0])
+    assert len(errors) == MAX_ERRORS_SHOWN + 1
+    assert errors[-1] == f"FILE: and {2 * (len(MODULES) - 1) - MAX_ERRORS_SHOWN} more that do not fit"
+    assert re.fullmatch(r"FILE: lora_unet_\w+ has (down|up) of \(\d+, \d+\), expected \(\d+, \d+\)", errors[0])
 
 
 def test_an_adapter_of_sd35_large_does_not_fit_sd35_medium(tmp_path: Path) -> None:
@@ -767,26 +765,26 @@ def test_an_adapter_of_sd35_large_does_not_fit_sd35_medium(tmp_path: Path) -> No
         if ".x_block.attn.proj" in name:
             tensors |= low_rank("lora_unet_" + name.replace(".", "_"), shape[0], shape[1], rank=1)
     save_file(tensors, tmp_path / "large.safetensors")
-    problems = problems_of(tmp_path / "large.safetensors", medium)
-    assert problems[0].startswith(
+    errors = errors_of(tmp_path / "large.safetensors", medium)
+    assert errors[0].startswith(
         "FILE: has tensors of no module of this network: lora_unet_joint_blocks_24_x_block_attn_proj"
     )
-    assert "has down of (1, 2432), expected (1, 1536)" in problems[1]
+    assert "has down of (1, 2432), expected (1, 1536)" in errors[1]
 
 
 def test_a_module_under_two_names_is_refused(tmp_path: Path) -> None:
     twice = {**low_rank("lora_unet_final_layer_linear", 64, 128), **low_rank("transformer.proj_out", 64, 128)}
-    assert problems_with(tmp_path, twice) == [
+    assert errors_with(tmp_path, twice) == [
         "FILE: final_layer.linear is there twice, as lora_unet_final_layer_linear and transformer.proj_out"
     ]
     fused = low_rank("lora_unet_joint_blocks_0_x_block_attn_qkv", 384, 128)
-    [problem] = problems_with(tmp_path, {**fused, **low_rank(f"{TO}k", 128, 128)})
-    assert problem.startswith("FILE: joint_blocks.0.x_block.attn.qkv is there twice, as ")
+    [error] = errors_with(tmp_path, {**fused, **low_rank(f"{TO}k", 128, 128)})
+    assert error.startswith("FILE: joint_blocks.0.x_block.attn.qkv is there twice, as ")
 
 
 def test_a_tensor_under_two_suffixes_is_refused(tmp_path: Path) -> None:
     tensors = {**low_rank(FC1, 512, 128), f"{FC1}.lora_A.weight": torch.zeros(2, 128)}
-    assert problems_with(tmp_path, tensors) == [
+    assert errors_with(tmp_path, tensors) == [
         f"FILE: has one thing twice, as {FC1}.lora_A.weight and {FC1}.lora_down.weight"
     ]
 
@@ -801,69 +799,69 @@ def test_a_tensor_under_two_suffixes_is_refused(tmp_path: Path) -> None:
 )
 def test_lengths_that_are_not_those_of_the_rows_are_refused(tmp_path: Path, suffix: str, shape: Shape, text: str) -> None:
     tensors = {**low_rank(FC1, 512, 128), f"{FC1}.{suffix}": torch.ones(shape)}
-    assert problems_with(tmp_path, tensors) == [f"FILE: {FC1} {text}"]
+    assert errors_with(tmp_path, tensors) == [f"FILE: {FC1} {text}"]
 
 
 def test_lengths_of_columns_are_told_from_those_of_rows_where_there_are_as_many(tmp_path: Path) -> None:
     """As LyCORIS' input-axis DoRA of a square weight has them."""
     key = "lora_unet_joint_blocks_0_x_block_attn_proj"
-    [problem] = problems_with(tmp_path, {**low_rank(key, 128, 128), f"{key}.dora_scale": torch.ones(1, 128)})
-    assert "has a length for each column" in problem
+    [error] = errors_with(tmp_path, {**low_rank(key, 128, 128), f"{key}.dora_scale": torch.ones(1, 128)})
+    assert "has a length for each column" in error
 
 
 def test_lengths_of_only_some_of_query_key_and_value_are_refused(tmp_path: Path) -> None:
     tensors = {key: value for part in "qkv" for key, value in low_rank(f"{TO}{part}", 128, 128).items()}
     tensors[f"{TO}q.lora_magnitude_vector"] = torch.ones(128)
     text = "FILE: DoRA of only some of query, key and value of joint_blocks.0.x_block.attn.qkv"
-    assert problems_with(tmp_path, tensors) == [text]
+    assert errors_with(tmp_path, tensors) == [text]
     only_query = {key: value for key, value in tensors.items() if key.startswith(f"{TO}q.")}
-    assert problems_with(tmp_path, only_query) == [text]
+    assert errors_with(tmp_path, only_query) == [text]
 
 
 def test_kronecker_adapters_that_cannot_be_applied_are_refused(tmp_path: Path) -> None:
     def factors(key: str, *shapes: Shape) -> dict[str, Tensor]:
         return {f"{key}.lokr_w{index}": torch.zeros(shape) for index, shape in enumerate(shapes, start=1)}
 
-    assert problems_with(tmp_path, factors(f"{TO}q", (8, 8), (16, 16))) == [
+    assert errors_with(tmp_path, factors(f"{TO}q", (8, 8), (16, 16))) == [
         f"FILE: {TO}q is a Kronecker adapter of a third of a module that is one here; it can be used with native keys only"
     ]
-    assert problems_with(tmp_path, factors("lora_unet_x_embedder_proj", (8, 4), (16, 4, 2, 2))) == [
+    assert errors_with(tmp_path, factors("lora_unet_x_embedder_proj", (8, 4), (16, 4, 2, 2))) == [
         "FILE: lora_unet_x_embedder_proj is a Kronecker adapter of a convolution, which is not read"
     ]
-    assert problems_with(tmp_path, factors("transformer.norm_out.linear", (1, 8), (256, 16))) == [
+    assert errors_with(tmp_path, factors("transformer.norm_out.linear", (1, 8), (256, 16))) == [
         "FILE: transformer.norm_out.linear is a Kronecker adapter whose halves cannot change places; "
         "it can be used with native keys only"
     ]
-    assert problems_with(tmp_path, factors(FC1, (8, 8), (16, 16))) == [
+    assert errors_with(tmp_path, factors(FC1, (8, 8), (16, 16))) == [
         f"FILE: {FC1} makes a weight of (128, 128), expected (512, 128)"
     ]
     apart = {f"{FC1}.lokr_w2_a": torch.zeros(64, 2), f"{FC1}.lokr_w2_b": torch.zeros(3, 16)}
-    assert problems_with(tmp_path, {**factors(FC1, (8, 8)), **apart}) == [
+    assert errors_with(tmp_path, {**factors(FC1, (8, 8)), **apart}) == [
         f"FILE: {FC1} has no w2, nor w2_a and w2_b to multiply"
     ]
-    assert problems_with(tmp_path, {**factors(FC1, (8, 8), (64, 16)), **low_rank(FC1, 512, 128)}) == [
+    assert errors_with(tmp_path, {**factors(FC1, (8, 8), (64, 16)), **low_rank(FC1, 512, 128)}) == [
         f"FILE: {FC1} is a low-rank and a Kronecker adapter at once"
     ]
 
 
 def test_an_alpha_of_several_numbers_is_refused(tmp_path: Path) -> None:
     tensors = {**low_rank(FC1, 512, 128), f"{FC1}.alpha": torch.ones(2)}
-    assert problems_with(tmp_path, tensors) == [f"FILE: {FC1}.alpha is not one number"]
+    assert errors_with(tmp_path, tensors) == [f"FILE: {FC1}.alpha is not one number"]
 
 
 @pytest.mark.parametrize("header", ["{", "[1]"])
 def test_settings_of_peft_that_cannot_be_read_are_refused(tmp_path: Path, header: str) -> None:
-    [problem] = problems_with(tmp_path, low_rank(FC1, 512, 128), {"lora_adapter_metadata": header})
-    assert problem.startswith("FILE: comes with settings of peft that cannot be read: ")
+    [error] = errors_with(tmp_path, low_rank(FC1, 512, 128), {"lora_adapter_metadata": header})
+    assert error.startswith("FILE: comes with settings of peft that cannot be read: ")
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+def test_every_error_is_told_at_once(tmp_path: Path) -> None:
     tensors = {
         f"{FC1}.lora_down.weight": torch.zeros(2, 128),
         "lora_unet_unheard_of.lora_down.weight": torch.zeros(2, 2),
         **low_rank("lora_unet_final_layer_linear", 64, 99),
     }
-    assert len(problems_with(tmp_path, tensors)) == 3
+    assert len(errors_with(tmp_path, tensors)) == 3
 
 
 def test_an_integer_alpha_is_a_number_too(tmp_path: Path) -> None:

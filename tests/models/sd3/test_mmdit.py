@@ -171,12 +171,12 @@ def test_position_table_is_cropped_at_its_centre() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 2), (2, 7)])
-def test_a_picture_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
+def test_a_image_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
     with pytest.raises(ValueError, match="6 x 6"):
         mmdit.crop_position_table(torch.zeros(1, 36, 8), rows, columns)
 
 
 def test_unpatchify_puts_every_patch_where_it_was() -> None:
-    picture = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
-    patches = picture.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 15, 64)  # rows first; (p, q, C)
-    assert torch.equal(mmdit.unpatchify(patches, 6, 10, patch_size=2), picture)
+    image = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
+    patches = image.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 15, 64)  # rows first; (p, q, C)
+    assert torch.equal(mmdit.unpatchify(patches, 6, 10, patch_size=2), image)

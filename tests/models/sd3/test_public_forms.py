@@ -1,4 +1,4 @@
-"""Every public form of the files, opened as a user would: weights, captions, latents and pictures are the original's.
+"""Every public form of the files, opened as a user would: weights, captions, latents and images are the original's.
 
 The original is the tiny model. What a form's values should be is worked out beside it in tests/public_files.py: rounded,
 where it stores fewer bits, and dequantised, where it stores scales.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.family import LENGTH, EncodedItem
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.sd3.layers import layer_prefix
 from models.tensor_files import open_file
 from tests import public_files
@@ -201,16 +201,16 @@ def values_of(model: Path, part: str, storage: str) -> Tensors:
 
 
 @pytest.fixture(scope="module")
-def original(tiny_model: Path) -> SD3Adapter:
-    return SD3Adapter(settings_for(tiny_model))
+def original(tiny_model: Path) -> SD3Family:
+    return SD3Family(settings_for(tiny_model))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", forms_of("mmdit"))
 def test_layers_hold_the_original_s_values_and_the_variant_is_its(
-    tiny_model: Path, written: Written, original: SD3Adapter, form: str, dtype: str
+    tiny_model: Path, written: Written, original: SD3Family, form: str, dtype: str
 ) -> None:
-    adapter = SD3Adapter(settings_for(tiny_model, **written(form), dtype=dtype))
+    adapter = SD3Family(settings_for(tiny_model, **written(form), dtype=dtype))
     assert adapter.config == original.config
     assert [(one.name, one.shapes) for one in adapter.layers] == [(one.name, one.shapes) for one in original.layers]
     expected = values_of(tiny_model, "mmdit", FORMS[form].storage)
@@ -253,7 +253,7 @@ CAPTION_FORMS = [
 @pytest.mark.parametrize(("part", "form"), CAPTION_FORMS)
 def test_encoded_captions_are_the_original_s(tiny_model: Path, written: Written, part: str, form: str) -> None:
     settings = settings_for(tiny_model, **written(form))
-    encoder = next(encoder for encoder in SD3Adapter(settings).text_encoders if encoder.name == part)
+    encoder = next(encoder for encoder in SD3Family(settings).text_encoders if encoder.name == part)
     (item,) = encoder.load(CPU)([CAPTION])
     ids = encoder._token_ids(encoder._load_tokenizer(), CAPTION)
     expected = reference_items(tiny_model, part, FORMS[form].storage, tuple(ids))
@@ -263,9 +263,9 @@ def test_encoded_captions_are_the_original_s(tiny_model: Path, written: Written,
 
 
 def test_tokenizers_as_transformers_saves_them_today_give_the_original_s_tokens(
-    tiny_model: Path, written: Written, original: SD3Adapter
+    tiny_model: Path, written: Written, original: SD3Family
 ) -> None:
-    ours = SD3Adapter(settings_for(tiny_model, **written("pipeline_folder"))).text_encoders
+    ours = SD3Family(settings_for(tiny_model, **written("pipeline_folder"))).text_encoders
     assert len(ours) == 3
     for encoder, reference in zip(ours, original.text_encoders, strict=True):
         assert encoder.tokenizer_folder != reference.tokenizer_folder
@@ -273,7 +273,7 @@ def test_tokenizers_as_transformers_saves_them_today_give_the_original_s_tokens(
         assert first == second
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -289,16 +289,16 @@ def reference_autoencoder(model: Path, storage: str) -> Any:
 
 
 @pytest.mark.parametrize("form", forms_of("vae"))
-def test_latents_and_decoded_pictures_are_the_original_s(tiny_model: Path, written: Written, form: str) -> None:
-    adapter = SD3Adapter(settings_for(tiny_model, **written(form)))
+def test_latents_and_decoded_images_are_the_original_s(tiny_model: Path, written: Written, form: str) -> None:
+    adapter = SD3Family(settings_for(tiny_model, **written(form)))
     reference = reference_autoencoder(tiny_model, FORMS[form].storage)
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randint(256, (3, 32, 16), dtype=torch.uint8, generator=generator)
+    image = torch.randint(256, (3, 32, 16), dtype=torch.uint8, generator=generator)
     latents = torch.randn(1, 16, 2, 3, generator=generator)
     with torch.no_grad():
-        mean = reference.encode(picture[None].float() / 127.5 - 1).latent_dist.mean[0]
+        mean = reference.encode(image[None].float() / 127.5 - 1).latent_dist.mean[0]
         pixels = reference.decode(latents / 1.5305 + 0.0609).sample
-    (item,) = adapter.image_encoder.load(CPU)([picture])
+    (item,) = adapter.image_encoder.load(CPU)([image])
     assert torch.equal(item["latents"], (mean - 0.0609) * 1.5305)
     expected = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     assert torch.equal(adapter.load_decoder(CPU, 1024)(latents), expected)
@@ -311,7 +311,7 @@ def test_latents_and_decoded_pictures_are_the_original_s(tiny_model: Path, writt
 @pytest.mark.parametrize("form", ["complete_float32", "pipeline_folder", "t5xxl_shards", "network_diffusers_shards"])
 def test_every_file_that_was_read_is_in_the_identity(tiny_model: Path, written: Written, form: str) -> None:
     changes = written(form)
-    adapter = SD3Adapter(settings_for(tiny_model, **changes))
+    adapter = SD3Family(settings_for(tiny_model, **changes))
     t5xxl = {path.name for path in adapter.text_encoders[2].files if path.suffix == ".safetensors"}
     expected = {
         "complete_float32": ({"complete.safetensors"}, {"complete.safetensors"}),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.family import LENGTH, EncodedItem
 from models.sd3 import text_encoders
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.sd3.settings import SD3Settings
 from models.sd3.sources import Part
 from models.sd3.text_encoders import SD3TextEncoder, join_text
@@ -35,11 +35,11 @@ FOX_T5 = [3, 9, 1202, 13, 3, 9, 1131, 3, 20400]
 
 
 def encoders_of(settings: SD3Settings) -> tuple[SD3TextEncoder, ...]:
-    return SD3Adapter(settings).text_encoders
+    return SD3Family(settings).text_encoders
 
 
 def join(text: dict[str, Tensor], settings: SD3Settings) -> tuple[Tensor, Tensor]:
-    return join_text(text, settings, SD3Adapter(settings).config)
+    return join_text(text, settings, SD3Family(settings).config)
 
 
 @pytest.fixture(scope="module")

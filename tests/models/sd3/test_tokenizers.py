@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from models.family import ModelFilesError
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from models.sd3.text_encoders import SD3TextEncoder
 from tests.model_copies import linked_copy, settings_for
 from tests.public_files import TOKENIZERS
@@ -55,14 +55,14 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 def encoder_of(model: Path, name: str, **changes: Any) -> SD3TextEncoder:
     off = {other: False for other in ENCODERS if other != name}
-    (encoder,) = SD3Adapter(settings_for(model, **{**off, **changes})).text_encoders
+    (encoder,) = SD3Family(settings_for(model, **{**off, **changes})).text_encoders
     return encoder
 
 
-def problem_of(model: Path, name: str, **changes: Any) -> str:
+def error_of(model: Path, name: str, **changes: Any) -> str:
     with pytest.raises(ModelFilesError) as caught:
         encoder_of(model, name, **changes)
-    ((key, text),) = caught.value.problems
+    ((key, text),) = caught.value.errors
     assert key == f"{name}_tokenizer"
     return text
 
@@ -201,7 +201,7 @@ def test_a_given_page_of_the_hub_is_read_with_or_without_a_folder_in_it(
 
 def test_a_page_without_a_tokenizer_says_so(model: Path, hub: Callable[[str], list[str]]) -> None:
     hub("vae")
-    text = problem_of(model, "clip_g", clip_g_tokenizer="owner/name")
+    text = error_of(model, "clip_g", clip_g_tokenizer="owner/name")
     assert "owner/name" in text
     assert "has no vocab.json and merges.txt or tokenizer.json" in text
 
@@ -212,7 +212,7 @@ def test_a_page_without_a_tokenizer_says_so(model: Path, hub: Callable[[str], li
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_tokenizer_that_is_nowhere_says_which_files_to_put_where(model: Path, name: str) -> None:
     shutil.rmtree(model / BESIDE[name])
-    text = problem_of(model, name)
+    text = error_of(model, name)
     assert f"put {WANTED[name]} into {model / BESIDE[name]}" in text
     assert f"{name}_tokenizer = " in text
     assert f"{HUB[name]}: it cannot be reached" in text
@@ -228,18 +228,18 @@ def test_the_hub_s_own_refusal_of_a_machine_without_network_is_understood(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", _snapshot_download.snapshot_download)
     shutil.rmtree(model / "tokenizer")
-    assert "it cannot be reached" in problem_of(model, "clip_l")
+    assert "it cannot be reached" in error_of(model, "clip_l")
 
 
 @pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
 def test_half_a_clip_tokenizer_is_none(model: Path, missing: str) -> None:
     (model / "tokenizer" / missing).unlink()
-    assert f"put {WANTED['clip_l']} into {model / 'tokenizer'}" in problem_of(model, "clip_l")
+    assert f"put {WANTED['clip_l']} into {model / 'tokenizer'}" in error_of(model, "clip_l")
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_given_folder_without_the_files_is_refused_and_nothing_else_is_tried(model: Path, name: str) -> None:
-    text = problem_of(model, name, **{f"{name}_tokenizer": str(model / "vae")})
+    text = error_of(model, name, **{f"{name}_tokenizer": str(model / "vae")})
     assert str(model / "vae") in text
     assert f"({WANTED[name]})" in text
 
@@ -247,12 +247,12 @@ def test_a_given_folder_without_the_files_is_refused_and_nothing_else_is_tried(m
 @pytest.mark.parametrize(("name", "other"), [("clip_l", "t5xxl"), ("t5xxl", "clip_l")])
 def test_a_tokenizer_of_the_other_kind_is_refused(tiny_model: Path, tmp_path: Path, name: str, other: str) -> None:
     folder = write_tokenizer_json(tiny_model, other, tmp_path)
-    text = problem_of(tiny_model, name, **{f"{name}_tokenizer": str(folder)})
+    text = error_of(tiny_model, name, **{f"{name}_tokenizer": str(folder)})
     assert f"the folder has no {'T5' if name == 't5xxl' else 'CLIP'} tokenizer" in text
 
 
 def test_a_given_name_that_the_hub_does_not_give_is_named(model: Path) -> None:
-    text = problem_of(model, "t5xxl", t5xxl_tokenizer="owner/name")
+    text = error_of(model, "t5xxl", t5xxl_tokenizer="owner/name")
     assert "'owner/name'" in text
     assert "no such folder" in text
     assert f"put {WANTED['t5xxl']} into a folder" in text
@@ -263,14 +263,14 @@ def test_a_hub_that_refuses_is_quoted(model: Path, monkeypatch: pytest.MonkeyPat
         raise HFValidationError("a name may not be like this\nand so on")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    text = problem_of(model, "t5xxl", t5xxl_tokenizer="owner/name")
+    text = error_of(model, "t5xxl", t5xxl_tokenizer="owner/name")
     assert "a name may not be like this" in text
     assert "and so on" not in text
 
 
 @pytest.mark.parametrize("value", ["nonsense", "/no/such/folder/at/all", "http://somewhere/else"])
 def test_what_is_neither_a_folder_nor_a_name_of_the_hub_is_refused(model: Path, value: str) -> None:
-    text = problem_of(model, "clip_l", clip_l_tokenizer=value)
+    text = error_of(model, "clip_l", clip_l_tokenizer=value)
     assert repr(value) in text
     assert f"neither a folder nor a hub's owner/name; give a folder with {WANTED['clip_l']}" in text
 
@@ -288,7 +288,7 @@ def test_a_file_that_is_not_what_its_name_says_makes_no_tokenizer(
     for name in ("vocab.json", "merges.txt", "spiece.model"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    SD3Adapter(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
+    SD3Family(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
     (folder / file).write_text(content, encoding="utf-8")
     with pytest.raises(ModelFilesError, match=f"{key}_tokenizer"):
-        SD3Adapter(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
+        SD3Family(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))

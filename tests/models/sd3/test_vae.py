@@ -34,13 +34,13 @@ def folder_part(folder: Path) -> Part:
     return Part("vae", open_folder(folder), json.loads((folder / "config.json").read_text()), folder)
 
 
-def picture(height: int, width: int, seed: int = 0) -> Tensor:
+def image(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
 def test_latents_are_the_shifted_and_scaled_mean(tiny_model: Path, autoencoder: Any, height: int, width: int) -> None:
-    pixels = picture(height, width)
+    pixels = image(height, width)
     (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
     with torch.no_grad():
         mean = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist.mean[0]
@@ -50,10 +50,10 @@ def test_latents_are_the_shifted_and_scaled_mean(tiny_model: Path, autoencoder: 
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
-def test_the_deviation_is_the_posterior_s_in_the_scale_of_the_latents(
+def test_the_std_is_the_posterior_s_in_the_scale_of_the_latents(
     tiny_model: Path, autoencoder: Any, height: int, width: int
 ) -> None:
-    pixels = picture(height, width)
+    pixels = image(height, width)
     (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
     with torch.no_grad():
         posterior = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist
@@ -64,9 +64,9 @@ def test_the_deviation_is_the_posterior_s_in_the_scale_of_the_latents(
     assert item["deviation"].min() > 0
 
 
-def test_a_sample_of_mean_and_deviation_is_diffusers_sample(tiny_model: Path, autoencoder: Any) -> None:
+def test_a_sample_of_mean_and_std_is_diffusers_sample(tiny_model: Path, autoencoder: Any) -> None:
     """Of the same normal numbers."""
-    pixels = picture(32, 32)
+    pixels = image(32, 32)
     (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
     with torch.no_grad():
         posterior = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist
@@ -79,7 +79,7 @@ def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_pat
     config = (tiny_model / "vae" / "config.json").read_text()
     folder = linked_copy(tiny_model / "vae", tmp_path / "vae")
     rewrite(folder / "config.json", config.replace("1.5305", "0.75").replace("0.0609", "-0.25"))
-    pixels = picture(16, 16)
+    pixels = image(16, 16)
     (ours,), (released,) = (
         vae.SD3ImageEncoder(folder_part(path)).load(CPU)([pixels]) for path in (folder, tiny_model / "vae")
     )
@@ -88,11 +88,11 @@ def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_pat
     torch.testing.assert_close(ours["deviation"], released["deviation"] / SCALE * 0.75)
 
 
-def test_a_picture_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> None:
+def test_a_image_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> None:
     encode = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)
-    pictures = [picture(16, 32, seed) for seed in range(3)]
-    together = encode(pictures)
-    for ours, single in zip(together, (encode([one])[0] for one in pictures), strict=True):
+    images = [image(16, 32, seed) for seed in range(3)]
+    together = encode(images)
+    for ours, single in zip(together, (encode([one])[0] for one in images), strict=True):
         assert all(torch.equal(ours[name], single[name]) for name in ("latents", "deviation"))
 
 
@@ -123,7 +123,7 @@ def random_latents(height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 64), (64, 24)])
-def test_a_picture_decoded_in_tiles_is_near_to_the_whole_one(tiny_model: Path, height: int, width: int) -> None:
+def test_a_image_decoded_in_tiles_is_near_to_the_whole_one(tiny_model: Path, height: int, width: int) -> None:
     """Norms and attention see a tile only, and random weights make the most of it: 5 to 6 of 255 on average measured.
 
     The larger the tiles, the less: 12 with tiles of half the side.
@@ -149,9 +149,7 @@ def test_tiles_do_not_show_where_they_meet(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (2, 8), (4, 6)])
-def test_a_picture_no_larger_than_a_tile_is_decoded_whole(
-    tiny_model: Path, autoencoder: Any, height: int, width: int
-) -> None:
+def test_a_image_no_larger_than_a_tile_is_decoded_whole(tiny_model: Path, autoencoder: Any, height: int, width: int) -> None:
     latents = random_latents(height, width)
     with torch.no_grad():
         expected = autoencoder.decode(latents / SCALE + SHIFT).sample
@@ -159,7 +157,7 @@ def test_a_picture_no_larger_than_a_tile_is_decoded_whole(
     assert torch.equal(pixels, ((expected + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
-def test_a_fitting_folder_has_no_problems(tiny_model: Path) -> None:
+def test_a_fitting_folder_has_no_errors(tiny_model: Path) -> None:
     assert vae.check_part(folder_part(tiny_model / "vae"), NUM_CHANNELS) == []
 
 
@@ -167,7 +165,7 @@ def test_a_fitting_folder_has_no_problems(tiny_model: Path) -> None:
     ("change", "message"),
     [
         (('"latent_channels": 16', '"latent_channels": 4'), "has 4 latent channels, the network takes 16"),
-        (("[\n    32,\n    32,\n    32,\n    64\n  ]", "[32, 32, 64]"), "shrinks pictures 4 times"),
+        (("[\n    32,\n    32,\n    32,\n    64\n  ]", "[32, 32, 64]"), "shrinks images 4 times"),
     ],
 )
 def test_an_autoencoder_of_another_model_is_refused(

@@ -55,12 +55,12 @@ def write_network(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> 
     return path
 
 
-def problems_of(path: Path) -> str:
+def errors_of(path: Path) -> str:
     """The one way the network's file is opened: what is wrong is told under its key."""
     with pytest.raises(ModelFilesError) as caught:
         NetworkFiles(open_file(path))
-    assert {key for key, _ in caught.value.problems} == {"mmdit"}
-    return "\n".join(text for _, text in caught.value.problems)
+    assert {key for key, _ in caught.value.errors} == {"mmdit"}
+    return "\n".join(text for _, text in caught.value.errors)
 
 
 # --- variants ----------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_checkpoint_with_prefix_and_other_networks_reads_like_a_plain_one(tiny
 def test_another_network_is_told_by_what_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "flux.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4), "pos_embed": torch.zeros(1, 4, 4)}, path)
-    text = problems_of(path)
+    text = errors_of(path)
     assert "is a Flux transformer, not a whole SD3 network" in text
     assert "x_embedder.proj.weight" in text
     assert "pos_embed" not in text
@@ -207,7 +207,7 @@ def test_a_network_without_blocks_is_refused(tmp_path: Path) -> None:
         for name in [name for name in tensors if name.startswith("joint_blocks.")]:
             del tensors[name]
 
-    assert "joint_blocks" in problems_of(write_network(tmp_path, without_blocks))
+    assert "joint_blocks" in errors_of(write_network(tmp_path, without_blocks))
 
 
 def test_missing_misshapen_and_foreign_tensors_are_all_named_at_once(tmp_path: Path) -> None:
@@ -216,21 +216,21 @@ def test_missing_misshapen_and_foreign_tensors_are_all_named_at_once(tmp_path: P
         tensors["final_layer.linear.weight"] = torch.zeros(32, 128)
         tensors["joint_blocks.0.x_block.attn.to_q.weight"] = torch.zeros(2)
 
-    text = problems_of(write_network(tmp_path, change))
+    text = errors_of(write_network(tmp_path, change))
     assert "misses tensor joint_blocks.1.x_block.mlp.fc2.bias (128,)" in text
     assert "tensor final_layer.linear.weight has shape (32, 128), expected (64, 128)" in text
     assert "has tensor joint_blocks.0.x_block.attn.to_q.weight, which this network does not have" in text
 
 
-def test_a_long_list_of_problems_is_cut_and_says_so(tmp_path: Path) -> None:
+def test_a_long_list_of_errors_is_cut_and_says_so(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("joint_blocks.1.")]:
             del tensors[name]
 
-    lines = problems_of(write_network(tmp_path, change)).splitlines()
+    lines = errors_of(write_network(tmp_path, change)).splitlines()
     deleted = [name for name in tiny_shapes() if name.startswith("joint_blocks.1.")]
-    assert len(lines) == tensor_files.MAX_PROBLEMS_SHOWN + 1
-    assert f"and {len(deleted) - tensor_files.MAX_PROBLEMS_SHOWN} more" in lines[-1]
+    assert len(lines) == tensor_files.MAX_ERRORS_SHOWN + 1
+    assert f"and {len(deleted) - tensor_files.MAX_ERRORS_SHOWN} more" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_defining_tensor_of_the_wrong_rank_is_refused_by_name(tmp_path: Path, 
     def flatten(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name].flatten()
 
-    assert name in problems_of(write_network(tmp_path, flatten))
+    assert name in errors_of(write_network(tmp_path, flatten))
 
 
 def test_a_width_of_no_whole_heads_is_refused() -> None:

@@ -16,7 +16,7 @@ from utils.checkpoint.save import (
     CheckpointError,
     SavedState,
     find_checkpoints,
-    identity_problems,
+    identity_errors,
     save,
     step_folder,
 )
@@ -56,11 +56,11 @@ def test_no_folder_has_no_checkpoints(tmp_path: Path) -> None:
 def test_every_difference_of_identity_is_named_with_both_values(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 10)
     (saved,) = find_checkpoints(tmp_path)
-    assert identity_problems(saved, IDENTITY) == []
-    problems = identity_problems(saved, {**IDENTITY, "seed": 8, "adapter": {"rank": 4}})
-    assert len(problems) == 2
-    assert problems[0].startswith(f"seed was 7 in {saved.folder} and is 8 now")
-    assert "adapter was 'none'" in problems[1]
+    assert identity_errors(saved, IDENTITY) == []
+    errors = identity_errors(saved, {**IDENTITY, "seed": 8, "adapter": {"rank": 4}})
+    assert len(errors) == 2
+    assert errors[0].startswith(f"seed was 7 in {saved.folder} and is 8 now")
+    assert "adapter was 'none'" in errors[1]
 
 
 @pytest.mark.parametrize("text", ["{ half a", "[]", "{}", '{"format": 99, "step": 1, "identity": {}}'])
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_cannot_be_understood_is_named(tmp_path: Path, text: s
 
 def test_a_network_file_that_differs_is_told_without_its_hash(tmp_path: Path) -> None:
     saved = SavedState(tmp_path, 1, {**IDENTITY, NETWORK_FILES: ["0123"]})
-    (text,) = identity_problems(saved, {**IDENTITY, NETWORK_FILES: ["4567"]})
+    (text,) = identity_errors(saved, {**IDENTITY, NETWORK_FILES: ["4567"]})
     assert text.startswith("the network's weights file is another")
     assert "4567" not in text
 

@@ -9,9 +9,9 @@ import pytest
 import toml
 
 from tests.tiny_model import write_experiment
-from tests.utils.config.test_load import NOWHERE, load, only_problem, write
+from tests.utils.config.test_load import NOWHERE, load, only_error, write
 from utils.config.load import ConfigError, dump_toml, load_config
-from utils.config.schema.tables import DatasetConfig, PictureConfig
+from utils.config.schema.tables import DatasetConfig, ImageConfig
 
 OTHER: dict[str, Any] = {
     "resolutions": [64, 96],
@@ -41,14 +41,14 @@ def dataset_of(**table: Any) -> DatasetConfig:
 
 
 def test_every_key_that_is_handed_down_is_tested() -> None:
-    fields = PictureConfig.model_fields
+    fields = ImageConfig.model_fields
     assert OTHER.keys() == fields.keys()
     assert all(OTHER[name] != field.get_default(call_default_factory=True) for name, field in fields.items())
 
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_at_the_top_holds_in_directories_that_do_not_say_otherwise(key: str) -> None:
-    default = PictureConfig.model_fields[key].get_default(call_default_factory=True)
+    default = ImageConfig.model_fields[key].get_default(call_default_factory=True)
     own = [32] if key == "resolutions" else default
     dataset = dataset_of(**{key: OTHER[key]}, directory=[{"path": "a"}, {"path": "b", key: own}])
     first, second = dataset.directory
@@ -60,7 +60,7 @@ def test_a_key_at_the_top_holds_in_directories_that_do_not_say_otherwise(key: st
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_of_a_directory_holds_in_it_alone(key: str) -> None:
     first, second = dataset_of(directory=[{"path": "a", key: OTHER[key]}, {"path": "b"}]).directory
-    default = [32] if key == "resolutions" else PictureConfig.model_fields[key].default
+    default = [32] if key == "resolutions" else ImageConfig.model_fields[key].default
     assert (getattr(first, key), getattr(second, key)) == (OTHER[key], default)
 
 
@@ -85,7 +85,7 @@ MISSING = "resolutions is missing; give it at the top, or in every [[directory]]
     ],
 )
 def test_resolutions_must_be_somewhere(tmp_path: Path, table: dict[str, Any]) -> None:
-    assert only_problem(write(tmp_path, dataset_file=table)) == ("dataset.toml", "", MISSING)
+    assert only_error(write(tmp_path, dataset_file=table)) == ("dataset.toml", "", MISSING)
 
 
 def test_resolutions_of_every_directory_are_enough(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_resolutions_of_every_directory_are_enough(tmp_path: Path) -> None:
 def test_a_lower_bound_above_the_upper_one_is_named_where_it_is(
     tmp_path: Path, table: dict[str, Any], key: str, message: str
 ) -> None:
-    assert only_problem(write(tmp_path, dataset_file=table)) == ("dataset.toml", key, message)
+    assert only_error(write(tmp_path, dataset_file=table)) == ("dataset.toml", key, message)
 
 
 def test_bounds_that_hold_in_no_directory_are_no_mistake(tmp_path: Path) -> None:
@@ -124,29 +124,29 @@ def test_bounds_that_hold_in_no_directory_are_no_mistake(tmp_path: Path) -> None
 # --- evaluation sets ---------------------------------------------------------------------------------------------------
 
 
-def eval_set_problem(folder: Path, **table: Any) -> tuple[str, str]:
-    """(Key, message) of the one problem of a dataset file that is an evaluation set's."""
+def eval_set_error(folder: Path, **table: Any) -> tuple[str, str]:
+    """(Key, message) of the one error of a dataset file that is an evaluation set's."""
     other = folder / "other.toml"
     other.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": "a"}], **table}))
     path = write_experiment(folder, NOWHERE, NOWHERE, eval={"sets": [{"name": "other", "dataset": str(other)}]})
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    (problem,) = caught.value.problems
-    assert problem.file == other
-    return problem.key, problem.message
+    (error,) = caught.value.errors
+    assert error.file == other
+    return error.key, error.message
 
 
 @pytest.mark.parametrize("number", [2.5, 0.5])
 def test_fractional_repeats_are_refused_in_an_evaluation_set(tmp_path: Path, number: float) -> None:
     message = f"= {number}: an evaluation set takes whole numbers only"
-    assert eval_set_problem(tmp_path, num_repeats=number) == ("directory[0].num_repeats", message)
+    assert eval_set_error(tmp_path, num_repeats=number) == ("directory[0].num_repeats", message)
     directories = [{"path": "a"}, {"path": "b", "num_repeats": number}]
-    assert eval_set_problem(tmp_path, directory=directories) == ("directory[1].num_repeats", message)
+    assert eval_set_error(tmp_path, directory=directories) == ("directory[1].num_repeats", message)
 
 
 @pytest.mark.parametrize("key", ["horizontal_flip", "loss_weight", "cache_shuffle_num"])
 def test_what_only_training_reads_is_refused_in_an_evaluation_set(tmp_path: Path, key: str) -> None:
-    found, message = eval_set_problem(tmp_path, **{key: OTHER[key]})
+    found, message = eval_set_error(tmp_path, **{key: OTHER[key]})
     assert (found, message.partition(",")[0]) == (f"directory[0].{key}", "has no place in an evaluation set")
 
 

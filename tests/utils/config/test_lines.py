@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.utils.config.test_load import problems_of, write
+from tests.utils.config.test_load import errors_of, write
 from utils.config.lines import key_lines, line_of
 
 TEXT = '''# a comment = 3
@@ -77,12 +77,12 @@ def test_a_file_that_cannot_be_read_has_no_lines(tmp_path: Path) -> None:
 def test_messages_name_the_line_and_not_that_of_a_key_given_by_set(tmp_path: Path) -> None:
     path = write(tmp_path, objective={"mode_s_n": 0.0, "logit_std": 1.0})
     lines = path.read_text().splitlines()
-    (problem,) = problems_of(path)
-    assert problem.line is not None
-    assert lines[problem.line - 1] == "mode_s_n = 0.0"
-    assert str(problem) == f"{path}, line {problem.line}: objective.mode_s_n: = 0.0: must be greater than or equal to 0.001"
-    (problem, other) = problems_of(path, "objective.logit_std=-1.0")
-    assert {problem.key: problem.line is None, other.key: other.line is None} == {
+    (error,) = errors_of(path)
+    assert error.line is not None
+    assert lines[error.line - 1] == "mode_s_n = 0.0"
+    assert str(error) == f"{path}, line {error.line}: objective.mode_s_n: = 0.0: must be greater than or equal to 0.001"
+    (error, other) = errors_of(path, "objective.logit_std=-1.0")
+    assert {error.key: error.line is None, other.key: other.line is None} == {
         "objective.mode_s_n": False,
         "objective.logit_std": True,
     }

@@ -10,7 +10,7 @@ import pytest
 import toml
 
 from tests.tiny_model import write_experiment
-from utils.config.load import Config, ConfigError, Problem, dump_toml, load_config, parse_override
+from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml, load_config, parse_override
 from utils.config.schema.tables import DatasetConfig, EmaConfig, SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,19 +23,19 @@ def write(folder: Path, **changes: Any) -> Path:
     return write_experiment(folder, NOWHERE, NOWHERE, **changes)
 
 
-def problems_of(path: Path, *overrides: str) -> list[Problem]:
+def errors_of(path: Path, *overrides: str) -> list[ErrorDetail]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
-    assert str(caught.value).splitlines() == [str(problem) for problem in caught.value.problems]
-    return caught.value.problems
+    assert str(caught.value).splitlines() == [str(error) for error in caught.value.errors]
+    return caught.value.errors
 
 
-def only_problem(path: Path, *overrides: str) -> tuple[str, str, str]:
-    """(file name, key, message) of the one problem."""
-    problems = problems_of(path, *overrides)
-    assert len(problems) == 1, problems
-    (problem,) = problems
-    return problem.file.name, problem.key, problem.message
+def only_error(path: Path, *overrides: str) -> tuple[str, str, str]:
+    """(file name, key, message) of the one error."""
+    errors = errors_of(path, *overrides)
+    assert len(errors) == 1, errors
+    (error,) = errors
+    return error.file.name, error.key, error.message
 
 
 def load(folder: Path, *overrides: str, **changes: Any) -> Config:
@@ -102,7 +102,7 @@ def test_targets_survive_the_resolved_copy(tmp_path: Path, targets: str) -> None
 )
 def test_a_wrong_target_is_named_by_its_place(tmp_path: Path, targets: str, key: str, message: str) -> None:
     path = write(tmp_path, adapter={"type": "lora"})
-    _, found_key, text = only_problem(path, f"adapter.targets={targets}")
+    _, found_key, text = only_error(path, f"adapter.targets={targets}")
     assert found_key == key
     assert text.startswith(message)
 
@@ -110,7 +110,7 @@ def test_a_wrong_target_is_named_by_its_place(tmp_path: Path, targets: str, key:
 @pytest.mark.parametrize("key", ["dora", "rank_stabilized"])
 def test_what_only_low_rank_has_is_refused_for_lokr(tmp_path: Path, key: str) -> None:
     message = '= True: goes with type = "lora" only; leave it out, or change the type'
-    assert only_problem(write(tmp_path, adapter={"type": "lokr", key: True}))[1:] == (f"adapter.{key}", message)
+    assert only_error(write(tmp_path, adapter={"type": "lokr", key: True}))[1:] == (f"adapter.{key}", message)
     load(tmp_path, adapter={"type": "lora", key: True})
     load(tmp_path, adapter={"type": "lokr", key: False})
 
@@ -125,7 +125,7 @@ def test_tables_are_read_only(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
     path = write(tmp_path, **{"optimizer.lr_warmup_step": 3})
-    assert only_problem(path) == (
+    assert only_error(path) == (
         "experiment.toml",
         "optimizer.lr_warmup_step",
         "unknown key; did you mean `lr_warmup_steps`?",
@@ -134,11 +134,11 @@ def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_of_the_family_s_table_is_answered_with_the_right_one(tmp_path: Path) -> None:
     path = write(tmp_path, **{"model.t5xxl_max_token_lenght": 3})
-    assert only_problem(path)[2] == "unknown key; did you mean `t5xxl_max_token_length`?"
+    assert only_error(path)[2] == "unknown key; did you mean `t5xxl_max_token_length`?"
 
 
 def test_a_misspelt_table_is_answered_with_the_right_one(tmp_path: Path) -> None:
-    assert only_problem(write(tmp_path, monitorin={"tensorboard": True}))[1:] == (
+    assert only_error(write(tmp_path, monitorin={"tensorboard": True}))[1:] == (
         "monitorin",
         "unknown key; did you mean `monitoring`?",
     )
@@ -146,7 +146,7 @@ def test_a_misspelt_table_is_answered_with_the_right_one(tmp_path: Path) -> None
 
 def test_a_key_of_another_table_is_told_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, **{"objective.gradient_clipping": 1.0, "optimizer.max_steps": 3})
-    assert {(problem.key, problem.message) for problem in problems_of(path)} == {
+    assert {(error.key, error.message) for error in errors_of(path)} == {
         ("objective.gradient_clipping", "unknown key here; it belongs in [optimizer]"),
         ("optimizer.max_steps", "unknown key here; it belongs at the top level, above the first [table]"),
     }
@@ -154,24 +154,24 @@ def test_a_key_of_another_table_is_told_its_place(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_of_another_table_is_told_name_and_place(tmp_path: Path) -> None:
     path = write(tmp_path, gradient_cliping=1.0)
-    assert only_problem(path)[1:] == ("gradient_cliping", "unknown key; did you mean `gradient_clipping`, in [optimizer]?")
+    assert only_error(path)[1:] == ("gradient_cliping", "unknown key; did you mean `gradient_clipping`, in [optimizer]?")
 
 
 def test_a_key_of_the_dataset_file_is_told_so(tmp_path: Path) -> None:
     path = write(tmp_path, resolutions=[512])
-    assert only_problem(path) == (
+    assert only_error(path) == (
         "experiment.toml",
         "resolutions",
         "unknown key here; it belongs in the dataset file",
     )
-    assert only_problem(write(tmp_path, num_ar_bucket=5))[2] == (
+    assert only_error(write(tmp_path, num_ar_bucket=5))[2] == (
         "unknown key; did you mean `num_ar_buckets`, in the dataset file?"
     )
 
 
 def test_a_key_of_the_experiment_file_is_told_so(tmp_path: Path) -> None:
     path = write(tmp_path, dataset_file={"micro_batch_size_per_gpu": 2})
-    assert only_problem(path) == (
+    assert only_error(path) == (
         "dataset.toml",
         "micro_batch_size_per_gpu",
         "unknown key here; it belongs in the experiment file, in [pipeline]",
@@ -180,7 +180,7 @@ def test_a_key_of_the_experiment_file_is_told_so(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_of_a_directory_names_the_directory(tmp_path: Path) -> None:
     directories = [{"path": "a"}, {"path": "b", "num_repeat": 2}]
-    assert only_problem(write(tmp_path, dataset_file={"directory": directories})) == (
+    assert only_error(write(tmp_path, dataset_file={"directory": directories})) == (
         "dataset.toml",
         "directory[1].num_repeat",
         "unknown key; did you mean `num_repeats`?",
@@ -188,7 +188,7 @@ def test_a_misspelt_key_of_a_directory_names_the_directory(tmp_path: Path) -> No
 
 
 def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) -> None:
-    _, key, message = only_problem(write(tmp_path, **{"monitoring.xyzzy": 1}))
+    _, key, message = only_error(write(tmp_path, **{"monitoring.xyzzy": 1}))
     assert key == "monitoring.xyzzy"
     assert message == "unknown key; this table has tensorboard"
 
@@ -221,7 +221,7 @@ def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) ->
     ],
 )
 def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path: Path, key: str, value: Any, message: str) -> None:
-    file, named, text = only_problem(write(tmp_path, **{key: value}))
+    file, named, text = only_error(write(tmp_path, **{key: value}))
     assert (file, named) == ("experiment.toml", key)
     assert text.startswith(f"= {value!r}: ")
     assert message in text
@@ -250,7 +250,7 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path: Path, key: str, v
     ],
 )
 def test_a_wrong_value_of_the_dataset_file_names_its_key(tmp_path: Path, key: str, value: Any, named: str) -> None:
-    assert only_problem(write(tmp_path, dataset_file={key: value}))[:2] == ("dataset.toml", named)
+    assert only_error(write(tmp_path, dataset_file={key: value}))[:2] == ("dataset.toml", named)
 
 
 @pytest.mark.parametrize(
@@ -271,15 +271,15 @@ def test_a_wrong_value_of_the_dataset_file_names_its_key(tmp_path: Path, key: st
 )
 @pytest.mark.parametrize("value", [True, "3"])
 def test_neither_true_nor_text_is_a_number(tmp_path: Path, key: str, value: Any) -> None:
-    problems = problems_of(write(tmp_path, **{key: value}))
-    assert {problem.key for problem in problems} == {key}
-    assert re.match(f"= {value!r}: must be a valid (integer|number)$", problems[0].message)
+    errors = errors_of(write(tmp_path, **{key: value}))
+    assert {error.key for error in errors} == {key}
+    assert re.match(f"= {value!r}: must be a valid (integer|number)$", errors[0].message)
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", "no"])
 def test_neither_a_number_nor_text_is_true_or_false(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path, **{"monitoring.tensorboard": value}, dataset_file={"enable_ar_bucket": value})
-    assert [(problem.key, problem.message) for problem in problems_of(path)] == [
+    assert [(error.key, error.message) for error in errors_of(path)] == [
         ("monitoring.tensorboard", f"= {value!r}: must be a valid boolean"),
         ("enable_ar_bucket", f"= {value!r}: must be a valid boolean"),
     ]
@@ -292,24 +292,24 @@ def test_a_number_with_a_point_may_be_written_without(tmp_path: Path) -> None:
 
 
 def test_a_wrong_number_of_stages_is_told_both_things_allowed(tmp_path: Path) -> None:
-    problems = problems_of(write(tmp_path, **{"pipeline.pipeline_stages": "aut"}))
-    assert {problem.key for problem in problems} == {"pipeline.pipeline_stages"}
-    text = "\n".join(problem.message for problem in problems)
+    errors = errors_of(write(tmp_path, **{"pipeline.pipeline_stages": "aut"}))
+    assert {error.key for error in errors} == {"pipeline.pipeline_stages"}
+    text = "\n".join(error.message for error in errors)
     assert "'auto'" in text
     assert "integer" in text
 
 
 @pytest.mark.parametrize("key", ["output_dir", "optimizer.learning_rate", "model.mmdit", "model", "optimizer", "dataset"])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
-    assert only_problem(write(tmp_path, **{key: None})) == ("experiment.toml", key, "is missing")
+    assert only_error(write(tmp_path, **{key: None})) == ("experiment.toml", key, "is missing")
 
 
 def test_a_missing_key_of_the_dataset_file_is_named(tmp_path: Path) -> None:
-    assert only_problem(write(tmp_path, dataset_file={"directory": None})) == ("dataset.toml", "directory", "is missing")
+    assert only_error(write(tmp_path, dataset_file={"directory": None})) == ("dataset.toml", "directory", "is missing")
 
 
 def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
-    _, key, message = only_problem(write(tmp_path, max_steps=None))
+    _, key, message = only_error(write(tmp_path, max_steps=None))
     assert key == "max_steps"
     assert "`max_steps` or `epochs`" in message
     assert load(tmp_path, max_steps=None, epochs=2).experiment.epochs == 2
@@ -317,14 +317,14 @@ def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
 
 def test_a_lower_bound_above_the_upper_one_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, dataset_file={"min_ar": 2.0, "max_ar": 0.5})
-    assert only_problem(path) == ("dataset.toml", "min_ar", "= 2.0: must not be above max_ar, 0.5")
+    assert only_error(path) == ("dataset.toml", "min_ar", "= 2.0: must not be above max_ar, 0.5")
 
 
 @pytest.mark.parametrize(
     ("value", "message"), [("flux", "= 'flux': unknown model type; known: 'sd3'"), (None, "is missing")]
 )
 def test_an_unknown_model_type_is_answered_with_those_known(tmp_path: Path, value: str | None, message: str) -> None:
-    _, key, text = only_problem(write(tmp_path, **{"model.type": value}))
+    _, key, text = only_error(write(tmp_path, **{"model.type": value}))
     assert key == "model.type"
     assert text.startswith(message)
     assert "known: 'sd3'" in text
@@ -332,7 +332,7 @@ def test_an_unknown_model_type_is_answered_with_those_known(tmp_path: Path, valu
 
 @pytest.mark.parametrize("value", ["sd3", 3, ["sd3"]])
 def test_a_model_that_is_no_table_is_refused(tmp_path: Path, value: Any) -> None:
-    assert only_problem(write(tmp_path, model=value))[1].startswith("model")
+    assert only_error(write(tmp_path, model=value))[1].startswith("model")
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_every_mistake_of_both_files_is_told_at_once(tmp_path: Path) -> None:
         **{"optimizer.learning_rate": None, "model.dtype": "half", "adapter": {"type": "lora", "rank": 0}},
         dataset_file={"resolutions": [1], "min_arr": 1.0, "directory": [{"num_repeats": 1}]},
     )
-    assert {(problem.file.name, problem.key) for problem in problems_of(path, "save.keep_last=0", "nonsense")} == {
+    assert {(error.file.name, error.key) for error in errors_of(path, "save.keep_last=0", "nonsense")} == {
         ("experiment.toml", "seeed"),
         ("experiment.toml", "max_steps"),
         ("experiment.toml", "optimizer.learning_rate"),
@@ -361,27 +361,27 @@ def test_every_mistake_of_both_files_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    assert only_problem(tmp_path / "none.toml") == ("none.toml", "", "does not exist")
+    assert only_error(tmp_path / "none.toml") == ("none.toml", "", "does not exist")
     path = write(tmp_path)
     (tmp_path / "dataset.toml").unlink()
-    assert only_problem(path) == ("dataset.toml", "", "does not exist")
+    assert only_error(path) == ("dataset.toml", "", "does not exist")
 
 
 @pytest.mark.parametrize("content", ["a = = 1", "[table", "a = 1\na = 2", 'a = "open', "a = [1,"])
 def test_what_is_not_toml_is_said_to_be_so(tmp_path: Path, content: str) -> None:
     path = tmp_path / "experiment.toml"
     path.write_text(content)
-    assert only_problem(path)[2].startswith("is not valid TOML: ")
+    assert only_error(path)[2].startswith("is not valid TOML: ")
 
 
 def test_a_file_in_another_encoding_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "experiment.toml"
     path.write_bytes('output_dir = "Füchse"'.encode("latin-1"))
-    assert "utf-8" in only_problem(path)[2]
+    assert "utf-8" in only_error(path)[2]
 
 
 def test_a_folder_in_place_of_a_file_cannot_be_read(tmp_path: Path) -> None:
-    assert only_problem(tmp_path)[2].startswith("cannot be read: ")
+    assert only_error(tmp_path)[2].startswith("cannot be read: ")
 
 
 def test_numbers_with_and_without_a_point_may_share_a_list(tmp_path: Path) -> None:
@@ -443,19 +443,19 @@ def test_the_later_of_two_overrides_wins(tmp_path: Path) -> None:
 
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert only_problem(path, "max_step=3")[2] == "unknown key; did you mean `max_steps`?"
-    assert only_problem(path, "max_steps=often")[2].startswith("= 'often': ")
-    assert only_problem(path, "seed=true")[1] == "seed"
+    assert only_error(path, "max_step=3")[2] == "unknown key; did you mean `max_steps`?"
+    assert only_error(path, "max_steps=often")[2].startswith("= 'often': ")
+    assert only_error(path, "seed=true")[1] == "seed"
 
 
 @pytest.mark.parametrize("text", ["max_steps", "=3", " =3"])
 def test_an_override_without_key_or_value_shows_how_it_goes(tmp_path: Path, text: str) -> None:
-    message = only_problem(write(tmp_path), text)[2]
+    message = only_error(write(tmp_path), text)[2]
     assert message.startswith(f"--set {text}: must be KEY=VALUE")
 
 
 def test_an_override_inside_a_value_is_refused(tmp_path: Path) -> None:
-    _, key, message = only_problem(write(tmp_path), "seed.extra=3")
+    _, key, message = only_error(write(tmp_path), "seed.extra=3")
     assert key == "seed.extra"
     assert message == "seed is no table, so it has no key extra"
 
@@ -535,9 +535,9 @@ def test_an_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_key_of_the_model_in_the_dataset_file_is_told_its_place(tmp_path: Path) -> None:
-    (problem,) = problems_of(write(tmp_path, dataset_file={"clip_l": "somewhere"}))
-    assert (problem.file.name, problem.key) == ("dataset.toml", "clip_l")
-    assert "in the experiment file, in [model]" in problem.message
+    (error,) = errors_of(write(tmp_path, dataset_file={"clip_l": "somewhere"}))
+    assert (error.file.name, error.key) == ("dataset.toml", "clip_l")
+    assert "in the experiment file, in [model]" in error.message
 
 
 def test_what_is_no_path_is_refused_in_plain_words(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import toml
 
-from tests.utils.config.test_load import load, only_problem, problems_of, write
+from tests.utils.config.test_load import errors_of, load, only_error, write
 from utils.config.load import dump_toml
 from utils.config.schema.tables import DatasetConfig, EvalConfig, SamplingConfig
 
@@ -62,14 +62,14 @@ from utils.config.schema.tables import DatasetConfig, EvalConfig, SamplingConfig
     ],
 )
 def test_a_wrong_objective_is_refused(tmp_path: Path, changes: dict[str, Any], key: str, message: str) -> None:
-    assert only_problem(write(tmp_path, objective=changes)) == ("experiment.toml", key, message)
+    assert only_error(write(tmp_path, objective=changes)) == ("experiment.toml", key, message)
 
 
 def test_every_mistake_of_the_objective_is_told_at_once(tmp_path: Path) -> None:
     wrong = {"weighting_scheme": "sech", "mode_s_n": 0.0, "discrete_flow_shft": 3.0, "min_t": 0.5, "max_t": 0.25}
     sets = [{"name": "gone", "dataset": str(tmp_path / "gone.toml")}]
-    problems = problems_of(write(tmp_path, objective=wrong, eval={"sets": sets}))
-    found = {problem.key or problem.file.name: problem.message for problem in problems}
+    errors = errors_of(write(tmp_path, objective=wrong, eval={"sets": sets}))
+    found = {error.key or error.file.name: error.message for error in errors}
     keys = {f"objective.{key}" for key in ("weighting_scheme", "mode_s_n", "discrete_flow_shft", "max_t")}
     assert set(found) == keys | {"gone.toml"}
     assert "did you mean `discrete_flow_shift`?" in found["objective.discrete_flow_shft"]
@@ -85,7 +85,7 @@ def test_a_written_key_wins_over_its_preset_on_the_command_line_too(tmp_path: Pa
 @pytest.mark.parametrize(
     ("table", "key", "message"),
     [
-        ({}, "eval", "names no pictures: give holdout_images = 16, say, or sets of other pictures"),
+        ({}, "eval", "names no images: give holdout_images = 16, say, or sets of other images"),
         ({"holdout_images": -1}, "eval.holdout_images", "= -1: must be greater than or equal to 0"),
         ({"holdout_images": 2, "num_t_bands": 0}, "eval.num_t_bands", "= 0: must be greater than or equal to 1"),
         ({"holdout_images": 2, "weights": "best"}, "eval.weights", "= 'best': must be 'last' or 'ema'"),
@@ -94,22 +94,22 @@ def test_a_written_key_wins_over_its_preset_on_the_command_line_too(tmp_path: Pa
 def test_a_wrong_evaluation_is_refused(tmp_path: Path, table: dict[str, Any], key: str, message: str) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + "\n[eval]\n" + toml.dumps(table))
-    assert only_problem(path) == ("experiment.toml", key, message)
+    assert only_error(path) == ("experiment.toml", key, message)
 
 
 def test_sets_have_names_of_their_own(tmp_path: Path) -> None:
     other = str(tmp_path / "dataset.toml")
     for names in (["a", "a"], ["holdout"]):
         sets = [{"name": name, "dataset": other} for name in names]
-        assert "each set needs a name of its own" in only_problem(write(tmp_path, eval={"sets": sets}))[2]
+        assert "each set needs a name of its own" in only_error(write(tmp_path, eval={"sets": sets}))[2]
 
 
 def test_mistakes_of_an_evaluation_set_s_file_are_told_with_the_others(tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text('resolutions = [32]\n[[directory]]\npath = "x"\nhorizontal_flip = true\nloss_weight = 2.0\n')
     sets = [{"name": "other", "dataset": str(other)}, {"name": "gone", "dataset": str(tmp_path / "gone.toml")}]
-    found = problems_of(write(tmp_path, eval={"sets": sets}, dataset_file={"min_ar": 3.0}))
-    assert [(problem.file.name, problem.key) for problem in found] == [
+    found = errors_of(write(tmp_path, eval={"sets": sets}, dataset_file={"min_ar": 3.0}))
+    assert [(error.file.name, error.key) for error in found] == [
         ("dataset.toml", "min_ar"),
         ("other.toml", "directory[0].horizontal_flip"),
         ("other.toml", "directory[0].loss_weight"),
@@ -134,7 +134,7 @@ def test_prompts_are_strings_with_flags_or_tables(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_prompt_is_refused(tmp_path: Path, prompt: str, key: str, part: str) -> None:
-    file, found, message = only_problem(write(tmp_path, **{"sampling.prompts": [prompt]}))
+    file, found, message = only_error(write(tmp_path, **{"sampling.prompts": [prompt]}))
     assert (file, found) == ("experiment.toml", key)
     assert part in message
 

@@ -34,7 +34,7 @@ from utils.data.encoding import precompute
 from utils.data.encoding.plan import CacheSettings
 from utils.data.encoding.precompute import Cached, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ class Counting(FrozenEncoder):
 
 
 class CountingImages(Counting, ImageEncoder):
-    """Latents are the mean of each colour, or the picture itself."""
+    """Latents are the mean of each colour, or the image itself."""
 
     def __init__(self, files: tuple[Path, ...], *, keep_pixels: bool = False) -> None:
         super().__init__()
@@ -144,25 +144,25 @@ class NotingReaders:
         self._readers = readers
         self.asked: list[tuple[str, str]] = []
 
-    def pixels(self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b"") -> Future[np.ndarray]:
+    def pixels(self, file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> Future[np.ndarray]:
         self.asked.append(("pixels", file.path.name))
-        return self._readers.pixels(file, box, mirrored=mirrored, content=content)
+        return self._readers.pixels(file, box, flipped=flipped, content=content)
 
-    def mask(self, file: PictureFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
+    def mask(self, file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
         self.asked.append(("mask", file.path.name))
         return self._readers.mask(file, box, downscale, content=content)
 
-    def hashes(self, files: Sequence[PictureFile]) -> Future[list[bytes | str]]:
+    def hashes(self, files: Sequence[ImageFile]) -> Future[list[bytes | str]]:
         self.asked += [("hash", file.path.name) for file in files]
         return self._readers.hashes(files)
 
 
 class Workshop:
-    """A folder with pictures and a cache, gone over by one adapter after another."""
+    """A folder with images and a cache, gone over by one adapter after another."""
 
     def __init__(self, folder: Path, readers: Readers, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        self.pictures = make_tiny_dataset(folder / "pictures", 4)
+        self.images = make_tiny_dataset(folder / "images", 4)
         self.settings = CacheSettings(folder / "cache", posterior=False, text_dtype=None)
         self._scan, self._noting = Scan(readers, folder / "cache" / "files"), NotingReaders(readers)
         patch.setattr(precompute, "Readers", lambda num_workers: nullcontext(self._noting))  # one for all tests
@@ -177,7 +177,7 @@ class Workshop:
         self._noting.asked = []
 
     def scan(self, **changes: Any) -> Dataset:
-        return self._scan(**{"directory": [{"path": self.pictures}], **changes})
+        return self._scan(**{"directory": [{"path": self.images}], **changes})
 
     def examples(self, **changes: Any) -> ExampleTable:
         return self.scan(**changes).examples
@@ -187,7 +187,7 @@ class Workshop:
         return cache_alone(adapter, [found.examples], [""], replace(self.settings, **(settings or {})), found.memory)
 
     def encode(self, **settings: Any) -> tuple[int, int, int]:
-        """How many pictures and captions a fresh adapter had to encode."""
+        """How many images and captions a fresh adapter had to encode."""
         adapter = Adapter(self.folder, **settings)
         self.run(adapter)
         return adapter.counts

@@ -1,4 +1,4 @@
-"""Pictures for tests: made of coloured quarters, so that any turn, mirror or crop shows."""
+"""Images for tests: made of coloured quarters, so that any turn, mirror or crop shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.data.buckets import Bucket, CropBox, crop_box
 from utils.data.sources import decoding as images
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, WHITE)
@@ -50,31 +50,31 @@ def left_half(width: int = 48, height: int = 32) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def save(picture: Image.Image, path: Path, **options: Any) -> Path:
-    picture.save(path, **options)
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
     return path
 
 
-def save_turned(picture: Image.Image, path: Path, orientation: int, **options: Any) -> Path:
-    """Stored as a camera stores it that was held so; viewers show the picture upright."""
+def save_turned(image: Image.Image, path: Path, orientation: int, **options: Any) -> Path:
+    """Stored as a camera stores it that was held so; viewers show the image upright."""
     turn, exif = TURNS[orientation], Image.Exif()
     exif[274] = orientation
-    return save(picture if turn is None else picture.transpose(turn), path, exif=exif, **options)
+    return save(image if turn is None else image.transpose(turn), path, exif=exif, **options)
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Of a picture in a file of its own."""
-    return images.read_size(PictureFile(path))
+    """Of an image in a file of its own."""
+    return images.read_size(ImageFile(path))
 
 
-def read_pixels(path: Path, box: CropBox, *, mirrored: bool = False) -> Tensor:
-    """Of a picture in a file of its own."""
-    return torch.from_numpy(images.read_pixels(PictureFile(path), box, mirrored=mirrored))
+def read_pixels(path: Path, box: CropBox, *, flipped: bool = False) -> Tensor:
+    """Of an image in a file of its own."""
+    return torch.from_numpy(images.read_pixels(ImageFile(path), box, flipped=flipped))
 
 
 def read_mask(path: Path, box: CropBox, downscale: int) -> Tensor:
     """Of a mask in a file of its own."""
-    return torch.from_numpy(images.read_mask(PictureFile(path), box, downscale))
+    return torch.from_numpy(images.read_mask(ImageFile(path), box, downscale))
 
 
 def whole(width: int, height: int) -> CropBox:

@@ -34,5 +34,5 @@ class Scan:
 
 
 def names(dataset: Dataset) -> list[str]:
-    """Of its examples' pictures, below their directories."""
+    """Of its examples' images, below their directories."""
     return [example.key.partition("/")[2].partition("@")[0] for example in dataset.examples]

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from tests.utils.data.tables import DIRECTORY, pictures_of, table_of
+from tests.utils.data.tables import DIRECTORY, images_of, table_of
 from utils.data import batches as batches_module
-from utils.data.batches import BatchOrder, Visit
+from utils.data.batches import BatchOrder, SampleDraw
 from utils.data.buckets import Bucket
 from utils.data.examples import Example, ExampleTable, empty_table
 
@@ -18,20 +18,20 @@ SQUARE, WIDE, TALL = Bucket(32, 32), Bucket(48, 16), Bucket(16, 48)
 
 
 def make_examples(counts: dict[Bucket, int], repeats: float = 1) -> ExampleTable:
-    return table_of(pictures_of(counts, replace(DIRECTORY, repeats=repeats)))
+    return table_of(images_of(counts, replace(DIRECTORY, repeats=repeats)))
 
 
 COUNTS = {SQUARE: 13, WIDE: 5, TALL: 1}
 EXAMPLES = make_examples(COUNTS)
 
 
-def epoch_of(order: BatchOrder, epoch: int) -> list[list[Visit]]:
+def epoch_of(order: BatchOrder, epoch: int) -> list[list[SampleDraw]]:
     start = epoch * order.steps_per_epoch
     return [order.global_batch(step) for step in range(start, start + order.steps_per_epoch)]
 
 
-def keys(batches: list[list[Visit]]) -> list[str]:
-    return [visit.example.key for batch in batches for visit in batch]
+def keys(batches: list[list[SampleDraw]]) -> list[str]:
+    return [draw.example.key for batch in batches for draw in batch]
 
 
 def showings(order: BatchOrder, num_epochs: int) -> Counter[str]:
@@ -58,7 +58,7 @@ def test_an_epoch_holds_whole_batches_and_as_many_fillers_as_announced(global_ba
 @pytest.mark.parametrize("repeats", [1, 2.5])
 def test_each_bucket_s_showings_and_fillers_are_what_is_announced(repeats: float) -> None:
     order = BatchOrder(make_examples(COUNTS, repeats), 4, seed=3)
-    shown = Counter(visit.example.bucket for batch in epoch_of(order, 1) for visit in batch)
+    shown = Counter(draw.example.bucket for batch in epoch_of(order, 1) for draw in batch)
     assert {bucket: count for bucket, (count, _) in order.bucket_showings().items()} == shown
     fillers = {bucket: count for bucket, (_, count) in order.bucket_showings().items()}
     assert sum(fillers.values()) == order.num_fillers
@@ -69,7 +69,7 @@ def test_each_bucket_s_showings_and_fillers_are_what_is_announced(repeats: float
 @pytest.mark.parametrize("global_batch", [2, 4, 7, 32])
 def test_a_batch_is_of_one_bucket(global_batch: int) -> None:
     for batch in epoch_of(BatchOrder(EXAMPLES, global_batch, seed=3), 0):
-        assert len({visit.example.bucket for visit in batch}) == 1
+        assert len({draw.example.bucket for draw in batch}) == 1
 
 
 def test_fillers_are_shared_out_before_any_comes_twice() -> None:
@@ -117,26 +117,26 @@ def test_order_is_a_function_of_seed_and_step(repeats: float) -> None:
 @pytest.mark.parametrize("repeats", [1, 2.5])
 def test_order_does_not_depend_on_the_order_of_buckets(repeats: float) -> None:
     """Examples of one bucket keep their order; a new folder of another shape does not reshuffle it."""
-    pictures = pictures_of(COUNTS, replace(DIRECTORY, repeats=repeats))
-    again = sorted(pictures, key=lambda picture: picture.bucket != TALL)
-    assert again != pictures
-    first, second = BatchOrder(table_of(pictures), 4, seed=3), BatchOrder(table_of(again), 4, seed=3)
+    images = images_of(COUNTS, replace(DIRECTORY, repeats=repeats))
+    again = sorted(images, key=lambda image: image.bucket != TALL)
+    assert again != images
+    first, second = BatchOrder(table_of(images), 4, seed=3), BatchOrder(table_of(again), 4, seed=3)
     assert [first.global_batch(step) for step in range(30)] == [second.global_batch(step) for step in range(30)]
 
 
 def test_a_bucket_without_examples_changes_nothing() -> None:
-    """The table has those of every resolution, whether a picture fits or not."""
-    table = table_of(pictures_of({SQUARE: 3}))
+    """The table has those of every resolution, whether an image fits or not."""
+    table = table_of(images_of({SQUARE: 3}))
     wider = ExampleTable(
-        table.directories, [], [WIDE, *table.buckets], table.pictures, table.masks, table.controls, table.rows + [0, 0, 1]
+        table.directories, [], [WIDE, *table.buckets], table.images, table.masks, table.controls, table.rows + [0, 0, 1]
     )
     first, second = BatchOrder(table, 2, seed=3), BatchOrder(wider, 2, seed=3)
     assert [first.global_batch(step) for step in range(6)] == [second.global_batch(step) for step in range(6)]
 
 
-@pytest.mark.parametrize("num_pictures", [40, 4000])
-def test_a_step_makes_the_examples_of_its_batch_and_no_others(monkeypatch: pytest.MonkeyPatch, num_pictures: int) -> None:
-    table = make_examples({SQUARE: num_pictures, WIDE: 5}, repeats=2.5)
+@pytest.mark.parametrize("num_images", [40, 4000])
+def test_a_step_makes_the_examples_of_its_batch_and_no_others(monkeypatch: pytest.MonkeyPatch, num_images: int) -> None:
+    table = make_examples({SQUARE: num_images, WIDE: 5}, repeats=2.5)
     made: list[int | slice] = []
     real_getitem = ExampleTable.__getitem__
 
@@ -220,33 +220,33 @@ def test_which_examples_are_shown_once_more_depends_on_the_seed() -> None:
 
 @pytest.mark.parametrize("repeats", [0.25, 1, 2.5, 3])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_no_two_visits_of_an_epoch_are_the_same(repeats: float, epoch: int) -> None:
+def test_no_two_draws_of_an_epoch_are_the_same(repeats: float, epoch: int) -> None:
     """Else a repeat would be shown with the noise and time it had before."""
-    pictures = pictures_of({SQUARE: 5, TALL: 1}, replace(DIRECTORY, repeats=repeats))
-    pictures += pictures_of({SQUARE: 3}, replace(DIRECTORY, place="1", repeats=1.5))
-    batches = epoch_of(BatchOrder(table_of(pictures), 16, seed=0), epoch)
-    visits = [(visit.example.key, visit.epoch, visit.occurrence) for batch in batches for visit in batch]
-    assert len(set(visits)) == len(visits)
-    assert {number for _, number, _ in visits} == {epoch}
-    assert max(Counter(key for key, _, _ in visits).values()) > 2, "there are fillers among them"
-    for name in {key for key, _, _ in visits}:
-        assert any(occurrence == 0 for key, _, occurrence in visits if key == name) or repeats < 1
+    images = images_of({SQUARE: 5, TALL: 1}, replace(DIRECTORY, repeats=repeats))
+    images += images_of({SQUARE: 3}, replace(DIRECTORY, place="1", repeats=1.5))
+    batches = epoch_of(BatchOrder(table_of(images), 16, seed=0), epoch)
+    draws = [(draw.example.key, draw.epoch, draw.occurrence) for batch in batches for draw in batch]
+    assert len(set(draws)) == len(draws)
+    assert {number for _, number, _ in draws} == {epoch}
+    assert max(Counter(key for key, _, _ in draws).values()) > 2, "there are fillers among them"
+    for name in {key for key, _, _ in draws}:
+        assert any(occurrence == 0 for key, _, occurrence in draws if key == name) or repeats < 1
 
 
 def test_an_example_of_many_repeats_keeps_its_share() -> None:
-    pictures = pictures_of({SQUARE: 4}) + pictures_of({SQUARE: 1}, replace(DIRECTORY, place="1", repeats=8))
-    counts = Counter(keys(epoch_of(BatchOrder(table_of(pictures), 4, seed=0), 0)))
+    images = images_of({SQUARE: 4}) + images_of({SQUARE: 1}, replace(DIRECTORY, place="1", repeats=8))
+    counts = Counter(keys(epoch_of(BatchOrder(table_of(images), 4, seed=0), 0)))
     assert counts["1/32x32-0.png@32"] == 8
     assert set(counts.values()) == {1, 8}
 
 
 def test_directories_of_unlike_repeats_share_a_bucket() -> None:
-    pictures = [
-        picture
+    images = [
+        image
         for place, repeats in enumerate((0.5, 1, 2.5))
-        for picture in pictures_of({SQUARE: 4}, replace(DIRECTORY, place=str(place), repeats=repeats))
+        for image in images_of({SQUARE: 4}, replace(DIRECTORY, place=str(place), repeats=repeats))
     ]
-    order = BatchOrder(table_of(pictures), 2, seed=0)
+    order = BatchOrder(table_of(images), 2, seed=0)
     assert order.num_fillers == 0
     counts = showings(order, 2)
     assert {(key[0], count) for key, count in counts.items()} == {("0", 1), ("1", 2), ("2", 5)}
@@ -259,8 +259,8 @@ def test_directories_of_unlike_repeats_share_a_bucket() -> None:
 def test_first_step_of_an_epoch_follows_the_last_of_the_one_before() -> None:
     order = BatchOrder(EXAMPLES, 4, seed=3)
     last = order.steps_per_epoch
-    assert {visit.epoch for visit in order.global_batch(last - 1)} == {0}
-    assert {visit.epoch for visit in order.global_batch(last)} == {1}
+    assert {draw.epoch for draw in order.global_batch(last - 1)} == {0}
+    assert {draw.epoch for draw in order.global_batch(last)} == {1}
 
 
 def test_no_examples_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Sizes to train on, and how a picture is cut to one."""
+"""Sizes to train on, and how an image is cut to one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = [(640, 427), (427, 640), (1000, 872), (512, 512), (33, 400), (4000, 31),
 
 
 def nearest_bucket(width: int, height: int, buckets: list[Bucket]) -> Bucket:
-    """Of one picture."""
+    """Of one image."""
     (place,) = nearest_buckets(np.array([[width, height]]), buckets).tolist()
     return buckets[place]
 
@@ -63,7 +63,7 @@ def test_no_side_is_ever_zero() -> None:
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_nearest_bucket_crops_least(width: int, height: int) -> None:
-    """Nearest in the logarithm of the ratio = largest share of the picture kept."""
+    """Nearest in the logarithm of the ratio = largest share of the image kept."""
     buckets = make_buckets(256, 0.5, 2.0, 7, 1)
     chosen = nearest_bucket(width, height, buckets)
 
@@ -84,7 +84,7 @@ def test_a_tie_goes_to_the_bucket_that_is_smaller_in_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float64])
-def test_many_pictures_get_the_buckets_that_each_gets_alone(dtype: type) -> None:
+def test_many_images_get_the_buckets_that_each_gets_alone(dtype: type) -> None:
     buckets = make_buckets(256, 0.5, 2.0, 7, 16)
     together = nearest_buckets(np.array(SIZES, dtype), buckets)
     assert [buckets[place] for place in together.tolist()] == [nearest_bucket(*size, buckets) for size in SIZES]
@@ -97,7 +97,7 @@ PLACES = [None, 0.0, 0.3, 0.5, 1 - 2**-53]
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(16, 48), Bucket(1024, 512)])
 @pytest.mark.parametrize("place", PLACES)
-def test_the_picture_covers_its_bucket_and_keeps_its_shape(
+def test_the_image_covers_its_bucket_and_keeps_its_shape(
     width: int, height: int, bucket: Bucket, place: float | None
 ) -> None:
     box = crop_box(width, height, bucket, place)
@@ -129,7 +129,7 @@ def test_places_reach_both_ends_and_all_between_alike() -> None:
     assert tops == [0, 30, 60]
 
 
-def test_a_picture_of_its_bucket_s_size_is_left_alone() -> None:
+def test_a_image_of_its_bucket_s_size_is_left_alone() -> None:
     for place in PLACES:
         box = crop_box(48, 16, Bucket(48, 16), place)
         assert (box.resized_width, box.resized_height, box.left, box.top) == (48, 16, 0, 0)

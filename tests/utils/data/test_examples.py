@@ -14,14 +14,14 @@ import pytest
 
 from tests.utils.data.image_makers import noise, save
 from tests.utils.data.scanning import Scan
-from tests.utils.data.tables import DIRECTORY, Shown, pictures_of, table_of
+from tests.utils.data.tables import DIRECTORY, Shown, images_of, table_of
 from utils.data.buckets import Bucket, crop_box
 from utils.data.columns import Texts
 from utils.data.examples import Example, ExampleTable, empty_table
-from utils.data.image_table import Directory, Pictures, joined_pictures
+from utils.data.image_table import Directory, ImageTable, joined_images
 from utils.data.sources.decoding import CONTENT_BYTES
-from utils.data.sources.image_files import PictureFile
-from utils.data.sources.rows import NONE, Companions, Container, no_companions
+from utils.data.sources.image_files import ImageFile
+from utils.data.sources.rows import NONE, Container, PairedImages, no_paired_images
 from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction
 
@@ -53,8 +53,8 @@ def hashes(*numbers: int) -> np.ndarray:
 
 
 def mixed_table() -> ExampleTable:
-    """Pictures in files of their own, in .tar and .parquet files, with masks and control pictures and without."""
-    pictures = Pictures(
+    """Images in files of their own, in .tar and .parquet files, with masks and control images and without."""
+    images = ImageTable(
         directory=np.array([0, 0, 1, 1, 2], np.int32),
         names=Texts.of(["fox.png", "rows.parquet/owl.png", NO_UTF8, "a/zoo.tar/b/hen.png", "b/cow.png"]),
         sizes=np.array([(40, 40), (80, 64), (100, 16), (48, 16), (32, 32)], np.int32),
@@ -73,32 +73,32 @@ def mixed_table() -> ExampleTable:
         Container(f"{ODD.path}/a/zoo.tar", "a/zoo.tar", ""),
         Container("/data/zoo.tar", "", ""),
     ]
-    masks = Companions(Texts.of([f"/masks/{NO_UTF8}", "/masks/fox.jpg"]), hashes(21, 22))
-    controls = Companions(Texts.of(["/control/c.png"]), hashes(0))
+    masks = PairedImages(Texts.of([f"/masks/{NO_UTF8}", "/masks/fox.jpg"]), hashes(21, 22))
+    controls = PairedImages(Texts.of(["/control/c.png"]), hashes(0))
     rows = np.array([(0, 0, 0), (0, 1, 2), (1, 1, 2), (2, 0, 1), (3, 0, 1), (4, 0, 0)], np.int32)
-    return ExampleTable([PLAIN, ODD, ALONE], containers, [SQUARE, WIDE, LARGE], pictures, masks, controls, rows)
+    return ExampleTable([PLAIN, ODD, ALONE], containers, [SQUARE, WIDE, LARGE], images, masks, controls, rows)
 
 
 def by_hand() -> list[Example]:
     """The examples of `mixed_table`."""
     fox = Example(
         "0/fox.png@32",
-        PictureFile(Path("/data/plain/fox.png")),
+        ImageFile(Path("/data/plain/fox.png")),
         ("a fox",),
         crop_box(40, 40, SQUARE),
-        mask=PictureFile(Path("/masks/fox.jpg")),
+        mask=ImageFile(Path("/masks/fox.jpg")),
         content=digest(1),
         mask_content=digest(22),
     )
     place = fraction(0, "crop", f"{NO_UTF8}@32")
     odd = Example(
         f"eval/faces/1/{NO_UTF8}@32",
-        PictureFile(Path(ODD.path) / NO_UTF8),
+        ImageFile(Path(ODD.path) / NO_UTF8),
         ("x, y, z",),
         crop_box(100, 16, WIDE, place),
         repeats=2.5,
-        mask=PictureFile(Path(f"/masks/{NO_UTF8}")),
-        control=PictureFile(Path("/control/c.png")),
+        mask=ImageFile(Path(f"/masks/{NO_UTF8}")),
+        control=ImageFile(Path("/control/c.png")),
         loss_weight=0.5,
         may_flip=True,
         shuffle=SHUFFLE,
@@ -109,7 +109,7 @@ def by_hand() -> list[Example]:
         replace(fox, key="0/fox.png@64", box=crop_box(40, 40, LARGE)),
         Example(
             "0/rows.parquet/owl.png@64",
-            PictureFile(Path("/data/plain/rows.parquet"), "image", 7, 0),
+            ImageFile(Path("/data/plain/rows.parquet"), "image", 7, 0),
             ("owl, night", "an owl"),
             crop_box(80, 64, LARGE),
             content=digest(2),
@@ -118,7 +118,7 @@ def by_hand() -> list[Example]:
         replace(
             odd,
             key="eval/faces/1/a/zoo.tar/b/hen.png@32",
-            image=PictureFile(Path(ODD.path) / "a/zoo.tar", "b/hen.png", 512, 99),
+            image=ImageFile(Path(ODD.path) / "a/zoo.tar", "b/hen.png", 512, 99),
             captions=("",),
             box=crop_box(48, 16, WIDE),
             mask=None,
@@ -128,7 +128,7 @@ def by_hand() -> list[Example]:
         ),
         Example(
             "2/b/cow.png@32",
-            PictureFile(Path("/data/zoo.tar"), "b/cow.png", 1024, 100),
+            ImageFile(Path("/data/zoo.tar"), "b/cow.png", 1024, 100),
             ("Kühe",),
             crop_box(32, 32, SQUARE),
             content=digest(5),
@@ -152,8 +152,8 @@ def test_what_is_asked_for_without_the_rest_is_the_same() -> None:
     assert [table.box(index) for index in range(len(table))] == [example.box for example in examples]
     assert table.repeats.tolist() == [example.repeats for example in examples]
     assert [table.directory_of(index).place for index in range(len(table))] == ["0", "0", "0", *["eval/faces/1"] * 2, "2"]
-    assert [table.name_of(picture) for picture in (0, 2, 4)] == ["0/fox.png", f"eval/faces/1/{NO_UTF8}", "2/b/cow.png"]
-    assert table.num_pictures == 5
+    assert [table.name_of(image) for image in (0, 2, 4)] == ["0/fox.png", f"eval/faces/1/{NO_UTF8}", "2/b/cow.png"]
+    assert table.num_images == 5
     assert table.bucket_counts() == {SQUARE: 2, WIDE: 2, LARGE: 2}
     assert list(table.bucket_counts()) == [SQUARE, WIDE, LARGE]
 
@@ -162,7 +162,7 @@ def test_what_is_asked_for_without_the_rest_is_the_same() -> None:
 def test_outlines_are_the_examples_own(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
     monkeypatch.setattr("utils.data.examples.CHUNK_ROWS", chunk_rows)
     drawn = Shown(size=(33, 90), directory=replace(DIRECTORY, random_crop=True))
-    many = table_of([*pictures_of({SQUARE: 5, LARGE: 3}), drawn])
+    many = table_of([*images_of({SQUARE: 5, LARGE: 3}), drawn])
     for table in (mixed_table(), mixed_table().where(np.arange(6) % 2 == 1), many, empty_table()):
         expected = [
             (example.box.key(), example.content, example.mask_content, example.control_content, example.may_flip)
@@ -173,9 +173,9 @@ def test_outlines_are_the_examples_own(monkeypatch: pytest.MonkeyPatch, chunk_ro
 
 def test_a_table_holds_no_example() -> None:
     """A million of them take what their columns take: hundreds of bytes, not thousands."""
-    table = table_of(pictures_of({SQUARE: 1000}))
-    columns = [column for column in vars(table.pictures).values() if isinstance(column, np.ndarray)]
-    for texts in (table.pictures.names, table.pictures.captions):
+    table = table_of(images_of({SQUARE: 1000}))
+    columns = [column for column in vars(table.images).values() if isinstance(column, np.ndarray)]
+    for texts in (table.images.names, table.images.captions):
         columns += [texts.offsets, texts.block[:]]
     assert table.rows.nbytes + sum(column.nbytes for column in columns) < 150 * len(table)
     assert table[3] == table[3]
@@ -184,7 +184,7 @@ def test_a_table_holds_no_example() -> None:
 
 def test_the_table_of_nothing_is_empty() -> None:
     table = empty_table()
-    assert len(table) == table.num_pictures == table.num_unhashed() == 0
+    assert len(table) == table.num_images == table.num_unhashed() == 0
     assert list(table) == list(table.unhashed()) == []
     assert table.bucket_counts() == {}
     assert table.repeats.tolist() == table.incomplete().tolist() == []
@@ -214,9 +214,9 @@ def test_without_shuffling_there_are_as_many_captions_as_are_written() -> None:
 
 
 def crops(directory: Directory, count: int = 200) -> list[int]:
-    """Where the pictures of a directory, thrice as wide as their bucket, are cut out."""
-    pictures = [Shown(f"{number}.png", size=(96, 32), directory=directory) for number in range(count)]
-    return [example.box.left for example in table_of(pictures)]
+    """Where the images of a directory, thrice as wide as their bucket, are cut out."""
+    images = [Shown(f"{number}.png", size=(96, 32), directory=directory) for number in range(count)]
+    return [example.box.left for example in table_of(images)]
 
 
 def test_random_crops_are_anywhere_and_the_others_in_the_middle() -> None:
@@ -243,15 +243,15 @@ def test_a_choice_has_the_chosen_examples_in_their_order() -> None:
     chosen = np.array([True, False, True, True, False, True])
     part = table.where(chosen)
     assert list(part) == [examples[index] for index in (0, 2, 3, 5)]
-    assert part.num_pictures == 4
+    assert part.num_images == 4
     assert part.bucket_counts() == {SQUARE: 2, WIDE: 1, LARGE: 1}
     assert list(part.where(np.array([False, True, False, True]))) == [examples[2], examples[5]]
     assert list(table) == examples, "the table itself stays as it is"
 
 
-def test_a_choice_may_be_of_pictures_that_are_never_mirrored() -> None:
+def test_a_choice_may_be_of_images_that_are_never_flipped() -> None:
     table, examples = mixed_table(), by_hand()
-    part = table.where(np.ones(6, bool), never_mirrored=True)
+    part = table.where(np.ones(6, bool), never_flipped=True)
     assert list(part) == [replace(example, may_flip=False) for example in examples]
     assert table[3].may_flip
 
@@ -276,10 +276,10 @@ def test_files_without_hash_are_named_once_and_filled_in_for_all_their_examples(
 def test_an_example_lacks_what_any_of_its_files_lacks(part: str) -> None:
     of_two_sizes = Shown("c.png", directory=replace(DIRECTORY, resolutions=(32, 64)))
     table = table_of([Shown("a.png"), Shown("b.png", mask="b", control="b"), of_two_sizes])
-    for content in (table.pictures.content, table.masks.content, table.controls.content):
+    for content in (table.images.content, table.masks.content, table.controls.content):
         content[:] = 1
     assert not table.incomplete().any()
-    columns = {"content": table.pictures.content, "mask": table.masks.content, "control": table.controls.content}
+    columns = {"content": table.images.content, "mask": table.masks.content, "control": table.controls.content}
     columns[part][-1] = 0
     assert table.incomplete().tolist() == ([False, False, True, True] if part == "content" else [False, True, False, False])
     assert table.num_unhashed() == 1
@@ -288,7 +288,7 @@ def test_an_example_lacks_what_any_of_its_files_lacks(part: str) -> None:
 def test_files_that_no_example_needs_are_not_hashed() -> None:
     table = table_of([Shown("a.png", mask="a"), Shown("b.png", mask="b")])
     part = table.where(np.array([False, True]))
-    assert [str(file) for _, _, file in part.unhashed()] == ["pictures/b.png", "b"]
+    assert [str(file) for _, _, file in part.unhashed()] == ["images/b.png", "b"]
     assert part.num_unhashed() == 2
 
 
@@ -296,8 +296,8 @@ def test_files_that_no_example_needs_are_not_hashed() -> None:
 
 TABLES: dict[str, Callable[[], ExampleTable]] = {
     "mixed": mixed_table,
-    "part": lambda: mixed_table().where(np.arange(6) > 1, never_mirrored=True),
-    "plain": lambda: table_of(pictures_of({SQUARE: 3, WIDE: 1})),
+    "part": lambda: mixed_table().where(np.arange(6) > 1, never_flipped=True),
+    "plain": lambda: table_of(images_of({SQUARE: 3, WIDE: 1})),
     "with empty captions": lambda: table_of([Shown(captions=("",)), Shown("b", captions=("", "b"))]),
     "empty": empty_table,
     "of no example": lambda: mixed_table().where(np.zeros(6, bool)),
@@ -318,17 +318,17 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_an_opened_table_leads_to_the_bytes_of_every_picture(tmp_path: Path, scan_folders: Scan) -> None:
+def test_an_opened_table_leads_to_the_bytes_of_every_image(tmp_path: Path, scan_folders: Scan) -> None:
     """In files with names that are no UTF-8, and in archives that are the directory or in one."""
     folder, masks = tmp_path / os.fsdecode(b"\xff folder"), tmp_path / os.fsdecode(b"\xfe masks")
     for inner in (folder, masks, masks / "zoo.tar"):
         inner.mkdir()
     contents = []
     for number, name in enumerate((b"caf\xe9.png", b"fox.png")):
-        picture = save(noise(40 + 8 * number, 40), folder / os.fsdecode(name))
-        picture.with_suffix(".txt").write_text(f"caption {number}")
-        contents.append(picture.read_bytes())
-        shutil.copy(picture, masks)
+        image = save(noise(40 + 8 * number, 40), folder / os.fsdecode(name))
+        image.with_suffix(".txt").write_text(f"caption {number}")
+        contents.append(image.read_bytes())
+        shutil.copy(image, masks)
     with tarfile.open(folder / "zoo.tar", "w") as tar:
         for member in ("fox.png", "fox.txt"):
             tar.add(folder / member, member)
@@ -356,13 +356,13 @@ def test_a_part_of_a_table_that_was_opened_can_be_saved(tmp_path: Path) -> None:
 def test_hashes_found_after_a_table_was_opened_change_its_file_for_nobody(tmp_path: Path) -> None:
     path = mixed_table().save_in(tmp_path)
     opened = ExampleTable.open(path)
-    opened.pictures.content[:] = 9
+    opened.images.content[:] = 9
     assert list(ExampleTable.open(path)) == by_hand()
 
 
 def test_a_file_is_named_after_all_that_is_in_it(tmp_path: Path) -> None:
     changed = mixed_table()
-    changed.pictures.content[4] = 1
+    changed.images.content[4] = 1
     tables = [
         *(make() for make in TABLES.values()),
         changed,
@@ -394,22 +394,22 @@ def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
 # --- joining -----------------------------------------------------------------------------------------------------------
 
 
-def test_columns_that_no_picture_needs_are_left_away() -> None:
-    plain = table_of([Shown("a.png"), Shown("b.png")]).pictures
+def test_columns_that_no_image_needs_are_left_away() -> None:
+    plain = table_of([Shown("a.png"), Shown("b.png")]).images
     for column in (plain.container, plain.start, plain.length, plain.mask, plain.control):
         assert len(column) == 0
-    masked = table_of([Shown("a.png"), Shown("b.png", mask="b")]).pictures
+    masked = table_of([Shown("a.png"), Shown("b.png", mask="b")]).images
     assert masked.mask.tolist() == [NONE, 0]
     assert len(masked.control) == 0
 
 
 def test_parts_are_joined_row_by_row() -> None:
-    whole = mixed_table().pictures
-    joined = joined_pictures([whole, whole])
+    whole = mixed_table().images
+    joined = joined_images([whole, whole])
     assert len(joined) == 10
     assert list(joined.names) == 2 * list(whole.names)
     assert list(joined.captions) == 2 * list(whole.captions)
     assert joined.first_caption.tolist() == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     assert joined.mask.tolist() == 2 * whole.mask.tolist()
-    assert len(joined_pictures([])) == 0
-    assert len(no_companions().paths) == 0
+    assert len(joined_images([])) == 0
+    assert len(no_paired_images().paths) == 0

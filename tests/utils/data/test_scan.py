@@ -1,4 +1,4 @@
-"""The dataset file to examples: which pictures, in which buckets, at which sizes, under which names."""
+"""The dataset file to examples: which images, in which buckets, at which sizes, under which names."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.utils.data.image_makers import quarters, save
 from tests.utils.data.scanning import Scan, names
 from utils.data.buckets import Bucket
 from utils.data.dataset import Dataset
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 
-def test_every_picture_is_found_with_its_caption(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_every_image_is_found_with_its_caption(scan_folders: Scan, tiny_dataset: Path) -> None:
     found = scan_folders(tiny_dataset)
-    assert [example.image.path.name for example in found.examples] == [f"picture_{index:03d}.png" for index in range(12)]
+    assert [example.image.path.name for example in found.examples] == [f"image_{index:03d}.png" for index in range(12)]
     assert found.examples[3].caption() == "a yellow circle, number 3"
     assert found.bad_files == []
     assert found.num_images == 12
@@ -40,7 +40,7 @@ def test_scanning_asks_for_sizes_only(tiny_dataset: Path) -> None:
     """Which are read from headers: test_images.py."""
 
     class Sizes:
-        def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int]]]:
+        def sizes(self, files: Sequence[ImageFile]) -> Future[list[tuple[int, int]]]:
             future: Future[list[tuple[int, int]]] = Future()
             future.set_result([(32, 32) for _ in files])
             return future
@@ -56,8 +56,8 @@ def test_keys_name_directory_file_and_resolution_and_nothing_of_the_machine(
     found = scan_folders(tiny_dataset, make_tiny_dataset(tmp_path / "more", 2), resolutions=[32, 64])
     keys = [example.key for example in found.examples]
     assert len(set(keys)) == len(keys) == 2 * 14
-    assert keys[:2] == ["0/picture_000.png@32", "0/picture_000.png@64"]
-    assert keys[-1] == "1/picture_001.png@64"
+    assert keys[:2] == ["0/image_000.png@32", "0/image_000.png@64"]
+    assert keys[-1] == "1/image_001.png@64"
     assert found.num_images == 14
 
 
@@ -86,28 +86,28 @@ def test_repeats_belong_to_their_directory(scan_folders: Scan, tiny_dataset: Pat
     assert [example.repeats for example in scan_folders(directory=directories).examples] == [1] * 12 + [3]
 
 
-def test_without_aspect_ratio_buckets_every_picture_is_cropped_square(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_without_aspect_ratio_buckets_every_image_is_cropped_square(scan_folders: Scan, tiny_dataset: Path) -> None:
     assert set(scan_folders(tiny_dataset, enable_ar_bucket=False).bucket_counts()) == {Bucket(32, 32)}
 
 
-def test_a_turned_picture_goes_to_the_bucket_of_its_looks(scan_folders: Scan, tmp_path: Path) -> None:
+def test_a_turned_image_goes_to_the_bucket_of_its_looks(scan_folders: Scan, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     save(quarters(64, 32), tmp_path / "phone.jpg", exif=exif)
-    (tmp_path / "phone.txt").write_text("a phone's picture")
+    (tmp_path / "phone.txt").write_text("a phone's image")
     assert scan_folders(tmp_path).examples[0].bucket == Bucket(16, 48)
 
 
 # --- bad files, unused files -------------------------------------------------------------------------------------------
 
 
-def test_one_bad_picture_leaves_the_others_usable(scan_folders: Scan, tmp_path: Path) -> None:
+def test_one_bad_image_leaves_the_others_usable(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 4)
-    path = tmp_path / "picture_001.png"
+    path = tmp_path / "image_001.png"
     path.write_bytes(path.read_bytes()[:50])
     found = scan_folders(tmp_path)
     assert [bad.path for bad in found.bad_files] == [path]
-    assert [example.image.path.name for example in found.examples] == [f"picture_00{index}.png" for index in (0, 2, 3)]
+    assert [example.image.path.name for example in found.examples] == [f"image_00{index}.png" for index in (0, 2, 3)]
 
 
 def test_a_missing_folder_is_passed_over(scan_folders: Scan, tmp_path: Path) -> None:
@@ -117,48 +117,48 @@ def test_a_missing_folder_is_passed_over(scan_folders: Scan, tmp_path: Path) -> 
 
 
 def test_an_empty_folder_is_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
-    assert scan_folders(tmp_path).warnings == [f"{tmp_path} has no usable picture"]
+    assert scan_folders(tmp_path).warnings == [f"{tmp_path} has no usable image"]
 
 
 # --- folders in folders ------------------------------------------------------------------------------------------------
 
 
-def test_pictures_in_folders_inside_have_their_folder_in_their_names(scan_folders: Scan, tmp_path: Path) -> None:
+def test_images_in_folders_inside_have_their_folder_in_their_names(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     make_tiny_dataset(tmp_path / "a" / "b", 1)
     found = scan_folders(tmp_path, recursive=True)
-    assert [example.key for example in found.examples] == ["0/a/b/picture_000.png@32", "0/picture_000.png@32"]
-    assert found.examples[0].image == PictureFile(tmp_path / "a" / "b" / "picture_000.png")
-    assert names(scan_folders(tmp_path)) == ["picture_000.png"]
+    assert [example.key for example in found.examples] == ["0/a/b/image_000.png@32", "0/image_000.png@32"]
+    assert found.examples[0].image == ImageFile(tmp_path / "a" / "b" / "image_000.png")
+    assert names(scan_folders(tmp_path)) == ["image_000.png"]
 
 
 def test_a_directory_in_another_may_say_otherwise(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     make_tiny_dataset(tmp_path / "deep" / "er", 1)
     directories = [{"path": tmp_path, "recursive": False}, {"path": tmp_path / "deep"}]
-    assert names(scan_folders(directory=directories, recursive=True)) == ["picture_000.png", "er/picture_000.png"]
+    assert names(scan_folders(directory=directories, recursive=True)) == ["image_000.png", "er/image_000.png"]
 
 
 # --- size --------------------------------------------------------------------------------------------------------------
 
 
 def of_sizes(folder: Path, *sizes: tuple[int, int]) -> Path:
-    """A picture of each size, named after it."""
+    """An image of each size, named after it."""
     for width, height in sizes:
         path = save(quarters(width, height), folder / f"{width}x{height}.png")
-        path.with_suffix(".txt").write_text("a picture")
+        path.with_suffix(".txt").write_text("an image")
     return folder
 
 
-def test_small_pictures_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Path) -> None:
+def test_small_images_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
     found = scan_folders(tmp_path, resolutions=[32, 64])
     assert len(found.examples) == 6
-    assert found.warnings == ["2 pictures are smaller than their bucket and enlarged: 31x32.png, 32x32.png"]
+    assert found.warnings == ["2 images are smaller than their bucket and enlarged: 31x32.png, 32x32.png"]
     assert (found.left_out, found.refused) == ([], [])
 
 
-def test_small_pictures_are_left_out_at_the_resolution_they_are_too_small_for(scan_folders: Scan, tmp_path: Path) -> None:
+def test_small_images_are_left_out_at_the_resolution_they_are_too_small_for(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
     found = scan_folders(tmp_path, resolutions=[32, 64], upscale="never")
     keys = [example.key.partition("/")[2] for example in found.examples]
@@ -172,13 +172,13 @@ def test_small_pictures_are_left_out_at_the_resolution_they_are_too_small_for(sc
     assert (found.warnings, found.refused, found.bad_files) == ([], [], [])
 
 
-def test_a_picture_that_is_large_enough_on_one_side_only_is_too_small(scan_folders: Scan, tmp_path: Path) -> None:
+def test_a_image_that_is_large_enough_on_one_side_only_is_too_small(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (200, 15), (200, 16))
     found = scan_folders(tmp_path, upscale="never")
     assert [(example.image.path.name, str(example.bucket)) for example in found.examples] == [("200x16.png", "48x16")]
 
 
-def test_small_pictures_are_refused_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
+def test_small_images_are_refused_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32))
     found = scan_folders(tmp_path, upscale="error")
     assert [(bad.path.name, bad.reason) for bad in found.refused] == [
@@ -187,7 +187,7 @@ def test_small_pictures_are_refused_when_told_so(scan_folders: Scan, tmp_path: P
     assert found.left_out == []
 
 
-def test_pictures_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, tmp_path: Path) -> None:
+def test_images_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (40, 40), (40, 41), (50, 50), (50, 51))
     found = scan_folders(tmp_path, min_pixels=40 * 41, max_pixels=50 * 50, resolutions=[16, 32])
     assert sorted({*names(found)}) == ["40x41.png", "50x50.png"]
@@ -203,11 +203,11 @@ def test_pictures_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan
 
 
 def many_wide(folder: Path, num_images: int = 40) -> Path:
-    """Pictures of which a square leaves away half."""
+    """Images of which a square leaves away half."""
     folder.mkdir(exist_ok=True)
     for index in range(num_images):
         path = save(quarters(64, 32), folder / f"{index:02d}.png")
-        path.with_suffix(".txt").write_text("a picture")
+        path.with_suffix(".txt").write_text("an image")
     return folder
 
 
@@ -227,7 +227,7 @@ def test_a_crop_is_in_the_middle_or_drawn_for_each_name(scan_folders: Scan, tmp_
         assert (example.box.top, example.box.resized_width) == (0, 64)
 
 
-def test_a_drawn_crop_is_the_same_wherever_the_picture_lies(scan_folders: Scan, tmp_path: Path) -> None:
+def test_a_drawn_crop_is_the_same_wherever_the_image_lies(scan_folders: Scan, tmp_path: Path) -> None:
     """Neither the directory's place in the file counts, nor what else there is: cached latents stay of use."""
     first, second = many_wide(tmp_path / "a"), many_wide(tmp_path / "b", 10)
     alone = lefts(scan_folders(first, enable_ar_bucket=False, crop="random"))
@@ -249,7 +249,7 @@ def test_a_drawn_crop_is_another_at_another_resolution(scan_folders: Scan, tmp_p
 
 def test_lines_are_captions_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
-    (tmp_path / "picture_000.txt").write_text("a fox\n\n  an owl \n")
+    (tmp_path / "image_000.txt").write_text("a fox\n\n  an owl \n")
     (example,) = scan_folders(tmp_path, caption_per_line=True).examples
     assert (example.captions, example.num_captions) == (("a fox", "an owl"), 2)
     (example,) = scan_folders(tmp_path).examples
@@ -258,7 +258,7 @@ def test_lines_are_captions_when_told_so(scan_folders: Scan, tmp_path: Path) -> 
 
 def test_tags_have_so_many_orders(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
-    (tmp_path / "picture_000.txt").write_text("1girl; solo; hat; smile; sky")
+    (tmp_path / "image_000.txt").write_text("1girl; solo; hat; smile; sky")
     tags: dict[str, Any] = {"cache_shuffle_num": 4, "cache_shuffle_delimiter": "; ", "keep_tokens": 2}
     (example,) = scan_folders(tmp_path, **tags).examples
     orders = [example.caption(number) for number in range(example.num_captions)]

@@ -1,4 +1,4 @@
-"""Masks and control pictures of a dataset: whose they are, and what is said of those that are nobody's."""
+"""Masks and control images of a dataset: whose they are, and what is said of those that are nobody's."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from tests.tiny_model import make_tiny_dataset
 from tests.utils.data.image_makers import left_half, noise, read_size, save
 from tests.utils.data.scanning import Scan
 from utils.data.dataset import Dataset
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 
 def make_masked(folder: Path, num_images: int = 3) -> tuple[Path, Path]:
-    """Folders of pictures and of their masks, beside each other."""
-    pictures, masks = make_tiny_dataset(folder / "pictures", num_images), folder / "masks"
+    """Folders of images and of their masks, beside each other."""
+    images, masks = make_tiny_dataset(folder / "images", num_images), folder / "masks"
     masks.mkdir()
-    for index, image in enumerate(sorted(pictures.glob("*.png"))):
+    for index, image in enumerate(sorted(images.glob("*.png"))):
         width, height = read_size(image)
         save(left_half(width, height), masks / f"{image.stem}{('.png', '.jpg')[index % 2]}")
-    return pictures, masks
+    return images, masks
 
 
-def scan_masked(scan_folders: Scan, pictures: Path, masks: Path, **changes: Any) -> Dataset:
-    return scan_folders(**{"directory": [{"path": pictures, "mask_path": masks}], **changes})
+def scan_masked(scan_folders: Scan, images: Path, masks: Path, **changes: Any) -> Dataset:
+    return scan_folders(**{"directory": [{"path": images, "mask_path": masks}], **changes})
 
 
-def test_every_picture_has_the_mask_of_its_name_at_every_size(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
-    found = scan_masked(scan_folders, pictures, masks, resolutions=[32, 64])
+def test_every_image_has_the_mask_of_its_name_at_every_size(scan_folders: Scan, tmp_path: Path) -> None:
+    images, masks = make_masked(tmp_path)
+    found = scan_masked(scan_folders, images, masks, resolutions=[32, 64])
     assert found.bad_files == []
     assert len(found.examples) == 6
     for example in found.examples:
@@ -40,93 +40,93 @@ def test_every_picture_has_the_mask_of_its_name_at_every_size(scan_folders: Scan
 
 
 def test_a_mask_changes_neither_key_nor_crop(scan_folders: Scan, tmp_path: Path) -> None:
-    """What is drawn for a picture, and its place in the cache, do not depend on it."""
-    pictures, masks = make_masked(tmp_path)
-    plain, masked = scan_folders(pictures).examples, scan_masked(scan_folders, pictures, masks).examples
+    """What is drawn for an image, and its place in the cache, do not depend on it."""
+    images, masks = make_masked(tmp_path)
+    plain, masked = scan_folders(images).examples, scan_masked(scan_folders, images, masks).examples
     assert [(example.key, example.box) for example in plain] == [(example.key, example.box) for example in masked]
 
 
-def test_a_picture_without_a_mask_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
-    (masks / "picture_001.jpg").unlink()
-    found = scan_masked(scan_folders, pictures, masks)
+def test_a_image_without_a_mask_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+    images, masks = make_masked(tmp_path)
+    (masks / "image_001.jpg").unlink()
+    found = scan_masked(scan_folders, images, masks)
     (bad,) = found.bad_files
-    assert bad.path == pictures / "picture_001.png"
+    assert bad.path == images / "image_001.png"
     assert bad.reason.startswith("has no mask")
-    assert [example.image.path.stem for example in found.examples] == ["picture_000", "picture_002"]
+    assert [example.image.path.stem for example in found.examples] == ["image_000", "image_002"]
 
 
 def test_a_mask_of_another_shape_is_bad(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
-    wrong = save(left_half(64, 64), masks / "picture_001.jpg")
-    (bad,) = scan_masked(scan_folders, pictures, masks).bad_files
-    assert (bad.path, bad.reason) == (wrong, "is 64x64 pixels, its picture picture_001.png 64x32: not the same shape")
+    images, masks = make_masked(tmp_path)
+    wrong = save(left_half(64, 64), masks / "image_001.jpg")
+    (bad,) = scan_masked(scan_folders, images, masks).bad_files
+    assert (bad.path, bad.reason) == (wrong, "is 64x64 pixels, its image image_001.png 64x32: not the same shape")
 
 
 def test_files_that_are_no_mask_are_named(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
-    assert not any("mask" in text for text in scan_masked(scan_folders, pictures, masks).warnings)
+    images, masks = make_masked(tmp_path)
+    assert not any("mask" in text for text in scan_masked(scan_folders, images, masks).warnings)
     save(left_half(), masks / "gone.png")
     (masks / "notes.txt").write_text("")
     (masks / ".hidden").write_text("")
-    (warning,) = [text for text in scan_masked(scan_folders, pictures, masks).warnings if "mask" in text]
-    assert warning == f"{masks}: 2 files are no mask of a picture: gone.png, notes.txt"
+    (warning,) = [text for text in scan_masked(scan_folders, images, masks).warnings if "mask" in text]
+    assert warning == f"{masks}: 2 files are no mask of an image: gone.png, notes.txt"
 
 
 def test_directories_may_share_a_folder_of_masks(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
+    images, masks = make_masked(tmp_path)
     more = tmp_path / "more"
     more.mkdir()
     for suffix in (".png", ".txt"):
-        (pictures / f"picture_002{suffix}").rename(more / f"picture_002{suffix}")
-    found = scan_folders(directory=[{"path": path, "mask_path": masks} for path in (pictures, more)])
+        (images / f"image_002{suffix}").rename(more / f"image_002{suffix}")
+    found = scan_folders(directory=[{"path": path, "mask_path": masks} for path in (images, more)])
     assert (len(found.examples), found.bad_files) == (3, [])
     assert not any("mask" in text for text in found.warnings)
 
 
 def test_masks_in_a_folder_inside_are_not_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
-    masks.rename(pictures / "masks")
-    (pictures / "other").mkdir()
-    found = scan_masked(scan_folders, pictures, pictures / "masks")
+    images, masks = make_masked(tmp_path)
+    masks.rename(images / "masks")
+    (images / "other").mkdir()
+    found = scan_masked(scan_folders, images, images / "masks")
     assert len(found.examples) == 3
     assert [text for text in found.warnings if "looked into" in text] == [
-        f"{pictures}: folders in it are not looked into (recursive = true does): other"
+        f"{images}: folders in it are not looked into (recursive = true does): other"
     ]
 
 
-def test_a_missing_folder_of_masks_and_the_pictures_own_are_passed_over(scan_folders: Scan, tmp_path: Path) -> None:
-    """They are refused before, as missing folders are; a picture is never taken for its own mask."""
-    pictures, _ = make_masked(tmp_path)
-    (tmp_path / "link").symlink_to(pictures)
-    for masks in (tmp_path / "none", pictures, tmp_path / "link"):
-        found = scan_masked(scan_folders, pictures, masks)
+def test_a_missing_folder_of_masks_and_the_images_own_are_passed_over(scan_folders: Scan, tmp_path: Path) -> None:
+    """They are refused before, as missing folders are; an image is never taken for its own mask."""
+    images, _ = make_masked(tmp_path)
+    (tmp_path / "link").symlink_to(images)
+    for masks in (tmp_path / "none", images, tmp_path / "link"):
+        found = scan_masked(scan_folders, images, masks)
         assert (len(found.examples), found.bad_files) == (0, [])
 
 
-def test_masks_of_pictures_in_folders_are_in_folders_of_the_same_names(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
+def test_masks_of_images_in_folders_are_in_folders_of_the_same_names(scan_folders: Scan, tmp_path: Path) -> None:
+    images, masks = make_masked(tmp_path)
     make_masked(tmp_path / "deep")
-    (tmp_path / "deep" / "pictures").rename(pictures / "deep")
+    (tmp_path / "deep" / "images").rename(images / "deep")
     (tmp_path / "deep" / "masks").rename(masks / "deep")
-    found = scan_masked(scan_folders, pictures, masks, recursive=True)
+    found = scan_masked(scan_folders, images, masks, recursive=True)
     assert (len(found.examples), found.bad_files, found.warnings) == (6, [], [])
     for example in found.examples:
         assert example.mask is not None
-        below = example.image.path.relative_to(pictures)
+        below = example.image.path.relative_to(images)
         assert example.mask.path.relative_to(masks).with_suffix("") == below.with_suffix("")
 
 
-# --- control pictures --------------------------------------------------------------------------------------------------
+# --- control images --------------------------------------------------------------------------------------------------
 
 
-def with_control(pictures: Path, control: Path, **more: Any) -> dict[str, Any]:
-    return {"directory": [{"path": pictures, "control_path": control, **more}]}
+def with_control(images: Path, control: Path, **more: Any) -> dict[str, Any]:
+    return {"directory": [{"path": images, "control_path": control, **more}]}
 
 
-def test_every_picture_has_the_control_picture_of_its_name(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, control = make_masked(tmp_path)
-    plain, found = scan_folders(pictures), scan_folders(**with_control(pictures, control), resolutions=[32, 64])
+def test_every_image_has_the_control_image_of_its_name(scan_folders: Scan, tmp_path: Path) -> None:
+    images, control = make_masked(tmp_path)
+    plain, found = scan_folders(images), scan_folders(**with_control(images, control), resolutions=[32, 64])
     assert found.bad_files == []
     for example in found.examples:
         assert example.control is not None
@@ -137,47 +137,47 @@ def test_every_picture_has_the_control_picture_of_its_name(scan_folders: Scan, t
     assert small == [(example.key, example.box) for example in plain.examples]
 
 
-def test_masks_and_control_pictures_are_kept_apart(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, masks = make_masked(tmp_path)
+def test_masks_and_control_images_are_kept_apart(scan_folders: Scan, tmp_path: Path) -> None:
+    images, masks = make_masked(tmp_path)
     control = tmp_path / "control"
     control.mkdir()
-    for image in pictures.glob("*.png"):
+    for image in images.glob("*.png"):
         save(noise(*read_size(image)), control / image.name)
-    found = scan_folders(**with_control(pictures, control, mask_path=masks))
+    found = scan_folders(**with_control(images, control, mask_path=masks))
     assert len(found.examples) == 3
     for example in found.examples:
-        assert example.control == PictureFile(control / example.image.path.name)
+        assert example.control == ImageFile(control / example.image.path.name)
         assert example.mask is not None and example.mask.path.parent == masks
 
 
-def test_a_picture_without_a_usable_control_picture_is_bad_and_the_others_are_used(
-    scan_folders: Scan, tmp_path: Path
-) -> None:
-    pictures, control = make_masked(tmp_path, 4)
-    (control / "picture_000.png").unlink()
-    wrong = save(left_half(64, 64), control / "picture_001.jpg")
-    damaged = control / "picture_002.png"
+def test_a_image_without_a_usable_control_image_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+    images, control = make_masked(tmp_path, 4)
+    (control / "image_000.png").unlink()
+    wrong = save(left_half(64, 64), control / "image_001.jpg")
+    damaged = control / "image_002.png"
     damaged.write_bytes(damaged.read_bytes()[:40])
-    found = scan_folders(**with_control(pictures, control))
-    assert [example.image.path.stem for example in found.examples] == ["picture_003"]
+    found = scan_folders(**with_control(images, control))
+    assert [example.image.path.stem for example in found.examples] == ["image_003"]
     assert {bad.path: bad.reason.partition(":")[0] for bad in found.bad_files} == {
-        pictures / "picture_000.png": "has no control picture",
-        wrong: "is 64x64 pixels, its picture picture_001.png 64x32",
+        images / "image_000.png": "has no control image",
+        wrong: "is 64x64 pixels, its image image_001.png 64x32",
         damaged: next(bad.reason.partition(":")[0] for bad in found.bad_files if bad.path == damaged),
     }
     assert len(found.bad_files) == 3
 
 
-def test_files_that_are_no_control_picture_are_named(scan_folders: Scan, tmp_path: Path) -> None:
-    pictures, control = make_masked(tmp_path)
+def test_files_that_are_no_control_image_are_named(scan_folders: Scan, tmp_path: Path) -> None:
+    images, control = make_masked(tmp_path)
     save(left_half(), control / "gone.png")
-    found = scan_folders(**with_control(pictures, control))
-    assert f"{control}: 1 files are no control picture of a picture: gone.png" in found.warnings
+    found = scan_folders(**with_control(images, control))
+    assert f"{control}: 1 files are no control image of an image: gone.png" in found.warnings
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])
-def test_a_linked_folder_of_companions_inside_is_no_folder_of_pictures(scan_folders: Scan, tmp_path: Path, key: str) -> None:
-    pictures, masks = make_masked(tmp_path)
-    (pictures / "inside").symlink_to(masks)
-    found = scan_folders(directory=[{"path": pictures, key: pictures / "inside"}], recursive=True)
+def test_a_linked_folder_of_paired_images_inside_is_no_folder_of_images(
+    scan_folders: Scan, tmp_path: Path, key: str
+) -> None:
+    images, masks = make_masked(tmp_path)
+    (images / "inside").symlink_to(masks)
+    found = scan_folders(directory=[{"path": images, key: images / "inside"}], recursive=True)
     assert (len(found.examples), found.bad_files, found.warnings) == (3, [], [])

@@ -18,7 +18,7 @@ from utils import randomness
 from utils.config.schema.tables import DatasetConfig, EvalConfig
 from utils.data.examples import Example
 from utils.data.scan import scan
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 from utils.data.sources.listing import Lister
 from utils.data.sources.readers import Readers
 from utils.distributed import group as distributed
@@ -45,7 +45,7 @@ NUM_BANDS = 4
 
 @pytest.fixture(scope="module")
 def examples(tiny_dataset: Path, readers: Readers) -> list[Example]:
-    """Seven pictures of three shapes at two resolutions."""
+    """Seven images of three shapes at two resolutions."""
     config = DatasetConfig.model_validate(
         {"resolutions": [32, 48], "num_ar_buckets": 3, "directory": [{"path": str(tiny_dataset)}]}
     )
@@ -65,7 +65,7 @@ def panel_of(examples: Sequence[Example], num_bands: int = NUM_BANDS, seed: int 
 # --- the panel ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_picture_is_in_every_band_at_a_time_inside_of_it(examples: list[Example]) -> None:
+def test_every_image_is_in_every_band_at_a_time_inside_of_it(examples: list[Example]) -> None:
     panel = panel_of(examples)
     assert [(entry.example.key, entry.band) for entry in panel] == [
         (example.key, band) for example in examples for band in range(NUM_BANDS)
@@ -86,7 +86,7 @@ def test_the_panel_is_a_function_of_its_arguments(examples: list[Example]) -> No
     assert not {entry.t for entry in panel_of(examples)} & {entry.t for entry in other}
 
 
-def test_one_more_picture_changes_nothing_for_the_others(examples: list[Example]) -> None:
+def test_one_more_image_changes_nothing_for_the_others(examples: list[Example]) -> None:
     fewer, more = panel_of(examples[2:]), panel_of(examples)
     assert fewer == more[2 * NUM_BANDS :]
     assert panel_of(list(reversed(examples)))[-NUM_BANDS:] == more[:NUM_BANDS]
@@ -96,7 +96,7 @@ def test_one_more_picture_changes_nothing_for_the_others(examples: list[Example]
     assert {entry.set_name for entry in joined[: 2 * NUM_BANDS]} == {"other"}
 
 
-def test_sigma_is_the_time_shifted_for_the_picture_s_size(examples: list[Example]) -> None:
+def test_sigma_is_the_time_shifted_for_the_image_s_size(examples: list[Example]) -> None:
     panel = make_panel({"holdout": examples}, 2, SEED, lambda num_pixels: 3.0 if num_pixels > 1500 else 1.0)
     assert {entry.example.bucket.width * entry.example.bucket.height > 1500 for entry in panel} == {True, False}
     for entry in panel:
@@ -104,7 +104,7 @@ def test_sigma_is_the_time_shifted_for_the_picture_s_size(examples: list[Example
         assert entry.sigma == pytest.approx(3 * entry.t / (1 + 2 * entry.t) if large else entry.t, rel=1e-15)
 
 
-def test_repeats_are_more_draws_for_a_picture(examples: list[Example]) -> None:
+def test_repeats_are_more_draws_for_a_image(examples: list[Example]) -> None:
     panel = panel_of([replace(examples[0], repeats=3), examples[1]])
     assert [(entry.repeat, entry.band) for entry in panel[:-NUM_BANDS]] == [
         (repeat, band) for repeat in range(3) for band in range(NUM_BANDS)
@@ -134,14 +134,14 @@ def no_contents(_example: Example) -> list[str]:
 def test_fingerprint_tells_what_is_measured(examples: list[Example]) -> None:
     first = examples[0]
     same = fingerprint(panel_of(examples), no_contents)
-    moved = [replace(example, image=PictureFile(Path("/elsewhere") / example.image.path.name)) for example in examples]
+    moved = [replace(example, image=ImageFile(Path("/elsewhere") / example.image.path.name)) for example in examples]
     assert fingerprint(panel_of(moved), no_contents) == same
     others = [
         fingerprint(panel_of(examples[1:]), no_contents),
         fingerprint(panel_of([*examples[1:], first]), no_contents),
         fingerprint(panel_of([replace(first, captions=("another",)), *examples[1:]]), no_contents),
         fingerprint(panel_of([replace(first, box=examples[-1].box), *examples[1:]]), no_contents),
-        fingerprint(panel_of([replace(first, mask=PictureFile(Path("mask.png"))), *examples[1:]]), no_contents),
+        fingerprint(panel_of([replace(first, mask=ImageFile(Path("mask.png"))), *examples[1:]]), no_contents),
         fingerprint(panel_of(examples), lambda example: [str(example.key == first.key)]),  # of one, the file has changed
         fingerprint(panel_of(examples, num_bands=3), no_contents),
         fingerprint(panel_of(examples, seed=SEED + 1), no_contents),
@@ -182,12 +182,12 @@ def losses(*values: float) -> Tensor:
 
 
 TWO_EACH = Group("all", tuple(range(12)), (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5), with_best=True)
-"""Six pictures, each measured twice."""
+"""Six images, each measured twice."""
 BASE = losses(*(1.0 + index / 16 for index in range(12)))
 
 
 def measured(step: int, change: Sequence[float]) -> Measured:
-    """The six pictures' losses changed by this much; within a picture one entry far more, the other far less."""
+    """The six images' losses changed by this much; within an image one entry far more, the other far less."""
     both = [value for part in change for value in (part + 0.5, part - 0.5)]
     return Measured(step, BASE + losses(*both))
 
@@ -199,20 +199,20 @@ def compared(now: Measured, *earlier: Measured) -> EvaluationResult:
 def test_the_first_evaluation_has_only_a_mean() -> None:
     result = compared(Measured(0, BASE))
     (group,) = result.groups
-    assert (result.loss, group.num_pictures) == (float(BASE.mean()), 6)
+    assert (result.loss, group.num_images) == (float(BASE.mean()), 6)
     assert group.to_start is None and group.to_best is None and result.to_previous is None
     assert result.is_best and result.unchanged_since is None
     assert result.losses == tuple(BASE.tolist())
 
 
-def test_a_mean_gives_every_picture_the_same_weight() -> None:
+def test_a_mean_gives_every_image_the_same_weight() -> None:
     group = Group("all", (0, 1, 2, 3), (0, 0, 0, 1), with_best=True)
     result = compare(Measured(0, losses(1, 2, 3, 6)), [], [group], weights="last", panel="", seed=SEED)
     assert result.loss == 4.0
 
 
-def test_entries_of_a_picture_are_no_independent_witnesses() -> None:
-    """Each picture's entries go far apart and its mean falls by about 1/8: significant, as pictures are compared."""
+def test_entries_of_a_image_are_no_independent_witnesses() -> None:
+    """Each image's entries go far apart and its mean falls by about 1/8: significant, as images are compared."""
     falls = [-0.125, -0.1875, -0.0625, -0.125, -0.15625, -0.09375]
     result = compared(measured(4, falls), Measured(0, BASE))
     difference = result.groups[0].to_start
@@ -277,7 +277,7 @@ def test_unchanged_since(intervals: list[Interval | None], since: int | None) ->
     assert unchanged_since([Difference(step, 0.0, interval) for step, interval in enumerate(intervals)]) == since
 
 
-def test_few_pictures_have_differences_and_no_intervals() -> None:
+def test_few_images_have_differences_and_no_intervals() -> None:
     group = Group("all", (0, 1, 2), (0, 1, 2), with_best=True)
     start, now = Measured(0, losses(1, 2, 3)), Measured(2, losses(1, 2, 2))
     result = compare(now, [start], [group], weights="last", panel="", seed=SEED)
@@ -286,7 +286,7 @@ def test_few_pictures_have_differences_and_no_intervals() -> None:
     assert difference.mean == pytest.approx(-1 / 3)
     assert difference.interval is None and not difference.is_significant
     assert result.unchanged_since is None
-    assert "no intervals: it takes at least 5 pictures" in describe(result)
+    assert "no intervals: it takes at least 5 images" in describe(result)
 
 
 # --- groups ------------------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_groups_are_sets_bands_and_resolutions(examples: list[Example]) -> None:
     ]
     assert [name for name, group in groups.items() if group.with_best] == ["all", "set holdout", "set other"]
     assert groups["all"].entries == tuple(range(len(panel)))
-    assert set(groups["all"].pictures) == set(range(7)), "at two resolutions a picture is one picture"
+    assert set(groups["all"].images) == set(range(7)), "at two resolutions an image is one image"
     for name, kind in (("t", 2), ("set", 2), ("resolution", 2)):
         parts = [group.entries for group in groups.values() if group.name.startswith(f"{name} ")]
         assert len(parts) == kind
@@ -314,8 +314,8 @@ def test_groups_are_sets_bands_and_resolutions(examples: list[Example]) -> None:
     assert {panel[entry].band for entry in groups["t 0.50-1.00"].entries} == {1}
     assert all(str(panel[entry].example.key).endswith("@48") for entry in groups["resolution 48"].entries)
     for group in groups.values():
-        everywhere = [groups["all"].pictures[entry] for entry in group.entries]
-        assert list(group.pictures) == everywhere
+        everywhere = [groups["all"].images[entry] for entry in group.entries]
+        assert list(group.images) == everywhere
 
 
 def test_a_group_that_is_all_is_not_told_twice(examples: list[Example]) -> None:
@@ -333,7 +333,7 @@ def test_the_table_is_aligned_and_says_what_it_compares(examples: list[Example])
     panel = panel_of(examples, num_bands=2)
     groups, start = make_groups(panel), Measured(0, torch.arange(len(panel)).double() / 8)
     first = describe(compare(start, [], groups, weights="last", panel="", seed=SEED)).splitlines()
-    assert first[0].split() == "evaluation at step 0 pictures loss".split()
+    assert first[0].split() == "evaluation at step 0 images loss".split()
     assert first[1].split() == ["all", "7", "1.68750"]
     assert len(first) == 6
     better, now = Measured(20, start.losses * 0.5), Measured(40, start.losses * 0.75)
@@ -341,7 +341,7 @@ def test_the_table_is_aligned_and_says_what_it_compares(examples: list[Example])
     assert lines[0].endswith("change since step 0 (95%)"), "so far the start is the best"
     assert lines[-2:] == ["  significantly lower than at step 0", "  the lowest loss so far"]
     lines = describe(compare(now, [start, better], groups, weights="ema", panel="", seed=SEED)).splitlines()
-    assert lines[0].startswith("evaluation at step 40 (averaged weights)  pictures")
+    assert lines[0].startswith("evaluation at step 40 (averaged weights)  images")
     assert lines[0].endswith("since step 20, the best (95%)")
     for header, rows in (("change since step 0", lines[1:6]), ("since step 20", lines[1:2])):
         column = lines[0].index(header)
@@ -566,7 +566,7 @@ def test_the_average_is_measured_when_asked_but_not_before_there_is_one(tmp_path
     assert later.weights == "ema"
 
 
-def test_an_error_that_is_no_number_stops_and_names_the_pictures(tmp_path: Path, examples: list[Example]) -> None:
+def test_an_error_that_is_no_number_stops_and_names_the_images(tmp_path: Path, examples: list[Example]) -> None:
     pipeline = OneProcess()
     measuring = evaluation(tmp_path, pipeline, panel_of(examples[:2]))
     pipeline.weight = float("inf")
@@ -611,7 +611,7 @@ def test_a_run_that_goes_on_compares_as_if_it_had_never_stopped(
     assert told.split("evaluation at step 6")[1] == capsys.readouterr().out.split("evaluation at step 6")[1]
 
 
-def test_other_pictures_are_not_compared_with(
+def test_other_images_are_not_compared_with(
     tmp_path: Path, examples: list[Example], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = evaluation(tmp_path, OneProcess(), panel_of(examples))

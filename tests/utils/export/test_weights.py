@@ -13,8 +13,8 @@ from tests.model_copies import linked_copy, rewrite
 from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.distributed.group import World
-from utils.export.weights import Exported, _rounded, wanted_formats
 from utils.export.metadata import training_config
+from utils.export.weights import Exported, _rounded, wanted_formats
 from utils.run.prepare import Experiment, prepare
 
 
@@ -52,7 +52,7 @@ def test_what_a_format_cannot_carry_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         opened(tmp_path, tiny_model, tiny_dataset, **changes)
-    assert [problem.key for problem in caught.value.problems] == ["save.formats"]
+    assert [error.key for error in caught.value.errors] == ["save.formats"]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_complete_file_is_refused_where_it_could_not_say_how_a_part_is_built(
     rewrite(config, json.dumps({**json.loads(config.read_text()), key: value}))
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path / "complete", model, tiny_dataset, **{"save.formats": ["complete"]})
-    assert opened(tmp_path / "native", model, tiny_dataset).adapter is not None, "it trains all the same"
+    assert opened(tmp_path / "native", model, tiny_dataset).family is not None, "it trains all the same"
 
 
 def test_heads_of_another_width_are_refused_for_a_complete_file(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.config.presets import PRESETS
 from utils.config.schema.tables import ObjectiveConfig
 from utils.objective import rectified_flow
-from utils.objective.objective import LossTarget, NoiseLevel, Objective, objective_problems, unread_keys
+from utils.objective.objective import LossTarget, NoiseLevel, Objective, objective_errors, unread_keys
 
 PIXELS = 1024**2
 DRAWS = [2**-53, 1e-6, 0.003, 0.0305, 0.2, 0.37, 0.51, 0.6180339, 0.81, 0.9994, 1 - 1e-6, 1 - 2**-53]
@@ -242,16 +242,16 @@ def test_keys_without_effect_are_named() -> None:
         assert unread_keys(config) == unread_keys(ObjectiveConfig(**config.model_dump())) == [], "nor in a run's own copy"
 
 
-def test_a_weight_that_is_zero_wherever_t_may_be_is_a_problem() -> None:
+def test_a_weight_that_is_zero_wherever_t_may_be_is_a_error() -> None:
     config = ObjectiveConfig(weighting_scheme="mode", mode_mean=-1.0, mode_s_n=1e-3, min_t=0.5)
-    ((key, message),) = objective_problems(config)
+    ((key, message),) = objective_errors(config)
     assert key == "objective"
     assert "zero everywhere between min_t and max_t" in message
     for settings in ({"mode_mean": 20.0, "weighting_scheme": "mode"}, {"min_t": 0.999}):
         for by in ("loss", "sampling"):
-            (problem,) = objective_problems(ObjectiveConfig(weighting_by=by, **settings))
-            assert "next to nothing" in problem[1] or "zero everywhere" in problem[1]
-    assert objective_problems(ObjectiveConfig()) == []
+            (error,) = objective_errors(ObjectiveConfig(weighting_by=by, **settings))
+            assert "next to nothing" in error[1] or "zero everywhere" in error[1]
+    assert objective_errors(ObjectiveConfig()) == []
 
 
 # --- weights, masks, sizes -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from utils.config.schema.tables import EmaConfig, OptimizerConfig
-from utils.optim.registry import ema_decay, learning_rate, make_optimizer, optimizer_names, optimizer_problems
+from utils.optim.registry import ema_decay, learning_rate, make_optimizer, optimizer_errors, optimizer_names
 
 RATE = 1e-3
 
@@ -22,7 +22,7 @@ def config_of(**changes: Any) -> OptimizerConfig:
 @pytest.mark.parametrize("name", optimizer_names())
 def test_every_named_optimizer_takes_a_step_on_one_flat_vector(name: str) -> None:
     config = config_of(type=name)
-    assert optimizer_problems(config) == []
+    assert optimizer_errors(config) == []
     parameter = nn.Parameter(torch.ones(8))
     optimizer = make_optimizer(config, [parameter])
     assert optimizer.param_groups[0]["lr"] == RATE
@@ -38,7 +38,7 @@ def test_the_usual_optimizers_are_among_the_names() -> None:
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Adafactor", "Muon"])
 def test_an_optimizer_that_cannot_work_here_says_why(name: str) -> None:
     assert name not in optimizer_names()
-    ((key, text),) = optimizer_problems(config_of(type=name))
+    ((key, text),) = optimizer_errors(config_of(type=name))
     assert key == "optimizer.type"
     assert f"= {name!r}: cannot be used here: it" in text
 
@@ -47,26 +47,26 @@ def test_an_optimizer_that_cannot_work_here_says_why(name: str) -> None:
     ("name", "advice"), [("AdamWW", "did you mean 'AdamW'?"), ("Optimizer", "unknown"), ("xyzzy", "torch.optim has ")]
 )
 def test_an_unknown_optimizer_is_answered_with_names(name: str, advice: str) -> None:
-    ((key, text),) = optimizer_problems(config_of(type=name))
+    ((key, text),) = optimizer_errors(config_of(type=name))
     assert key == "optimizer.type"
     assert f"= {name!r}: unknown" in text
     assert advice in text
 
 
 def test_every_unknown_argument_is_named_with_those_allowed() -> None:
-    problems = optimizer_problems(config_of(args={"beta": [0.9, 0.95], "momentum": 0.9, "weight_decay": 0.1}))
-    assert [key for key, _ in problems] == ["optimizer.args.beta", "optimizer.args.momentum"]
-    assert all("AdamW takes no such argument" in text and "betas" in text for _, text in problems)
+    errors = optimizer_errors(config_of(args={"beta": [0.9, 0.95], "momentum": 0.9, "weight_decay": 0.1}))
+    assert [key for key, _ in errors] == ["optimizer.args.beta", "optimizer.args.momentum"]
+    assert all("AdamW takes no such argument" in text and "betas" in text for _, text in errors)
 
 
 def test_the_learning_rate_is_no_argument() -> None:
-    ((key, _),) = optimizer_problems(config_of(args={"lr": 1.0}))
+    ((key, _),) = optimizer_errors(config_of(args={"lr": 1.0}))
     assert key == "optimizer.args.lr"
 
 
 @pytest.mark.parametrize("args", [{"betas": [2.0, 0.9]}, {"eps": -1.0}, {"weight_decay": "much"}])
 def test_a_refused_value_is_told_in_the_optimizer_s_words(args: dict[str, Any]) -> None:
-    ((key, text),) = optimizer_problems(config_of(args=args))
+    ((key, text),) = optimizer_errors(config_of(args=args))
     assert key == "optimizer.args"
     assert "AdamW refuses them: " in text
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.utils.data.tables import DIRECTORY, Shown, table_of
 from utils import randomness
 from utils.config.schema.tables import ObjectiveConfig
-from utils.data.batches import BatchOrder, Visit
+from utils.data.batches import BatchOrder, SampleDraw
 from utils.data.examples import Example
 from utils.data.sources.tags import TagShuffle
 from utils.objective import rectified_flow
@@ -36,8 +36,8 @@ from utils.pipeline.feed import (
 SEED = 11
 SHAPE = (16, 4, 4)
 ALONE = Layout(micro_batch_size=2, num_micro_batches=4, num_replicas=1, replica=0, is_first_stage=True, is_last_stage=True)
-PICTURES = [Shown(f"{index}.png", (f"caption {index}",), size=(32, 32)) for index in range(11)]
-EXAMPLES = table_of(PICTURES)
+IMAGES = [Shown(f"{index}.png", (f"caption {index}",), size=(32, 32)) for index in range(11)]
+EXAMPLES = table_of(IMAGES)
 
 
 def number_of(example: Example) -> int:
@@ -50,7 +50,7 @@ class Data:
     def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
         return torch.full(SHAPE, float(number_of(example)) * (-1 if flipped else 1))
 
-    def deviation(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+    def std(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         return None
 
     def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
@@ -65,11 +65,11 @@ class Data:
 
 
 class Posterior(Data):
-    """Has standard deviations too; from left to right they grow, or fall in the mirrored picture."""
+    """Has standard deviations too; from left to right they grow, or fall in the flipped image."""
 
-    def deviation(self, example: Example, *, flipped: bool = False) -> Tensor | None:
-        deviation = torch.linspace(0, 1, SHAPE[-1]).expand(SHAPE)
-        return deviation.flip(-1) if flipped else deviation
+    def std(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+        std = torch.linspace(0, 1, SHAPE[-1]).expand(SHAPE)
+        return std.flip(-1) if flipped else std
 
 
 MEANS: Any = Data()
@@ -97,15 +97,15 @@ def make_objective(**settings: Any) -> Objective:
     return Objective(ObjectiveConfig(**settings))
 
 
-def sigma_of(visit: Visit, objective: Objective) -> float:
-    return noise_level(visit, objective, SEED).sigma
+def sigma_of(draw: SampleDraw, objective: Objective) -> float:
+    return noise_level(draw, objective, SEED).sigma
 
 
 def batches(layout: Layout = ALONE, step: int = 1, **changes: Any) -> list[MicroBatch]:
     return list(make_feed(layout, **changes).micro_batches(step))
 
 
-def visits(step: int = 1) -> list[Visit]:
+def draws(step: int = 1) -> list[SampleDraw]:
     return BatchOrder(EXAMPLES, 8, SEED).global_batch(step)
 
 
@@ -125,14 +125,14 @@ def joined_target(parts: list[MicroBatch]) -> LossTarget:
 def test_inputs_and_target_are_the_path_s() -> None:
     noisy, sigma, text, _, _, target = joined(batches(discrete_flow_shift=2.0))
     objective = make_objective(discrete_flow_shift=2.0)
-    for row, visit in enumerate(visits()):
-        latents = torch.full(SHAPE, float(number_of(visit.example)))
-        noise = noise_of(visit, SHAPE, SEED)
-        assert sigma[row] == torch.tensor(sigma_of(visit, objective))
+    for row, draw in enumerate(draws()):
+        latents = torch.full(SHAPE, float(number_of(draw.example)))
+        noise = noise_of(draw, SHAPE, SEED)
+        assert sigma[row] == torch.tensor(sigma_of(draw, objective))
         expected = rectified_flow.add_noise(latents[None], noise[None], sigma[row : row + 1])[0]
         assert torch.equal(noisy[row], expected)
         assert torch.equal(target[row], noise - latents)
-        assert text[row] == float(number_of(visit.example)), "each picture with its own caption"
+        assert text[row] == float(number_of(draw.example)), "each image with its own caption"
 
 
 def test_first_and_last_stage_draw_the_same_noise_and_time() -> None:
@@ -191,27 +191,27 @@ def test_a_step_can_be_fed_again_in_any_order() -> None:
 
 
 def test_a_new_epoch_and_a_repeat_draw_new_noise_and_time() -> None:
-    visit, objective = Visit(EXAMPLES[0], 0, 0), make_objective()
-    others = [replace(visit, epoch=1), replace(visit, occurrence=1), Visit(EXAMPLES[1], 0, 0)]
+    draw, objective = SampleDraw(EXAMPLES[0], 0, 0), make_objective()
+    others = [replace(draw, epoch=1), replace(draw, occurrence=1), SampleDraw(EXAMPLES[1], 0, 0)]
     for other in others:
-        assert not torch.equal(noise_of(visit, SHAPE, SEED), noise_of(other, SHAPE, SEED))
-        assert sigma_of(visit, objective) != sigma_of(other, objective)
-    assert not torch.equal(noise_of(visit, SHAPE, SEED), noise_of(visit, SHAPE, SEED + 1))
+        assert not torch.equal(noise_of(draw, SHAPE, SEED), noise_of(other, SHAPE, SEED))
+        assert sigma_of(draw, objective) != sigma_of(other, objective)
+    assert not torch.equal(noise_of(draw, SHAPE, SEED), noise_of(draw, SHAPE, SEED + 1))
 
 
 def test_noise_tells_nothing_about_time() -> None:
-    """Two draws of one visit come from two seeds."""
+    """Two draws of one draw come from two seeds."""
     objective = make_objective(weighting_scheme="none", discrete_flow_shift=1.0)
-    drawn = [Visit(EXAMPLES[0], epoch, 0) for epoch in range(2000)]
-    times = torch.tensor([sigma_of(visit, objective) for visit in drawn])
-    firsts = torch.stack([noise_of(visit, (1,), SEED)[0] for visit in drawn])
+    drawn = [SampleDraw(EXAMPLES[0], epoch, 0) for epoch in range(2000)]
+    times = torch.tensor([sigma_of(draw, objective) for draw in drawn])
+    firsts = torch.stack([noise_of(draw, (1,), SEED)[0] for draw in drawn])
     assert abs(float(torch.corrcoef(torch.stack([times, firsts]))[0, 1])) < 0.07
 
 
 @pytest.mark.parametrize("sampling", ["sigma", "logit_normal"])
 def test_time_follows_the_objective(sampling: str) -> None:
     objective = make_objective(timestep_sampling=sampling, weighting_scheme="none", discrete_flow_shift=3.0)
-    drawn = torch.tensor([sigma_of(Visit(EXAMPLES[0], epoch, 0), objective) for epoch in range(3000)])
+    drawn = torch.tensor([sigma_of(SampleDraw(EXAMPLES[0], epoch, 0), objective) for epoch in range(3000)])
     assert ((drawn > 0) & (drawn < 1)).all()
     assert float(drawn.median()) == pytest.approx(0.75, abs=0.03)  # the shift of the middle
     assert float((drawn < 0.5).float().mean()) == pytest.approx({"sigma": 0.25, "logit_normal": 0.136}[sampling], abs=0.03)
@@ -228,9 +228,9 @@ def test_noise_is_mixed_in_float32_and_only_then_rounded() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_captions_are_dropped_at_their_rate_and_per_visit(rate: float) -> None:
+def test_captions_are_dropped_at_their_rate_and_per_draw(rate: float) -> None:
     objective = make_objective(caption_dropout_rate=rate)
-    captions = Counter(caption_of(Visit(EXAMPLES[3], epoch, 0), objective, SEED) for epoch in range(3000))
+    captions = Counter(caption_of(SampleDraw(EXAMPLES[3], epoch, 0), objective, SEED) for epoch in range(3000))
     assert captions[EMPTY_CAPTION] / 3000 == pytest.approx(rate, abs=0.02)
     assert captions["caption 3"] == 3000 - captions[EMPTY_CAPTION]
 
@@ -244,7 +244,7 @@ def test_a_dropped_caption_is_fed_as_the_empty_one() -> None:
 
 def test_encoders_are_dropped_each_for_itself_sequence_and_pooled_together() -> None:
     rates = {"clip_l": 0.5, "t5xxl": 0.25}
-    examples = table_of(PICTURES[1:])  # the first one's text is zero by itself
+    examples = table_of(IMAGES[1:])  # the first one's text is zero by itself
     fed = [joined(batches(step=step, encoder_dropout_rate=rates, examples=examples)) for step in range(200)]
     clip, pooled, t5 = (torch.cat([parts[index] for parts in fed]).flatten() == 0 for index in (2, 3, 4))
     assert torch.equal(clip, pooled)
@@ -261,50 +261,50 @@ def test_one_rate_is_for_every_encoder_and_none_of_it_changes_noise_or_time() ->
 
 
 def test_a_directory_s_weight_and_the_time_s_multiply() -> None:
-    directories = [replace(DIRECTORY, loss_weight=1.0 + number) for number in range(len(PICTURES))]
-    examples = table_of([replace(one, directory=own) for one, own in zip(PICTURES, directories, strict=True)])
+    directories = [replace(DIRECTORY, loss_weight=1.0 + number) for number in range(len(IMAGES))]
+    examples = table_of([replace(one, directory=own) for one, own in zip(IMAGES, directories, strict=True)])
     settings: dict[str, Any] = {"weighting_scheme": "cosmap", "weighting_by": "loss"}
     weight = joined_target(batches(examples=examples, **settings)).weight
     plain = joined_target(batches(**settings)).weight
-    factors = torch.tensor([1.0 + number_of(visit.example) for visit in visits()])
+    factors = torch.tensor([1.0 + number_of(draw.example) for draw in draws()])
     torch.testing.assert_close(weight, plain * factors)
     assert len(set(plain.tolist())) == len(plain)
 
 
-def test_masks_ride_with_their_pictures_and_the_rest_counts_whole() -> None:
-    pictures = [replace(one, mask=one.name if number % 2 else None) for number, one in enumerate(PICTURES)]
-    masks = joined_target(batches(examples=table_of(pictures))).mask
-    for mask, visit in zip(masks, visits(), strict=True):
-        is_masked = number_of(visit.example) % 2
-        wanted = Data().mask(replace(visit.example, mask=visit.example.image if is_masked else None))
+def test_masks_ride_with_their_images_and_the_rest_counts_whole() -> None:
+    images = [replace(one, mask=one.name if number % 2 else None) for number, one in enumerate(IMAGES)]
+    masks = joined_target(batches(examples=table_of(images))).mask
+    for mask, draw in zip(masks, draws(), strict=True):
+        is_masked = number_of(draw.example) % 2
+        wanted = Data().mask(replace(draw.example, mask=draw.example.image if is_masked else None))
         assert torch.equal(mask, torch.ones(1, *SHAPE[1:]) if wanted is None else wanted)
     assert all(LossTarget(*target).mask.shape == (2, 1, 1, 1) for _, target in batches()), "a factor of one without masks"
 
 
-def test_a_flip_takes_picture_and_mask_alike_at_half_of_the_visits() -> None:
+def test_a_flip_takes_image_and_mask_alike_at_half_of_the_draws() -> None:
     directory = replace(DIRECTORY, may_flip=True)
-    examples = table_of([replace(one, mask=one.name, directory=directory) for one in PICTURES[1:]])
+    examples = table_of([replace(one, mask=one.name, directory=directory) for one in IMAGES[1:]])
     order = BatchOrder(examples, 8, SEED)
     flips = []
     for step in range(100):
         parts = batches(step=step, examples=examples, discrete_flow_shift=0.01)  # next to no noise
         noisy, target = joined(parts)[0], joined_target(parts)
-        for row, visit in enumerate(order.global_batch(step)):
-            flipped = is_flipped(visit, SEED)
+        for row, draw in enumerate(order.global_batch(step)):
+            flipped = is_flipped(draw, SEED)
             flips.append(flipped)
             assert (float(noisy[row].mean()) < 0) == flipped
             assert (float(target.mask[row, 0, 0, 0]) == 1.0) == flipped
     assert sum(flips) / len(flips) == pytest.approx(0.5, abs=0.06)
-    assert not any(is_flipped(Visit(EXAMPLES[0], epoch, 0), SEED) for epoch in range(20)), "only where it was asked for"
+    assert not any(is_flipped(SampleDraw(EXAMPLES[0], epoch, 0), SEED) for epoch in range(20)), "only where it was asked for"
 
 
 # --- several captions --------------------------------------------------------------------------------------------------
 
 
 def captions_drawn(example: Example, seed: int = SEED, **objective: Any) -> list[str]:
-    """Of many visits."""
+    """Of many draws."""
     settings = make_objective(**objective)
-    return [caption_of(Visit(example, epoch, 0), settings, seed) for epoch in range(3000)]
+    return [caption_of(SampleDraw(example, epoch, 0), settings, seed) for epoch in range(3000)]
 
 
 def test_captions_of_several_lines_are_drawn_evenly() -> None:
@@ -314,12 +314,12 @@ def test_captions_of_several_lines_are_drawn_evenly() -> None:
     assert all(abs(count / 3000 - 1 / 3) < 0.03 for count in counts.values())
 
 
-def test_which_caption_is_drawn_is_a_function_of_seed_and_visit() -> None:
+def test_which_caption_is_drawn_is_a_function_of_seed_and_draw() -> None:
     example = replace(EXAMPLES[0], captions=("caption 1", "caption 2"))
     drawn = captions_drawn(example)
     assert captions_drawn(example) == drawn
     others = [captions_drawn(example, SEED + 1), captions_drawn(replace(example, key="0/other.png@32"))]
-    others.append([caption_of(Visit(example, epoch, 1), make_objective(), SEED) for epoch in range(3000)])
+    others.append([caption_of(SampleDraw(example, epoch, 1), make_objective(), SEED) for epoch in range(3000)])
     for other in others:
         agreeing = sum(one == two for one, two in zip(drawn, other, strict=True)) / 3000
         assert agreeing == pytest.approx(0.5, abs=0.04)
@@ -344,11 +344,11 @@ def test_several_captions_are_dropped_like_one() -> None:
 
 
 def test_the_drawn_caption_is_the_one_that_is_fed() -> None:
-    pictures = [replace(one, captions=(f"caption {n}", f"caption {n + 100}")) for n, one in enumerate(PICTURES)]
-    examples = table_of(pictures)
+    images = [replace(one, captions=(f"caption {n}", f"caption {n + 100}")) for n, one in enumerate(IMAGES)]
+    examples = table_of(images)
     text = joined(batches(examples=examples))[2].flatten().tolist()
     shown = BatchOrder(examples, 8, SEED).global_batch(1)
-    assert text == [float(caption_of(visit, make_objective(), SEED).removeprefix("caption ")) for visit in shown]
+    assert text == [float(caption_of(draw, make_objective(), SEED).removeprefix("caption ")) for draw in shown]
     assert any(number >= 100 for number in text)
     assert any(number < 100 for number in text)
 
@@ -356,49 +356,49 @@ def test_the_drawn_caption_is_the_one_that_is_fed() -> None:
 # --- samples of the posterior ------------------------------------------------------------------------------------------
 
 
-def test_each_visit_has_a_sample_of_the_posterior_of_its_own() -> None:
+def test_each_draw_has_a_sample_of_the_posterior_of_its_own() -> None:
     example = EXAMPLES[3]
-    shown = [Visit(example, epoch, occurrence) for epoch in range(500) for occurrence in (0, 3)]
-    samples = torch.stack([latents_of(visit, POSTERIOR, SEED) for visit in shown])
+    shown = [SampleDraw(example, epoch, occurrence) for epoch in range(500) for occurrence in (0, 3)]
+    samples = torch.stack([latents_of(draw, POSTERIOR, SEED) for draw in shown])
     assert len({sample.sum().item() for sample in samples}) == len(shown)
     assert torch.equal(samples[..., 0], torch.full_like(samples[..., 0], 3)), "where the deviation is zero"
-    means, deviations = samples.mean(dim=(0, 1, 2)), samples.std(dim=(0, 1, 2))
+    means, stds = samples.mean(dim=(0, 1, 2)), samples.std(dim=(0, 1, 2))
     torch.testing.assert_close(means, torch.full((4,), 3.0), rtol=0, atol=0.03)
-    torch.testing.assert_close(deviations, torch.linspace(0, 1, 4), rtol=0.03, atol=0)
+    torch.testing.assert_close(stds, torch.linspace(0, 1, 4), rtol=0.03, atol=0)
 
 
-def test_a_sample_is_a_function_of_seed_and_visit() -> None:
-    visit = Visit(EXAMPLES[3], 2, 1)
-    sample = latents_of(visit, POSTERIOR, SEED)
-    assert torch.equal(latents_of(Visit(EXAMPLES[3], 2, 1), POSTERIOR, SEED), sample)
-    others = [replace(visit, epoch=1), replace(visit, occurrence=0), replace(visit, example=replace(EXAMPLES[3], key="k"))]
+def test_a_sample_is_a_function_of_seed_and_draw() -> None:
+    draw = SampleDraw(EXAMPLES[3], 2, 1)
+    sample = latents_of(draw, POSTERIOR, SEED)
+    assert torch.equal(latents_of(SampleDraw(EXAMPLES[3], 2, 1), POSTERIOR, SEED), sample)
+    others = [replace(draw, epoch=1), replace(draw, occurrence=0), replace(draw, example=replace(EXAMPLES[3], key="k"))]
     for other in others:
         assert not torch.equal(latents_of(other, POSTERIOR, SEED), sample)
-    assert not torch.equal(latents_of(visit, POSTERIOR, SEED + 1), sample)
+    assert not torch.equal(latents_of(draw, POSTERIOR, SEED + 1), sample)
 
 
-def test_without_deviation_the_mean_is_used_as_it_is() -> None:
-    assert torch.equal(latents_of(Visit(EXAMPLES[3], 2, 1), MEANS, SEED), torch.full(SHAPE, 3.0))
+def test_without_std_the_mean_is_used_as_it_is() -> None:
+    assert torch.equal(latents_of(SampleDraw(EXAMPLES[3], 2, 1), MEANS, SEED), torch.full(SHAPE, 3.0))
 
 
 def test_a_sample_tells_nothing_about_the_noise() -> None:
     """Else noise would be partly taken away from the latents it is mixed with."""
-    shown = [Visit(EXAMPLES[0], epoch, 0) for epoch in range(200)]
-    samples = torch.stack([latents_of(visit, POSTERIOR, SEED)[..., -1].flatten() for visit in shown]).flatten()
-    noise = torch.stack([noise_of(visit, SHAPE, SEED)[..., -1].flatten() for visit in shown]).flatten()
+    shown = [SampleDraw(EXAMPLES[0], epoch, 0) for epoch in range(200)]
+    samples = torch.stack([latents_of(draw, POSTERIOR, SEED)[..., -1].flatten() for draw in shown]).flatten()
+    noise = torch.stack([noise_of(draw, SHAPE, SEED)[..., -1].flatten() for draw in shown]).flatten()
     assert abs(float(torch.corrcoef(torch.stack([samples, noise]))[0, 1])) < 0.04
 
 
-def test_a_mirrored_picture_has_its_own_mean_and_deviation() -> None:
+def test_a_flipped_image_has_its_own_mean_and_std() -> None:
     example = replace(EXAMPLES[3], may_flip=True)
-    shown = [Visit(example, epoch, 0) for epoch in range(20)]
-    flips = {is_flipped(visit, SEED) for visit in shown}
+    shown = [SampleDraw(example, epoch, 0) for epoch in range(20)]
+    flips = {is_flipped(draw, SEED) for draw in shown}
     assert flips == {True, False}
-    for visit in shown:
-        flipped = is_flipped(visit, SEED)
-        normal = randomness.normal(SEED, "posterior", example.key, visit.epoch, 0, shape=SHAPE)
-        deviation = torch.linspace(1, 0, 4) if flipped else torch.linspace(0, 1, 4)
-        assert torch.equal(latents_of(visit, POSTERIOR, SEED), (-3.0 if flipped else 3.0) + deviation * normal)
+    for draw in shown:
+        flipped = is_flipped(draw, SEED)
+        normal = randomness.normal(SEED, "posterior", example.key, draw.epoch, 0, shape=SHAPE)
+        std = torch.linspace(1, 0, 4) if flipped else torch.linspace(0, 1, 4)
+        assert torch.equal(latents_of(draw, POSTERIOR, SEED), (-3.0 if flipped else 3.0) + std * normal)
 
 
 def test_both_stages_have_the_same_samples() -> None:
@@ -406,7 +406,7 @@ def test_both_stages_have_the_same_samples() -> None:
     last = joined_target(batches(replace(ALONE, is_first_stage=False), data=Posterior())).output
     noisy, sigma = first[:2]
     recovered = noisy - sigma[:, None, None, None] * last  # x_t - sigma v
-    wanted = torch.stack([latents_of(visit, POSTERIOR, SEED) for visit in visits()])
+    wanted = torch.stack([latents_of(draw, POSTERIOR, SEED) for draw in draws()])
     torch.testing.assert_close(recovered, wanted, rtol=0, atol=1e-4)
     assert torch.equal(noisy, joined(batches(data=Posterior()))[0])
     assert not torch.equal(noisy, joined(batches())[0])

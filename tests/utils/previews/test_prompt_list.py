@@ -9,7 +9,7 @@ import pytest
 
 from models.family import LatentSpec
 from utils.config.schema.tables import SamplingConfig
-from utils.previews.prompt_list import Prompt, prompt_problems, read_prompts
+from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 NUM_BLOCKS = 24
@@ -21,8 +21,8 @@ def sampling(**changes: Any) -> SamplingConfig:
 
 
 def prompts_of(config: SamplingConfig) -> list[Prompt]:
-    prompts, problems = read_prompts(config)
-    assert problems == []
+    prompts, errors = read_prompts(config)
+    assert errors == []
     return prompts
 
 
@@ -30,15 +30,15 @@ def values(prompt: Prompt) -> tuple[Any, ...]:
     return (prompt.text, prompt.negative, prompt.width, prompt.height, prompt.seed, prompt.steps, prompt.cfg)
 
 
-def problems_of(**changes: Any) -> list[tuple[str, str]]:
+def errors_of(**changes: Any) -> list[tuple[str, str]]:
     config = sampling(**changes)
-    return prompt_problems(prompts_of(config), config, LATENT, NUM_BLOCKS)
+    return prompt_errors(prompts_of(config), config, LATENT, NUM_BLOCKS)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_prompts_are_no_problem() -> None:
+def test_no_prompts_are_no_error() -> None:
     assert read_prompts(SamplingConfig()) == ([], [])
 
 
@@ -84,10 +84,10 @@ def test_a_file_has_a_prompt_on_each_line(tmp_path: Path, encoding: str, newline
 def test_every_bad_line_is_told_with_its_number_and_what_is_allowed(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a fox --q 3\n\na hare --w 8 --s 0\na good one\n# --q\na dog --w wide\na cat --d -1 --l 0.5\n")
-    prompts, problems = read_prompts(sampling(prompts=["first"], prompts_file=path))
+    prompts, errors = read_prompts(sampling(prompts=["first"], prompts_file=path))
     assert [prompt.text for prompt in prompts] == ["first", "a good one"]
     flags = "--w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)"
-    assert problems == [
+    assert errors == [
         (path, "line 1", f"unknown flag --q; there are {flags}"),
         (path, "line 3", "--w = 8: must be greater than or equal to 16"),
         (path, "line 3", "--s = 0: must be greater than or equal to 1"),
@@ -112,40 +112,40 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path: Path, name: str, cont
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    prompts, problems = read_prompts(sampling(prompts_file=path))
+    prompts, errors = read_prompts(sampling(prompts_file=path))
     assert prompts == []
-    assert problems == [(None, "sampling.prompts_file", f"= {str(path)!r}: {message}")]
+    assert errors == [(None, "sampling.prompts_file", f"= {str(path)!r}: {message}")]
 
 
 def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
-    _, problems = read_prompts(sampling(prompts_file=tmp_path))
-    assert problems == [(None, "sampling.prompts_file", f"= {str(tmp_path)!r}: cannot be read: Is a directory")]
+    _, errors = read_prompts(sampling(prompts_file=tmp_path))
+    assert errors == [(None, "sampling.prompts_file", f"= {str(tmp_path)!r}: cannot be read: Is a directory")]
 
 
 # --- checking ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_can_be_drawn_is_no_problem() -> None:
-    assert problems_of(prompts=["a", "b --w 256 --h 16"], skip_layer_guidance={}, decode_tile_pixels=96) == []
+def test_what_can_be_drawn_is_no_error() -> None:
+    assert errors_of(prompts=["a", "b --w 256 --h 16"], skip_layer_guidance={}, decode_tile_pixels=96) == []
 
 
 def test_without_prompts_nothing_is_checked() -> None:
-    assert problems_of(width=40, decode_tile_pixels=65, skip_layer_guidance={"layers": [99]}) == []
+    assert errors_of(width=40, decode_tile_pixels=65, skip_layer_guidance={"layers": [99]}) == []
 
 
 def test_a_shared_size_is_told_once_and_only_where_it_is_used() -> None:
-    problems = [
+    errors = [
         ("sampling.width", "= 40: must be a multiple of 16"),
         ("sampling.height", "= 272: the network reaches 256 pixels"),
     ]
-    assert problems_of(prompts=["a", "b", "c --w 32"], width=40, height=272) == problems
-    assert problems_of(prompts=["a --w 32 --h 32"], width=40, height=272) == []
+    assert errors_of(prompts=["a", "b", "c --w 32"], width=40, height=272) == errors
+    assert errors_of(prompts=["a --w 32 --h 32"], width=40, height=272) == []
 
 
 def test_a_size_of_its_own_is_told_with_the_prompt(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("# sizes\nc --h 24\nd\ne --w 512\n")
-    assert problems_of(prompts=["a", {"prompt": "b", "width": 40}], prompts_file=path) == [
+    assert errors_of(prompts=["a", {"prompt": "b", "width": 40}], prompts_file=path) == [
         ("sampling.prompts[1].width", "= 40: must be a multiple of 16"),
         ("sampling.prompts_file", f"{path}: line 2: --h = 24: must be a multiple of 16"),
         ("sampling.prompts_file", f"{path}: line 4: --w = 512: the network reaches 256 pixels"),
@@ -163,15 +163,15 @@ def test_a_size_of_its_own_is_told_with_the_prompt(tmp_path: Path) -> None:
     ],
 )
 def test_skip_layer_guidance_that_cannot_be(skip: dict[str, Any], key: str, message: str) -> None:
-    assert problems_of(prompts=["a"], skip_layer_guidance=skip) == [(f"sampling.skip_layer_guidance.{key}", message)]
+    assert errors_of(prompts=["a"], skip_layer_guidance=skip) == [(f"sampling.skip_layer_guidance.{key}", message)]
 
 
 def test_skip_layer_guidance_must_reach_some_prompt_not_all() -> None:
-    assert problems_of(prompts=["a --s 3", "b --s 20"], skip_layer_guidance={}) == []
-    assert len(problems_of(prompts=["a --s 3", "b --s 4"], skip_layer_guidance={})) == 1
+    assert errors_of(prompts=["a --s 3", "b --s 20"], skip_layer_guidance={}) == []
+    assert len(errors_of(prompts=["a --s 3", "b --s 4"], skip_layer_guidance={})) == 1
 
 
 @pytest.mark.parametrize(("pixels", "is_fine"), [(64, True), (1024, True), (80, False), (100, False)])
 def test_tiles_overlap_by_whole_latent_pixels(pixels: int, is_fine: bool) -> None:
-    problems = [] if is_fine else [("sampling.decode_tile_pixels", f"= {pixels}: must be a multiple of 32")]
-    assert problems_of(prompts=["a"], decode_tile_pixels=pixels) == problems
+    errors = [] if is_fine else [("sampling.decode_tile_pixels", f"= {pixels}: must be a multiple of 32")]
+    assert errors_of(prompts=["a"], decode_tile_pixels=pixels) == errors

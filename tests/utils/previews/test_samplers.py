@@ -187,7 +187,7 @@ def test_guidance_of_one_is_conditional_and_of_zero_unconditional() -> None:
     torch.testing.assert_close(samplers.guide(conditional, unconditional, 4.5), expected)
 
 
-def test_each_picture_of_a_batch_is_guided_by_its_own_strength() -> None:
+def test_each_image_of_a_batch_is_guided_by_its_own_strength() -> None:
     conditional, unconditional = draw(2, 2, 2, 2), draw(2, 2, 2, 2, seed=1)
     together = samplers.guide(conditional, unconditional, torch.tensor([2.0, 5.0], dtype=F64)[:, None, None, None])
     for row, cfg in enumerate((2.0, 5.0)):

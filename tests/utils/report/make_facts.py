@@ -1,4 +1,4 @@
-"""Facts of a dataset that never was, with drawn pictures: a usual one, and one whose every text means harm."""
+"""Facts of a dataset that never was, with drawn images: a usual one, and one whose every text means harm."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ATTACK = """</style><script>alert("1")</script><img src=x onerror='alert(2)'> &a
 TURNED = "\u202eturned\u200f \u05e9\u05dc\u05d5\u05dd"
 UNBROKEN = "x" * 5_000
 SIZES = {"1024x1024": (1300, 1000), "1216x832": (2400, 1500), "832x1216": (700, 1250), "1536x640": (3000, 1000)}
-"""Bucket -> size of its pictures."""
+"""Bucket -> size of its images."""
 
 
-def jpeg(picture: Image.Image, side: int = 256) -> bytes:
-    small = picture.copy()
+def jpeg(image: Image.Image, side: int = 256) -> bytes:
+    small = image.copy()
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
@@ -28,8 +28,8 @@ def jpeg(picture: Image.Image, side: int = 256) -> bytes:
 
 def drawn(width: int, height: int, number: int) -> Image.Image:
     """A hill, a sun and a grid, so that a crop can be told by eye."""
-    picture = Image.new("RGB", (width, height), (120 + 12 * (number % 8), 170, 235 - 20 * (number % 6)))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), (120 + 12 * (number % 8), 170, 235 - 20 * (number % 6)))
+    pen = ImageDraw.Draw(image)
     hill = [(x, height * (0.62 + 0.14 * math.sin(4 * x / width + number))) for x in range(0, width + 20, 20)]
     pen.polygon([(0, height), *hill, (width + 20, height)], fill=(70, 120 + 10 * (number % 6), 70))
     radius = min(width, height) / 8
@@ -37,11 +37,11 @@ def drawn(width: int, height: int, number: int) -> Image.Image:
     pen.ellipse([centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius], fill=(250, 220, 120))
     for share in (0.25, 0.5, 0.75):
         pen.line([(width * share, 0), (width * share, height)], fill=(255, 255, 255), width=3)
-    return picture
+    return image
 
 
-def make_thumbnail(number: int, bucket: str, size: tuple[int, int], caption: str, mirrored: bool = False) -> Thumbnail:
-    """A picture cut to its bucket as the trainer cuts it."""
+def make_thumbnail(number: int, bucket: str, size: tuple[int, int], caption: str, flipped: bool = False) -> Thumbnail:
+    """An image cut to its bucket as the trainer cuts it."""
     width, height = size
     box = crop_box(width, height, Bucket(*map(int, bucket.split("x"))))
     left, top = box.left / box.resized_width, box.top / box.resized_height
@@ -49,9 +49,9 @@ def make_thumbnail(number: int, bucket: str, size: tuple[int, int], caption: str
     whole = drawn(width, height, number)
     x0, y0, x1, y1 = (round(share * side) for share, side in zip(crop, (width, height, width, height), strict=True))
     cut = whole.crop((x0, y0, x1, y1))
-    encoded = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else cut
+    encoded = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else cut
     name = f"landscapes/2024/hill_{number:03d}.jpg"
-    return Thumbnail(name, caption, bucket, width, height, crop, jpeg(whole), jpeg(encoded), mirrored)
+    return Thumbnail(name, caption, bucket, width, height, crop, jpeg(whole), jpeg(encoded), flipped)
 
 
 def make_encoder(name: str, max_tokens: int, middle: int, num_cut: int) -> EncoderFacts:
@@ -69,13 +69,13 @@ def make_encoder(name: str, max_tokens: int, middle: int, num_cut: int) -> Encod
 def usual_facts(per_bucket: int = 3) -> DatasetFacts:
     captions = ["a hill with a pale sun", "a hill in the morning\nsheep, mist, a road", "a hill, seen from the road. " * 30]
     thumbnails = [
-        make_thumbnail(4 * index + place, bucket, size, captions[(index + place) % 3], mirrored=index == 1)
+        make_thumbnail(4 * index + place, bucket, size, captions[(index + place) % 3], flipped=index == 1)
         for place, (bucket, size) in enumerate(SIZES.items())
         for index in range(per_bucket)
     ]
     return DatasetFacts(
         title="Dataset of hills",
-        rows=[("pictures", "1,412"), ("examples", "1,530"), ("captions", "1,402; 10 pictures have none"), ("cache", "/c")],
+        rows=[("images", "1,412"), ("examples", "1,530"), ("captions", "1,402; 10 images have none"), ("cache", "/c")],
         buckets=[
             BucketFacts("832x1216", 310, 640, 20, 41),
             BucketFacts("1024x1024", 802, 808, 6, 0),
@@ -91,7 +91,7 @@ def usual_facts(per_bucket: int = 3) -> DatasetFacts:
         num_left_out=31,
         duplicates=[["landscapes/a.jpg", "landscapes/copy of a.jpg"], ["b.png", "c.png", "d.png"]],
         num_duplicates=2,
-        warnings=["Bucket 1536x640 has 3 pictures for a global batch of 16: each is shown 5 times an epoch or more."],
+        warnings=["Bucket 1536x640 has 3 images for a global batch of 16: each is shown 5 times an epoch or more."],
     )
 
 
@@ -101,7 +101,7 @@ def hostile_facts() -> DatasetFacts:
     texts = [ATTACK, TURNED, UNBROKEN, "\x00\x1b[31m\udce9", ATTACK + UNBROKEN]
     shapes = [("1024x64", (3000, 100)), ("64x1024", (60, 1900)), *[("1024x1024", (900, 400))] * 2, ("640x1536", (900, 400))]
     thumbnails = [
-        replace(make_thumbnail(index, bucket, size, text), picture=text)
+        replace(make_thumbnail(index, bucket, size, text), image=text)
         for index, (text, (bucket, size)) in enumerate(zip(texts, shapes, strict=True))
     ]
     cut = [CutCaption(text, text, text, 10**6) for text in texts]

@@ -18,7 +18,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
 
-HEADINGS = ["Summary", "Buckets", "Pictures", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
+HEADINGS = ["Summary", "Buckets", "Images", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -117,7 +117,7 @@ def test_the_page_is_no_wider_than_the_window(browser: Any, pages: dict[str, Pat
 
 
 @both
-def test_every_section_and_picture_is_seen(browser: Any, pages: dict[str, Path], name: str) -> None:
+def test_every_section_and_image_is_seen(browser: Any, pages: dict[str, Path], name: str) -> None:
     open_page(browser, pages[name])
     seen = "return [...document.querySelectorAll('h2')].filter(one => one.checkVisibility()).map(one => one.innerText)"
     assert browser.execute_script(seen) == HEADINGS
@@ -131,8 +131,8 @@ def test_the_frame_is_where_the_crop_is(browser: Any, pages: dict[str, Path], na
     open_page(browser, pages[name], width)
     pairs = browser.execute_script(PAIRS)
     thumbnails = FACTS[name].thumbnails
-    buckets = list(dict.fromkeys(picture.bucket for picture in thumbnails))
-    in_order = sorted(thumbnails, key=lambda picture: buckets.index(picture.bucket))
+    buckets = list(dict.fromkeys(image.bucket for image in thumbnails))
+    in_order = sorted(thumbnails, key=lambda image: buckets.index(image.bucket))
     for thumbnail, pair in zip(in_order, pairs, strict=True):
         left, top, right, bottom = pair["images"][0]
         shares = thumbnail.crop
@@ -142,7 +142,7 @@ def test_the_frame_is_where_the_crop_is(browser: Any, pages: dict[str, Path], na
 
 
 @widths
-def test_both_pictures_of_a_pair_are_of_one_height_and_beside_each_other(
+def test_both_images_of_a_pair_are_of_one_height_and_beside_each_other(
     browser: Any, pages: dict[str, Path], width: int
 ) -> None:
     open_page(browser, pages["usual"], width)

@@ -32,7 +32,7 @@ class Desk:
     """Gathers facts on the dataset of a workshop."""
 
     def __init__(self, workshop: Workshop) -> None:
-        self.workshop, self.pictures = workshop, workshop.pictures
+        self.workshop, self.images = workshop, workshop.images
         self.adapter = Adapter(workshop.folder, keep_pixels=True)
         self.order: BatchOrder
 
@@ -54,9 +54,9 @@ def desk(tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> D
 # --- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def test_buckets_tell_pictures_showings_and_what_is_enlarged(desk: Desk) -> None:
+def test_buckets_tell_images_showings_and_what_is_enlarged(desk: Desk) -> None:
     facts = desk.gather(resolutions=[32, 64], num_repeats=2)
-    assert [(bucket.name, bucket.num_pictures, bucket.num_enlarged) for bucket in facts.buckets] == [
+    assert [(bucket.name, bucket.num_images, bucket.num_enlarged) for bucket in facts.buckets] == [
         ("16x48", 1, 0),
         ("32x32", 2, 0),
         ("48x16", 1, 0),
@@ -65,21 +65,21 @@ def test_buckets_tell_pictures_showings_and_what_is_enlarged(desk: Desk) -> None
         ("96x48", 1, 1),
     ]
     shown = Counter(
-        str(visit.example.bucket) for step in range(desk.order.steps_per_epoch) for visit in desk.order.global_batch(step)
+        str(draw.example.bucket) for step in range(desk.order.steps_per_epoch) for draw in desk.order.global_batch(step)
     )
     assert {bucket.name: bucket.shown_per_epoch for bucket in facts.buckets} == shown
     for bucket in facts.buckets:
-        assert bucket.shown_per_epoch - bucket.num_fillers == 2 * bucket.num_pictures
+        assert bucket.shown_per_epoch - bucket.num_fillers == 2 * bucket.num_images
     assert sum(bucket.num_fillers for bucket in facts.buckets) == desk.order.num_fillers > 0
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5, 0.25])
-def test_showings_of_all_pictures_are_those_of_all_buckets(desk: Desk, repeats: float) -> None:
+def test_showings_of_all_images_are_those_of_all_buckets(desk: Desk, repeats: float) -> None:
     more = desk.workshop.folder / "more"
     more.mkdir()
     for index in range(8):
         save(quarters(40, 40), more / f"{index}.png").with_suffix(".txt").write_text("")
-    directories = [{"path": desk.pictures, "num_repeats": 3}, {"path": more, "num_repeats": repeats}]
+    directories = [{"path": desk.images, "num_repeats": 3}, {"path": more, "num_repeats": repeats}]
     facts = desk.gather(directory=directories, resolutions=[32, 64])
     assert sum(count for _, count in facts.exposure) == 4 + 8
     total = sum(value * count for value, count in facts.exposure)
@@ -88,24 +88,24 @@ def test_showings_of_all_pictures_are_those_of_all_buckets(desk: Desk, repeats: 
 
 
 def test_a_bucket_that_an_epoch_may_not_show_is_told_of_too(desk: Desk) -> None:
-    """A tenth of one picture is none."""
+    """A tenth of one image is none."""
     facts = desk.gather(num_repeats=0.1)
     assert {bucket.name for bucket in facts.buckets} <= {"16x48", "32x32", "48x16"}
     assert all(np.isfinite(value) for value, _ in facts.exposure)
 
 
 def test_the_summary_counts_files_examples_and_different_captions(desk: Desk) -> None:
-    (desk.pictures / "picture_001.txt").write_text((desk.pictures / "picture_000.txt").read_text())
+    (desk.images / "image_001.txt").write_text((desk.images / "image_000.txt").read_text())
     rows = dict(desk.gather(resolutions=[32, 64]).rows)
-    assert rows["pictures"] == "4 files"
-    assert rows["examples"] == "8: each picture at each resolution (32 and 64)"
+    assert rows["images"] == "4 files"
+    assert rows["examples"] == "8: each image at each resolution (32 and 64)"
     assert rows["captions"].startswith("3 ")
     assert rows["the run"] == f"100 steps: {100 / desk.order.steps_per_epoch:.2f} epochs"
     assert str(desk.workshop.folder / "cache") in rows["cache"]
 
 
 def test_files_of_equal_content_are_grouped_and_links_are_not(desk: Desk) -> None:
-    copies = [desk.pictures / name for name in ("b_copy.png", "picture_001.png", "z_copy.png")]
+    copies = [desk.images / name for name in ("b_copy.png", "image_001.png", "z_copy.png")]
     for path in (copies[0], copies[2]):
         path.write_bytes(copies[1].read_bytes())
         path.with_suffix(".txt").write_text("a copy")
@@ -120,21 +120,21 @@ def test_files_of_equal_content_are_grouped_and_links_are_not(desk: Desk) -> Non
 # --- captions ----------------------------------------------------------------------------------------------------------
 
 
-def test_lengths_of_captions_are_counted_each_picture_s_once(desk: Desk) -> None:
+def test_lengths_of_captions_are_counted_each_image_s_once(desk: Desk) -> None:
     for index, caption in enumerate(["abc", "abcd", "abc", "abcdefg"]):
-        (desk.pictures / f"picture_00{index}.txt").write_text(caption)
+        (desk.images / f"image_00{index}.txt").write_text(caption)
     facts = desk.gather(resolutions=[32, 64])
     assert [encoder.name for encoder in facts.encoders] == ["clip_l", "t5xxl"]
     for encoder in facts.encoders:
         assert (encoder.max_tokens, encoder.histogram, encoder.num_cut) == (NUM_TOKENS, [(3, 2), (4, 1), (7, 1)], 1)
         (cut,) = encoder.cut
         assert (cut.kept, cut.cut, cut.num_tokens) == ("abcd", "efg", 7)
-        assert cut.picture == str(desk.pictures / "picture_003.png")
+        assert cut.image == str(desk.images / "image_003.png")
 
 
 def test_each_order_of_a_caption_s_tags_is_cut_where_it_is_cut(desk: Desk) -> None:
     for index in range(4):
-        (desk.pictures / f"picture_00{index}.txt").write_text("a, b, c, d, e")
+        (desk.images / f"image_00{index}.txt").write_text("a, b, c, d, e")
     facts = desk.gather(cache_shuffle_num=3)
     for cut in facts.encoders[0].cut:
         assert len(cut.kept) == 4
@@ -146,23 +146,23 @@ def test_each_order_of_a_caption_s_tags_is_cut_where_it_is_cut(desk: Desk) -> No
 
 
 def opened(jpeg: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(jpeg)) as picture:
-        assert picture.format == "JPEG"
-        return np.asarray(picture.convert("RGB")).astype(np.float64)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert image.format == "JPEG"
+        return np.asarray(image.convert("RGB")).astype(np.float64)
 
 
 def test_thumbnails_show_the_file_its_crop_and_what_was_encoded(desk: Desk) -> None:
     for index, size in enumerate([(64, 64), (96, 64), (64, 96), (160, 64)]):
-        save(quarters(*size), desk.pictures / f"picture_00{index}.png")
+        save(quarters(*size), desk.images / f"image_00{index}.png")
     facts = desk.gather(enable_ar_bucket=False)
     assert len(facts.thumbnails) == 4
     table = desk.workshop.examples(enable_ar_bucket=False)
     by_path = {str(example.image): example for example in table}
     for thumbnail in facts.thumbnails:
-        example = by_path[thumbnail.picture]
+        example = by_path[thumbnail.image]
         assert (thumbnail.caption, thumbnail.bucket) == (example.caption(), "32x32")
-        with Image.open(example.image.path) as picture:
-            assert (thumbnail.width, thumbnail.height) == picture.size
+        with Image.open(example.image.path) as image:
+            assert (thumbnail.width, thumbnail.height) == image.size
         original, encoded = opened(thumbnail.original), opened(thumbnail.encoded)
         assert original.shape == (thumbnail.height, thumbnail.width, 3)
         expected = read_pixels(example.image.path, example.box).permute(1, 2, 0).numpy()
@@ -174,37 +174,37 @@ def test_thumbnails_show_the_file_its_crop_and_what_was_encoded(desk: Desk) -> N
     assert desk.adapter.tile_pixels == 64
 
 
-def test_of_pictures_that_are_mirrored_every_other_is_shown_so(desk: Desk) -> None:
-    for path in desk.pictures.glob("*.png"):
+def test_of_images_that_are_flipped_every_other_is_shown_so(desk: Desk) -> None:
+    for path in desk.images.glob("*.png"):
         save(quarters(64, 64), path)
-    straight, mirrored = (desk.gather(horizontal_flip=flip).thumbnails for flip in (False, True))
-    assert not any(thumbnail.mirrored for thumbnail in straight)
-    assert [thumbnail.mirrored for thumbnail in mirrored] == [False, True, False, True]
-    for plain, other in zip(straight, mirrored, strict=True):
-        pixels = opened(plain.encoded)[:, ::-1] if other.mirrored else opened(plain.encoded)
+    straight, flipped = (desk.gather(horizontal_flip=flip).thumbnails for flip in (False, True))
+    assert not any(thumbnail.flipped for thumbnail in straight)
+    assert [thumbnail.flipped for thumbnail in flipped] == [False, True, False, True]
+    for plain, other in zip(straight, flipped, strict=True):
+        pixels = opened(plain.encoded)[:, ::-1] if other.flipped else opened(plain.encoded)
         assert np.abs(opened(other.encoded).astype(int) - pixels).mean() < 10, "but for JPEG"
 
 
-def test_every_bucket_has_thumbnails_and_many_pictures_have_a_choice_that_stays(desk: Desk) -> None:
+def test_every_bucket_has_thumbnails_and_many_images_have_a_choice_that_stays(desk: Desk) -> None:
     for index in range(10, 10 + NUM_THUMBNAILS):
-        save(noise(40, 40), desk.pictures / f"more_{index}.png").with_suffix(".txt").write_text("more")
+        save(noise(40, 40), desk.images / f"more_{index}.png").with_suffix(".txt").write_text("more")
     facts = desk.gather()
     counts = Counter(thumbnail.bucket for thumbnail in facts.thumbnails)
     assert counts == {"32x32": NUM_THUMBNAILS // 3, "48x16": 1, "16x48": 1}
     again = desk.gather()
-    assert [one.picture for one in again.thumbnails] == [one.picture for one in facts.thumbnails]
+    assert [one.image for one in again.thumbnails] == [one.image for one in facts.thumbnails]
 
 
-def test_large_pictures_are_shown_small(desk: Desk) -> None:
-    save(noise(800, 600), desk.pictures / "picture_000.png")
+def test_large_images_are_shown_small(desk: Desk) -> None:
+    save(noise(800, 600), desk.images / "image_000.png")
     facts = desk.gather(resolutions=[512])
-    thumbnail = next(one for one in facts.thumbnails if one.picture.endswith("picture_000.png"))
+    thumbnail = next(one for one in facts.thumbnails if one.image.endswith("image_000.png"))
     assert (thumbnail.width, thumbnail.height) == (800, 600)
     assert max(opened(thumbnail.original).shape[:2]) == max(opened(thumbnail.encoded).shape[:2]) == 256
 
 
-def test_a_picture_that_has_gone_since_has_no_thumbnail(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_decoder, gone = desk.adapter.load_decoder, desk.pictures / "picture_001.png"
+def test_a_image_that_has_gone_since_has_no_thumbnail(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_decoder, gone = desk.adapter.load_decoder, desk.images / "image_001.png"
 
     def remove_one(device: torch.device, tile_pixels: int) -> Any:
         gone.unlink()
@@ -213,20 +213,20 @@ def test_a_picture_that_has_gone_since_has_no_thumbnail(desk: Desk, monkeypatch:
     monkeypatch.setattr(desk.adapter, "load_decoder", remove_one)
     facts = desk.gather()
     assert len(facts.thumbnails) == 3
-    assert str(gone) not in {thumbnail.picture for thumbnail in facts.thumbnails}
+    assert str(gone) not in {thumbnail.image for thumbnail in facts.thumbnails}
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_and_left_out_files_are_on_the_page(desk: Desk) -> None:
-    bad = desk.pictures / "picture_001.png"
+    bad = desk.images / "image_001.png"
     bad.write_bytes(b"nothing")
     facts = desk.gather(max_pixels=40 * 45)
     assert ([path for path, _ in facts.bad_files], facts.num_bad) == ([str(bad)], 1)
-    assert [Path(path).name for path, _ in facts.left_out] == ["picture_002.png"]
+    assert [Path(path).name for path, _ in facts.left_out] == ["image_002.png"]
     assert facts.num_left_out == 1
-    assert dict(facts.rows)["pictures"] == "2 files"
+    assert dict(facts.rows)["images"] == "2 files"
 
 
 def test_every_file_that_is_not_used_is_listed_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

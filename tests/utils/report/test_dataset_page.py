@@ -18,7 +18,7 @@ from utils.report.dataset_page import MAX_CHARACTERS, MAX_GROUP, MAX_LISTED, ren
 from utils.report.html import html_of
 from utils.report.plots import MAX_BARS, token_bars
 
-HEADINGS = ["Summary", "Buckets", "Pictures", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
+HEADINGS = ["Summary", "Buckets", "Images", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
 USUAL, HOSTILE, EMPTY = usual_facts(), hostile_facts(), empty_facts()
 
 
@@ -45,7 +45,7 @@ def section(text: str, heading: str) -> str:
 
 
 def with_captions(*captions: str) -> str:
-    """The page of pictures with these captions alone."""
+    """The page of images with these captions alone."""
     thumbnails = [replace(USUAL.thumbnails[0], caption=caption) for caption in captions]
     return render(replace(EMPTY, thumbnails=thumbnails))
 
@@ -70,7 +70,7 @@ def test_a_full_page_has_every_section_and_a_link_to_it(page: Callable[[], str])
         (["rows"], "Summary"),
         (["warnings"], "Summary"),
         (["buckets"], "Buckets"),
-        (["thumbnails"], "Pictures"),
+        (["thumbnails"], "Images"),
         (["encoders"], "Captions"),
         (["exposure"], "Exposure"),
         (["duplicates", "num_duplicates"], "Duplicates"),
@@ -100,13 +100,13 @@ def test_buckets_are_told_in_numbers_and_in_bars() -> None:
     assert bars == pytest.approx([100 * bucket.shown_per_epoch / 808 for bucket in USUAL.buckets], abs=0.01)
 
 
-def test_a_picture_has_its_two_images_its_frame_and_its_words() -> None:
-    picture = replace(USUAL.thumbnails[0], crop=(0.125, 0.0, 0.875, 1.0), mirrored=True)
-    text = section(render(replace(EMPTY, thumbnails=[picture])), "Pictures")
-    sources = [f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in (picture.original, picture.encoded)]
+def test_a_image_has_its_two_images_its_frame_and_its_words() -> None:
+    image = replace(USUAL.thumbnails[0], crop=(0.125, 0.0, 0.875, 1.0), flipped=True)
+    text = section(render(replace(EMPTY, thumbnails=[image])), "Images")
+    sources = [f"data:image/jpeg;base64,{b64encode(jpeg).decode()}" for jpeg in (image.original, image.encoded)]
     assert re.findall('src="(.*?)"', text) == sources
     assert 'class="crop" style="left:12.500%;top:0.000%;width:75.000%;height:100.000%"' in text
-    assert "1300x1000, 25% cut off, mirrored" in text and picture.picture in text
+    assert "1300x1000, 25% cut off, flipped" in text and image.image in text
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,16 @@ def test_a_picture_has_its_two_images_its_frame_and_its_words() -> None:
     [((0, 0, 1, 1), "nothing cut off"), ((0, 0, 1, 0.995), "less than 1% cut off"), ((0, 0, 0.5, 0.5), "75% cut off")],
 )
 def test_what_is_cut_off_is_told(crop: tuple[float, float, float, float], words: str) -> None:
-    text = render(replace(EMPTY, thumbnails=[replace(USUAL.thumbnails[0], crop=crop, mirrored=False)]))
+    text = render(replace(EMPTY, thumbnails=[replace(USUAL.thumbnails[0], crop=crop, flipped=False)]))
     assert f"1300x1000, {words}</div>" in text
 
 
-def test_pictures_stand_under_their_bucket() -> None:
+def test_images_stand_under_their_bucket() -> None:
     first, second = USUAL.thumbnails[0], USUAL.thumbnails[-1]
-    text = section(render(replace(USUAL, thumbnails=[first, second, first])), "Pictures")
+    text = section(render(replace(USUAL, thumbnails=[first, second, first])), "Images")
     assert re.findall("<h3>(.*?)<span.*?>(.*?)</span>", text) == [
-        ("1024x1024", "2 of 802 pictures"),
-        ("1536x640", "1 of 3 pictures"),
+        ("1024x1024", "2 of 802 images"),
+        ("1536x640", "1 of 3 images"),
     ]
     assert [len(part.split("<figure")) - 1 for part in text.split("<h3>")[1:]] == [2, 1]
 
@@ -152,7 +152,7 @@ def test_captions_that_all_fit_are_told_so() -> None:
 def test_an_epoch_that_shows_all_alike_is_a_sentence() -> None:
     for showings, words in ((1.0, "once"), (2.5, "2.5 times")):
         text = section(render(replace(EMPTY, exposure=[(showings, 7), (9.0, 0)])), "Exposure")
-        assert text == f"<p>An epoch shows every picture {words}.</p>"
+        assert text == f"<p>An epoch shows every image {words}.</p>"
     assert "From 1 to 5.33 times, 1.23 times in the mean." in section(usual_page(), "Exposure")
 
 
@@ -183,9 +183,9 @@ def test_a_caption_of_a_whole_book_is_shortened() -> None:
     assert "… (1,234 more characters)" in text and len(text) < 2 * len(with_captions("x"))
 
 
-def test_a_page_of_many_pictures_is_under_three_megabytes() -> None:
-    picture = replace(USUAL.thumbnails[0], original=bytes(15_000), encoded=bytes(15_000))
-    assert len(render(replace(USUAL, thumbnails=[picture] * 48)).encode()) < 3_000_000
+def test_a_page_of_many_images_is_under_three_megabytes() -> None:
+    image = replace(USUAL.thumbnails[0], original=bytes(15_000), encoded=bytes(15_000))
+    assert len(render(replace(USUAL, thumbnails=[image] * 48)).encode()) < 3_000_000
 
 
 # --- what is not to happen ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_texts_stay_texts() -> None:
 def test_every_text_of_the_facts_is_escaped() -> None:
     """Each alone, so that none hides behind another: a tag in it would be an element of the page."""
     tag = "<u>"
-    thumbnail = replace(USUAL.thumbnails[0], picture=tag, caption=tag, bucket=tag)
+    thumbnail = replace(USUAL.thumbnails[0], image=tag, caption=tag, bucket=tag)
     encoder = EncoderFacts(tag, 77, [(90, 1)], 1, [CutCaption(tag, tag, tag, 90)])
     facts = DatasetFacts(
         title=tag,
@@ -223,8 +223,8 @@ def test_every_text_of_the_facts_is_escaped() -> None:
     )
     text = render(facts)
     assert Page(text).all("u") == [] and tag not in text
-    of_picture, of_encoder, of_files = 2 + 2 + 1, 1 + 1 + 3, 2 + 2 + 2
-    assert text.count("&lt;u&gt;") == 2 + 2 + 1 + of_picture + of_encoder + of_files + 1
+    of_image, of_encoder, of_files = 2 + 2 + 1, 1 + 1 + 3, 2 + 2 + 2
+    assert text.count("&lt;u&gt;") == 2 + 2 + 1 + of_image + of_encoder + of_files + 1
 
 
 def test_characters_that_cannot_be_seen_are_written_out() -> None:

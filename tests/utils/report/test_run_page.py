@@ -48,25 +48,25 @@ def add_losses(folder: Path, losses: list[float]) -> None:
             log.write(StepMetrics(step=index + 1, epoch=0, loss=loss, learning_rate=1e-4, grad_norm=0.5))
 
 
-def add_evaluations(folder: Path, steps: list[int], num_pictures: int = 8, panel: str = "one") -> None:
-    groups = [Group("all", tuple(range(num_pictures)), tuple(range(num_pictures)), True), Group("set <x>", (0,), (0,), True)]
+def add_evaluations(folder: Path, steps: list[int], num_images: int = 8, panel: str = "one") -> None:
+    groups = [Group("all", tuple(range(num_images)), tuple(range(num_images)), True), Group("set <x>", (0,), (0,), True)]
     earlier: list[Measured] = []
     generator = torch.Generator().manual_seed(0)
     with (folder / report.EVALUATIONS).open("a") as file:
         for step in steps:
-            noise = 0.01 * torch.rand(num_pictures, dtype=torch.float64, generator=generator)
+            noise = 0.01 * torch.rand(num_images, dtype=torch.float64, generator=generator)
             now = Measured(step, 0.5 - step / 1e4 + noise)
             file.write(to_line(compare(now, earlier, groups, weights="ema" if step else "last", panel=panel, seed=0)))
             earlier.append(now)
 
 
 def add_previews(folder: Path, step: int, prompts: list[str], **changes: object) -> None:
-    pictures = [Image.new("RGB", (32, 16), (index, step % 256, 0)) for index in range(len(prompts))]
+    images = [Image.new("RGB", (32, 16), (index, step % 256, 0)) for index in range(len(prompts))]
     entries = [
         {"prompt": prompt, "negative_prompt": "", "width": 32, "height": 16, "seed": 7, "steps": 4, "cfg": 4.5, **changes}
         for prompt in prompts
     ]
-    sampling.write_pictures(folder / report.SAMPLES, step, pictures, entries)
+    sampling.write_images(folder / report.SAMPLES, step, images, entries)
 
 
 def fill(folder: Path) -> None:
@@ -226,14 +226,14 @@ def test_the_last_evaluation_is_told_with_its_change(tmp_path: Path) -> None:
     assert re.search(r"-0\.1\d+ \(-0\.\d+ to -0\.\d+\)", text)
 
 
-def test_too_few_pictures_have_a_change_without_interval(tmp_path: Path) -> None:
-    add_evaluations(tmp_path, [0, 1000], num_pictures=3)
+def test_too_few_images_have_a_change_without_interval(tmp_path: Path) -> None:
+    add_evaluations(tmp_path, [0, 1000], num_images=3)
     page = page_of(tmp_path)
     assert "Change since step 0" not in page.text
     assert re.search(r"^-0\.\d+$", page.text, flags=re.MULTILINE)
 
 
-def test_evaluations_of_other_pictures_are_not_in_the_curve(tmp_path: Path) -> None:
+def test_evaluations_of_other_images_are_not_in_the_curve(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [0, 100], panel="one")
     add_evaluations(tmp_path, [200], panel="another")
     assert "Lowest at" not in page_of(tmp_path).text
@@ -244,7 +244,7 @@ def test_evaluations_of_other_pictures_are_not_in_the_curve(tmp_path: Path) -> N
 # --- previews ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_picture_stands_beside_that_of_the_start(tmp_path: Path) -> None:
+def test_the_newest_image_stands_beside_that_of_the_start(tmp_path: Path) -> None:
     for step in (0, 500, 1500):
         add_previews(tmp_path, step, ["a fox", "a hen"])
     images = [image["src"] for image in page_of(tmp_path).all("img")]
@@ -269,7 +269,7 @@ def test_a_prompt_of_other_settings_is_not_compared(tmp_path: Path) -> None:
     assert [image["src"] for image in page_of(tmp_path).all("img")] == ["samples/step_000500/000.png"]
 
 
-def test_pictures_that_someone_deleted_are_left_out(tmp_path: Path) -> None:
+def test_images_that_someone_deleted_are_left_out(tmp_path: Path) -> None:
     add_previews(tmp_path, 0, ["a fox"])
     add_previews(tmp_path, 500, ["a fox", "a hen"])
     add_previews(tmp_path, 600, ["a fox"])
@@ -279,7 +279,7 @@ def test_pictures_that_someone_deleted_are_left_out(tmp_path: Path) -> None:
     assert [image["src"] for image in page_of(tmp_path).all("img")] == ["samples/step_000500/000.png"]
 
 
-def test_pictures_have_their_size_so_that_the_page_does_not_jump(tmp_path: Path) -> None:
+def test_images_have_their_size_so_that_the_page_does_not_jump(tmp_path: Path) -> None:
     add_previews(tmp_path, 0, ["a fox"])
     (image,) = page_of(tmp_path).all("img")
     assert (image["width"], image["height"], image["loading"]) == ("32", "16", "lazy")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.family import ModuleAdapter
-from models.sd3.family import SD3Adapter
+from models.sd3.family import SD3Family
 from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.data.batches import BatchOrder
@@ -46,11 +46,11 @@ class Desk:
         settings = KINDS[kind]
         return self.prepare(**{**settings, "rank": 3, "alpha": 2.0, "targets": ALL[settings["type"]], **adapter})
 
-    def problems(self, **adapter: Any) -> list[str]:
+    def errors(self, **adapter: Any) -> list[str]:
         """Each as "key: message"."""
         with pytest.raises(ConfigError) as caught:
             self.prepare(**adapter)
-        return [f"{problem.key}: {problem.message}" for problem in caught.value.problems]
+        return [f"{error.key}: {error.message}" for error in caught.value.errors]
 
     def saved(self, kind: str, layout: str, **adapter: Any) -> tuple[Experiment, dict[int, nn.Module], Path]:
         """An experiment, its layers as if trained, and the file their adapter was saved to."""
@@ -60,8 +60,8 @@ class Desk:
         for index, layer in layers.items():
             shake(layer, index)
             values = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-            modules.update(lora.collect(layer, experiment.adapter.layers[index].prefix, values))
-        network = experiment.adapter
+            modules.update(lora.collect(layer, experiment.family.layers[index].prefix, values))
+        network = experiment.family
         tensors = network.native_adapter(modules) if layout == "native" else network.diffusers_adapter(modules)
         path = self.folder / f"{kind}_{layout}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -76,7 +76,7 @@ def desk(tmp_path: Path, tiny_model: Path, tiny_dataset: Path) -> Desk:
 def adapted_layers(experiment: Experiment) -> dict[int, nn.Module]:
     """As train.py prepares them."""
     layers = {}
-    for index, layer in enumerate(experiment.adapter.layers):
+    for index, layer in enumerate(experiment.family.layers):
         module = layer.build()
         assert experiment.adapter_plan is not None
         lora.inject(module, layer.prefix, experiment.adapter_plan, seed=0)
@@ -97,7 +97,7 @@ def shake(module: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def output(experiment: Experiment, layers: dict[int, nn.Module]) -> Tensor:
     """Of the network, for the same input always."""
-    generator, network = torch.Generator().manual_seed(3), cast(SD3Adapter, experiment.adapter)
+    generator, network = torch.Generator().manual_seed(3), cast(SD3Family, experiment.family)
     tensors: Any = (
         torch.randn(1, 16, 4, 4, generator=generator),
         torch.tensor([700.0]),
@@ -115,7 +115,7 @@ def output(experiment: Experiment, layers: dict[int, nn.Module]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_network_of_fresh_adapters_changes_nothing(desk: Desk, kind: str) -> None:
     experiment = desk.prepare_kind(kind)
-    plain = {index: layer.build() for index, layer in enumerate(experiment.adapter.layers)}
+    plain = {index: layer.build() for index, layer in enumerate(experiment.family.layers)}
     adapted = adapted_layers(experiment)
     assert torch.equal(output(experiment, adapted), output(experiment, plain))
     injected = [len(lora.collect(layer, "", dict(layer.named_parameters()))) for layer in adapted.values()]
@@ -130,7 +130,7 @@ def test_an_adapter_goes_on_from_its_own_file(desk: Desk, kind: str, layout: str
     experiment, layers, path = desk.saved(kind, layout)
     again = desk.prepare_kind(kind, init_from=str(path), alpha=7.0)
     result, expected = output(again, adapted_layers(again)), output(experiment, layers)
-    plain = {index: layer.build() for index, layer in enumerate(experiment.adapter.layers)}
+    plain = {index: layer.build() for index, layer in enumerate(experiment.family.layers)}
     assert (output(experiment, plain) - expected).abs().max() > 0.1
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
@@ -139,25 +139,25 @@ def test_an_adapter_goes_on_from_its_own_file(desk: Desk, kind: str, layout: str
 
 
 def test_a_file_that_is_not_there_is_named(desk: Desk) -> None:
-    (problem,) = desk.problems(type="lora", init_from="/no/such.safetensors")
-    assert problem.startswith("adapter.init_from: /no/such.safetensors ")
+    (error,) = desk.errors(type="lora", init_from="/no/such.safetensors")
+    assert error.startswith("adapter.init_from: /no/such.safetensors ")
 
 
 def test_a_file_that_does_not_fit_is_named_with_what_to_do(desk: Desk) -> None:
     *_, path = desk.saved("lora", "native", targets=["attn", "attn2"])
     refused = f"adapter.init_from: {path} "
     attn2 = "joint_blocks.0.x_block.attn2.proj, joint_blocks.0.x_block.attn2.qkv"
-    assert desk.problems(type="lora", init_from=str(path)) == [
+    assert desk.errors(type="lora", init_from=str(path)) == [
         f"{refused}has modules that are not trained here: {attn2}; add attn2 to targets"
     ]
-    (problem,) = desk.problems(type="lora", rank=2, targets=["attn", "attn2"], init_from=str(path))
-    assert problem.startswith(f"{refused}has a higher rank than is trained here: joint_blocks.0.")
-    (problem,) = desk.problems(type="lokr", targets=["attn", "attn2"], init_from=str(path))
-    assert problem.startswith(f"{refused}is a LoRA adapter, of joint_blocks.0.")
+    (error,) = desk.errors(type="lora", rank=2, targets=["attn", "attn2"], init_from=str(path))
+    assert error.startswith(f"{refused}has a higher rank than is trained here: joint_blocks.0.")
+    (error,) = desk.errors(type="lokr", targets=["attn", "attn2"], init_from=str(path))
+    assert error.startswith(f"{refused}is a LoRA adapter, of joint_blocks.0.")
 
 
 def test_wrong_targets_and_a_missing_file_are_said_at_once(desk: Desk) -> None:
-    keys = [problem.split(": ")[0] for problem in desk.problems(type="lora", targets=["no"], init_from="/no/such")]
+    keys = [error.split(": ")[0] for error in desk.errors(type="lora", targets=["no"], init_from="/no/such")]
     assert keys == ["adapter.targets[0]", "adapter.init_from"]
 
 
@@ -198,8 +198,8 @@ def test_the_banner_tells_what_is_left_out_of_a_file(desk: Desk) -> None:
     experiment, layers, path = desk.saved("lora", "native", targets=["attn"])
     modules: dict[str, ModuleAdapter] = {}
     for index, layer in layers.items():
-        modules.update(lora.collect(layer, experiment.adapter.layers[index].prefix, dict(layer.named_parameters())))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in experiment.adapter.native_adapter(modules).items()}
+        modules.update(lora.collect(layer, experiment.family.layers[index].prefix, dict(layer.named_parameters())))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in experiment.family.native_adapter(modules).items()}
     save_file({**tensors, "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}, path)
     text = banner(desk.prepare(type="lora", targets=["attn"], init_from=str(path)))
     assert f"note: left out of {path}, as of other networks: lora_te1_text_model_encoder_layers_0_mlp_fc1" in text

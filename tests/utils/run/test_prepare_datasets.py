@@ -11,7 +11,7 @@ import pytest
 import toml
 from PIL import Image
 
-from tests.tiny_model import make_tiny_dataset, write_experiment, write_picture
+from tests.tiny_model import make_tiny_dataset, write_experiment, write_image
 from utils.config.load import ConfigError
 from utils.data.batches import BatchOrder
 from utils.data.sources.readers import Readers
@@ -19,27 +19,27 @@ from utils.distributed.group import World
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run import prepare as preflight
 from utils.run.banner import describe
-from utils.run.prepare import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_PICTURE_ADVICE, Experiment, num_readers, prepare
+from utils.run.prepare import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_IMAGE_ADVICE, Experiment, num_readers, prepare
 
 ALONE = World(0, 0, 1, 1)
 
 
 class Desk:
-    """Writes experiments on pictures of the test's own, and checks them."""
+    """Writes experiments on images of the test's own, and checks them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self._model = folder, model
-        self.pictures = make_tiny_dataset(folder / "pictures", 6)
+        self.images = make_tiny_dataset(folder / "images", 6)
 
     def prepare(self, world: World = ALONE, *, only_look: bool = False, **changes: Any) -> Experiment:
-        file = write_experiment(self.folder / "experiment", self._model, self.pictures, **changes)
+        file = write_experiment(self.folder / "experiment", self._model, self.images, **changes)
         return prepare(file, [], None, world, only_look=only_look)
 
-    def problems(self, **changes: Any) -> list[tuple[str, str, str]]:
+    def errors(self, **changes: Any) -> list[tuple[str, str, str]]:
         """(Name of the file, key, message) of each."""
         with pytest.raises(ConfigError) as caught:
             self.prepare(**changes)
-        return [(problem.file.name, problem.key, problem.message) for problem in caught.value.problems]
+        return [(error.file.name, error.key, error.message) for error in caught.value.errors]
 
 
 @pytest.fixture
@@ -49,21 +49,21 @@ def desk(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest
 
 
 def spoil(folder: Path, index: int = 0) -> Path:
-    path = write_picture(folder, index)
-    path.write_bytes(b"no picture")
+    path = write_image(folder, index)
+    path.write_bytes(b"no image")
     return path
 
 
 # --- bad files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spoiled", "is_refused"), [("pictures", False), ("other", True)])
+@pytest.mark.parametrize(("spoiled", "is_refused"), [("images", False), ("other", True)])
 def test_bad_files_are_left_out_of_the_directories_that_say_so(desk: Desk, spoiled: str, is_refused: bool) -> None:
     other = make_tiny_dataset(desk.folder / "other", 6)
     path = spoil(desk.folder / spoiled)
-    directories = [{"path": str(desk.pictures), "on_bad_file": "skip"}, {"path": str(other)}]
+    directories = [{"path": str(desk.images), "on_bad_file": "skip"}, {"path": str(other)}]
     if is_refused:
-        (name, _, _), *_, advice = desk.problems(dataset_file={"directory": directories})
+        (name, _, _), *_, advice = desk.errors(dataset_file={"directory": directories})
         assert name == path.name
         assert advice == ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE)
     else:
@@ -74,39 +74,39 @@ def test_bad_files_are_left_out_of_the_directories_that_say_so(desk: Desk, spoil
 @pytest.mark.parametrize("inner", ["error", "skip"])
 def test_what_a_directory_inside_another_says_counts_for_its_own_files(desk: Desk, inner: str) -> None:
     outer = "skip" if inner == "error" else "error"
-    inside = make_tiny_dataset(desk.pictures / "inside", 3)
+    inside = make_tiny_dataset(desk.images / "inside", 3)
     spoil(inside)
-    directories = [{"path": str(desk.pictures), "on_bad_file": outer}, {"path": str(inside), "on_bad_file": inner}]
+    directories = [{"path": str(desk.images), "on_bad_file": outer}, {"path": str(inside), "on_bad_file": inner}]
     if inner == "skip":
         assert desk.prepare(dataset_file={"directory": directories}).dataset.num_images == 6 + 2
     else:
-        assert desk.problems(dataset_file={"directory": directories})[-1][1] == "on_bad_file"
+        assert desk.errors(dataset_file={"directory": directories})[-1][1] == "on_bad_file"
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])
-def test_bad_masks_and_control_pictures_go_by_their_directory(desk: Desk, key: str) -> None:
-    companions = make_tiny_dataset(desk.folder / "companions", 6)
-    spoil(companions)
-    directory = {"path": str(desk.pictures), key: str(companions)}
-    assert desk.problems(dataset_file={"directory": [directory]})[-1][1] == "on_bad_file"
+def test_bad_masks_and_control_images_go_by_their_directory(desk: Desk, key: str) -> None:
+    paired_images = make_tiny_dataset(desk.folder / "companions", 6)
+    spoil(paired_images)
+    directory = {"path": str(desk.images), key: str(paired_images)}
+    assert desk.errors(dataset_file={"directory": [directory]})[-1][1] == "on_bad_file"
     dataset = desk.prepare(dataset_file={"directory": [{**directory, "on_bad_file": "skip"}]}).dataset
-    assert (dataset.num_images, [bad.path.parent for bad in dataset.bad_files]) == (5, [companions])
+    assert (dataset.num_images, [bad.path.parent for bad in dataset.bad_files]) == (5, [paired_images])
 
 
 def test_many_bad_files_are_shown_shortened(desk: Desk) -> None:
     for index in range(10, 13 + MAX_BAD_FILES_SHOWN):
-        spoil(desk.pictures, index)
-    problems = desk.problems()
-    assert len(problems) == MAX_BAD_FILES_SHOWN + 2
-    assert problems[-2:] == [
+        spoil(desk.images, index)
+    errors = desk.errors()
+    assert len(errors) == MAX_BAD_FILES_SHOWN + 2
+    assert errors[-2:] == [
         ("dataset.toml", "", "3 more files cannot be used"),
         ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE),
     ]
 
 
 def test_a_refused_run_lists_every_bad_file(desk: Desk) -> None:
-    paths = [spoil(desk.pictures, index) for index in range(10, 13 + MAX_BAD_FILES_SHOWN)]
-    desk.problems()
+    paths = [spoil(desk.images, index) for index in range(10, 13 + MAX_BAD_FILES_SHOWN)]
+    desk.errors()
     lines = (desk.folder / "experiment" / "output" / BAD_FILES).read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == list(map(str, paths))
 
@@ -114,32 +114,32 @@ def test_a_refused_run_lists_every_bad_file(desk: Desk) -> None:
 @pytest.mark.parametrize("num_bad", [1, MAX_SHOWN_IN_LOG, MAX_SHOWN_IN_LOG + 3])
 def test_the_banner_shows_the_first_of_the_files_left_out(desk: Desk, num_bad: int) -> None:
     for index in range(10, 10 + num_bad):
-        spoil(desk.pictures, index)
+        spoil(desk.images, index)
     experiment = desk.prepare(dataset_file={"on_bad_file": "skip"})
     order = BatchOrder(experiment.dataset.examples, experiment.global_batch, 0)
     lines = [line.strip() for line in describe(experiment, order, "nowhere").splitlines() if "left out: " in line]
-    assert lines[0] == f"left out: {desk.pictures / 'picture_010.png'}: is not a picture Pillow can read"
+    assert lines[0] == f"left out: {desk.images / 'image_010.png'}: is not an image Pillow can read"
     assert len(lines) == min(num_bad, MAX_SHOWN_IN_LOG + 1)
     rest = f"left out: 3 more files; a run lists all in {desk.folder / 'experiment' / 'output' / BAD_FILES}"
     assert (lines[-1] == rest) == (num_bad > MAX_SHOWN_IN_LOG)
 
 
 def test_a_check_that_finds_bad_files_writes_nothing(desk: Desk) -> None:
-    spoil(desk.pictures)
-    desk.problems(only_look=True)
+    spoil(desk.images)
+    desk.errors(only_look=True)
     assert not (desk.folder / "experiment" / "output").exists()
 
 
 def test_files_left_out_of_an_evaluation_set_are_among_those_of_the_run(desk: Desk) -> None:
     other = make_tiny_dataset(desk.folder / "other", 3)
     bad = spoil(other)
-    Image.new("RGB", (300, 300)).save(other / "picture_001.png")
+    Image.new("RGB", (300, 300)).save(other / "image_001.png")
     file = desk.folder / "other.toml"
     table = {"resolutions": [32], "on_bad_file": "skip", "max_pixels": 80000, "directory": [{"path": str(other)}]}
     file.write_text(toml.dumps(table))
     dataset = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
     assert [one.path for one in dataset.bad_files] == [bad]
-    assert [one.path.name for one in dataset.left_out] == ["picture_001.png"]
+    assert [one.path.name for one in dataset.left_out] == ["image_001.png"]
 
 
 def test_bad_files_of_an_evaluation_set_are_told_with_its_file(desk: Desk) -> None:
@@ -147,46 +147,46 @@ def test_bad_files_of_an_evaluation_set_are_told_with_its_file(desk: Desk) -> No
     spoil(other)
     file = desk.folder / "other.toml"
     file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(other)}]}))
-    problems = desk.problems(eval={"sets": [{"name": "other", "dataset": str(file)}]})
-    assert [(name, key) for name, key, _ in problems] == [("picture_000.png", ""), ("other.toml", "on_bad_file")]
+    errors = desk.errors(eval={"sets": [{"name": "other", "dataset": str(file)}]})
+    assert [(name, key) for name, key, _ in errors] == [("image_000.png", ""), ("other.toml", "on_bad_file")]
 
 
-# --- small pictures ----------------------------------------------------------------------------------------------------
+# --- small images ----------------------------------------------------------------------------------------------------
 
 
-def test_small_pictures_refuse_a_run_that_says_so_and_no_other(desk: Desk) -> None:
+def test_small_images_refuse_a_run_that_says_so_and_no_other(desk: Desk) -> None:
     size = {"resolutions": [64]}
-    Image.new("RGB", (100, 100)).save(desk.pictures / "picture_005.png")
-    problems = desk.problems(dataset_file={**size, "upscale": "error", "on_bad_file": "skip"})
-    assert len(problems) == 5 + 1
-    assert problems[0] == (
-        "picture_000.png",
+    Image.new("RGB", (100, 100)).save(desk.images / "image_005.png")
+    errors = desk.errors(dataset_file={**size, "upscale": "error", "on_bad_file": "skip"})
+    assert len(errors) == 5 + 1
+    assert errors[0] == (
+        "image_000.png",
         "",
         'is 40x40 pixels, smaller than its bucket 64x64; upscale = "error"',
     )
-    assert problems[-1] == ("dataset.toml", "upscale", SMALL_PICTURE_ADVICE)
+    assert errors[-1] == ("dataset.toml", "upscale", SMALL_IMAGE_ADVICE)
     assert any("enlarged" in text for text in desk.prepare(dataset_file=size).dataset.warnings)
 
 
 def test_a_dataset_of_which_everything_is_left_out_is_refused(desk: Desk) -> None:
-    (problem,) = desk.problems(dataset_file={"resolutions": [64], "upscale": "never"})
-    assert problem[:2] == ("dataset.toml", "directory")
-    (problem,) = desk.problems(dataset_file={"max_pixels": 9})
-    assert problem == ("dataset.toml", "directory", f"no usable picture with a caption in {desk.pictures}")
+    (error,) = desk.errors(dataset_file={"resolutions": [64], "upscale": "never"})
+    assert error[:2] == ("dataset.toml", "directory")
+    (error,) = desk.errors(dataset_file={"max_pixels": 9})
+    assert error == ("dataset.toml", "directory", f"no usable image with a caption in {desk.images}")
 
 
 # --- who looks ---------------------------------------------------------------------------------------------------------
 
 
-def test_other_ranks_do_not_look_at_pictures(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read pictures"))
+def test_other_ranks_do_not_look_at_images(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read images"))
     experiment = desk.prepare(World(1, 1, 2, 2), pipeline={"pipeline_stages": 1})
     assert (len(experiment.dataset.examples), experiment.memories) == (0, [])
 
 
-def test_a_second_start_opens_no_picture(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_opens_no_image(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     first = desk.prepare().dataset
-    monkeypatch.setattr(Readers, "sizes", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(Readers, "sizes", lambda *_: pytest.fail("an image was opened"))
     second = desk.prepare().dataset
     assert list(first.examples) == list(second.examples)
 
@@ -198,19 +198,19 @@ def test_a_check_writes_nothing(desk: Desk) -> None:
 
 def test_a_run_refused_for_its_settings_writes_nothing(desk: Desk) -> None:
     changes: dict[str, Any] = {"adapter": {"type": "lora", "targets": ["no"]}, "sampling": {"prompts": ["a"], "width": 40}}
-    desk.problems(**changes)
+    desk.errors(**changes)
     assert not (desk.folder / "experiment" / "output").exists()
 
 
-def test_pictures_in_training_and_evaluation_are_warned_of(desk: Desk) -> None:
+def test_images_in_training_and_evaluation_are_warned_of(desk: Desk) -> None:
     file = desk.folder / "other.toml"
-    file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(desk.pictures), "max_pixels": 1600}]}))
+    file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(desk.images), "max_pixels": 1600}]}))
     experiment = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}], "holdout_images": 1})
     shared = {example.image for example in experiment.dataset.examples}
     num_both = len(shared & {example.image for example in experiment.eval_sets["other"]})
-    assert f"{num_both} pictures of the evaluation set 'other' are trained on too" in experiment.dataset.warnings
+    assert f"{num_both} images of the evaluation set 'other' are trained on too" in experiment.dataset.warnings
     assert list(experiment.eval_sets) == ["holdout", "other"]
-    assert len(experiment.memories) == 2, "pictures held out are remembered with those they are taken from"
+    assert len(experiment.memories) == 2, "images held out are remembered with those they are taken from"
 
 
 @pytest.mark.parametrize(("cores", "ranks", "expected"), [(1, 1, 1), (8, 1, 7), (8, 4, 1), (64, 2, 16), (2, 8, 1)])

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.family import AdapterFile, ModuleAdapter
+from models.family import LoraFile, ModuleAdapter
 from utils.trainable import lora
-from utils.trainable.lora import AdapterPlan, ModulePlan
+from utils.trainable.lora import LoraTarget, LoraTargets
 
 PREFIX = "blocks.1."
 RANK, ALPHA = 4, 6.0
@@ -55,16 +55,16 @@ def input_of(module: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def plan_of(
     kind: str, modules: tuple[str, ...] | None = None, *, rank: int = RANK, alpha: float = ALPHA, **ranks: Any
-) -> AdapterPlan:
+) -> LoraTargets:
     """`ranks`: rank and alpha of single modules, their names with underscores for dots."""
     shapes = {name: tuple(module.weight.shape) for name, module in layer().named_modules() if hasattr(module, "weight")}
     chosen = modules if modules is not None else LINEARS if kind == "lokr" else MODULES
     settings = {"rank_stabilized": False, "dora": False, **KINDS[kind]}
-    plans = {PREFIX + name: ModulePlan(shapes[name], *ranks.get(name.replace(".", "_"), (rank, alpha))) for name in chosen}
-    return AdapterPlan(modules=plans, **settings)
+    plans = {PREFIX + name: LoraTarget(shapes[name], *ranks.get(name.replace(".", "_"), (rank, alpha))) for name in chosen}
+    return LoraTargets(modules=plans, **settings)
 
 
-def injected(plan: AdapterPlan, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Layer:
+def injected(plan: LoraTargets, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Layer:
     adapted = layer(dtype=dtype)
     lora.inject(adapted, PREFIX, plan, seed=seed)
     return adapted
@@ -93,14 +93,14 @@ def call(module: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> Te
         return module.get_submodule(name)(input_of(name, dtype))
 
 
-def file_of(adapters: Mapping[str, ModuleAdapter]) -> AdapterFile:
+def file_of(adapters: Mapping[str, ModuleAdapter]) -> LoraFile:
     shapes = {
         name: {part: tuple(tensor.shape) for part, tensor in adapter.tensors.items()} for name, adapter in adapters.items()
     }
-    return AdapterFile(Path("start.safetensors"), shapes, lambda name: adapters[name], ())
+    return LoraFile(Path("start.safetensors"), shapes, lambda name: adapters[name], ())
 
 
-def trained_file(kind: str, **changes: Any) -> tuple[Layer, AdapterFile]:
+def trained_file(kind: str, **changes: Any) -> tuple[Layer, LoraFile]:
     """A layer whose adapter has been trained, and the file it would be saved as."""
     adapted = injected(plan_of(kind, **changes))
     shake(adapted)
@@ -175,7 +175,7 @@ def test_same_shaped_modules_and_tensors_start_differently(kind: str) -> None:
 
 def test_the_same_module_of_two_blocks_starts_differently() -> None:
     plans = plan_of("lora", ("attn.qkv",)).modules
-    both = AdapterPlan("lora", False, False, {**plans, "blocks.2.attn.qkv": plans["blocks.1.attn.qkv"]})
+    both = LoraTargets("lora", False, False, {**plans, "blocks.2.attn.qkv": plans["blocks.1.attn.qkv"]})
     downs = []
     for prefix in ("blocks.1.", "blocks.2."):
         adapted = layer()
@@ -328,7 +328,7 @@ def test_the_plan_knows_every_shape(kind: str, rank: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 64, 127, 1536, 4608])
 def test_the_plan_knows_how_lokr_cuts_any_side(size: int) -> None:
     module = nn.ModuleDict({"m": nn.Linear(size, 8, bias=False)})
-    plan = AdapterPlan("lokr", False, False, {"m": ModulePlan((8, size), 2, 2.0)})
+    plan = LoraTargets("lokr", False, False, {"m": LoraTarget((8, size), 2, 2.0)})
     lora.inject(module, "", plan, seed=0)
     (adapter,) = adapters_of(module).values()
     assert {part: tuple(tensor.shape) for part, tensor in adapter.tensors.items()} == plan.shapes("m")
@@ -449,5 +449,5 @@ def test_reading_is_asked_for_no_module_of_another_layer() -> None:
         return read(name)
 
     shapes = {**file.shapes, "blocks.2.attn.qkv": file.shapes["blocks.1.attn.qkv"]}
-    lora.load_start(injected(plan_of("lora")), PREFIX, AdapterFile(file.path, shapes, remember, ()))
+    lora.load_start(injected(plan_of("lora")), PREFIX, LoraFile(file.path, shapes, remember, ()))
     assert sorted(asked) == sorted(file.shapes)

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from models.family import AdapterFile, ModelAdapter
+from models.family import LoraFile, ModelFamily
 from utils.config.schema.tables import AdapterConfig
-from utils.trainable.lora import AdapterPlan, Shape
-from utils.trainable.targets import choose_modules, parse_blocks, start_problems
+from utils.trainable.lora import LoraTargets, Shape
+from utils.trainable.targets import choose_modules, parse_blocks, start_errors
 
 NUM_BLOCKS = 12
 BLOCK = r"joint_blocks\.\d+\.(x_block|context_block)\."
@@ -38,9 +38,9 @@ def modules() -> dict[str, Shape]:
     return {**found, "final_layer.linear": (48, 64)}
 
 
-def network() -> ModelAdapter:
+def network() -> ModelFamily:
     return cast(
-        ModelAdapter,
+        ModelFamily,
         SimpleNamespace(
             adaptable_modules=modules(),
             lora_target_groups=GROUPS,
@@ -51,20 +51,20 @@ def network() -> ModelAdapter:
     )
 
 
-def choose(**settings: Any) -> tuple[AdapterPlan, list[tuple[str, str]]]:
+def choose(**settings: Any) -> tuple[LoraTargets, list[tuple[str, str]]]:
     return choose_modules(AdapterConfig(**{"type": "lora", **settings}), network())
 
 
 def chosen(**settings: Any) -> dict[str, tuple[int, float]]:
     """Module -> its rank and alpha."""
-    plan, problems = choose(**settings)
-    assert problems == []
+    plan, errors = choose(**settings)
+    assert errors == []
     return {name: (module.rank, module.alpha) for name, module in plan.modules.items()}
 
 
-def only_problem(**settings: Any) -> str:
-    (problem,) = choose(**settings)[1]
-    return ": ".join(problem)
+def only_error(**settings: Any) -> str:
+    (error,) = choose(**settings)[1]
+    return ": ".join(error)
 
 
 # --- names -------------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_blocks_that_are_none_are_named_with_what_is_allowed(text: str, message:
     with pytest.raises(ValueError, match="blocks are 0 to 11") as caught:
         parse_blocks(text, NUM_BLOCKS)
     assert str(caught.value) == message + ALLOWED
-    assert only_problem(blocks=text) == f"adapter.blocks: = {text!r}: {message}{ALLOWED}"
+    assert only_error(blocks=text) == f"adapter.blocks: = {text!r}: {message}{ALLOWED}"
 
 
 def test_only_modules_of_the_blocks_are_taken_and_those_outside_of_any() -> None:
@@ -179,7 +179,7 @@ def test_only_modules_of_the_blocks_are_taken_and_those_outside_of_any() -> None
 
 
 def test_an_entry_with_no_module_in_the_blocks_is_named() -> None:
-    assert only_problem(targets=["attn", "attn2"], blocks="2-11") == (
+    assert only_error(targets=["attn", "attn2"], blocks="2-11") == (
         "adapter.targets[1]: = 'attn2': matches only modules of blocks 0 to 1, and none of these is among blocks = '2-11'"
     )
 
@@ -216,17 +216,17 @@ def test_an_entry_with_no_module_in_the_blocks_is_named() -> None:
     ],
 )
 def test_a_pattern_that_matches_nothing_is_answered_with_what_is_near(pattern: str, text: str) -> None:
-    problem = only_problem(targets=[pattern])
-    assert problem.startswith(f"adapter.targets[0]: = {pattern!r}: matches no module; ")
-    assert text in problem
-    assert problem.count("' or '") <= 2
+    error = only_error(targets=[pattern])
+    assert error.startswith(f"adapter.targets[0]: = {pattern!r}: matches no module; ")
+    assert text in error
+    assert error.count("' or '") <= 2
 
 
 @pytest.mark.parametrize(
     "pattern", ["atn", "attn.qvk", "mpl.fc1", "joint_blocks.40.x_block.attn.qkv", "embeders", "attn.qkv"]
 )
 def test_what_is_proposed_matches(pattern: str) -> None:
-    proposals = [part for part in only_problem(targets=[pattern]).split("'")[3::2] if part.strip() and " " not in part]
+    proposals = [part for part in only_error(targets=[pattern]).split("'")[3::2] if part.strip() and " " not in part]
     assert proposals
     for proposal in proposals:
         assert chosen(targets=[proposal])
@@ -236,19 +236,19 @@ def test_a_group_the_network_has_nothing_of_is_named() -> None:
     without = network()
     names = [name for name in modules() if "attn2" not in name]
     cast(Any, without).adaptable_modules = {name: modules()[name] for name in names}
-    _, problems = choose_modules(AdapterConfig.model_validate({"type": "lora", "targets": ["attn", "attn2"]}), without)
-    assert problems == [("adapter.targets[1]", "= 'attn2': this network has no module of that group")]
+    _, errors = choose_modules(AdapterConfig.model_validate({"type": "lora", "targets": ["attn", "attn2"]}), without)
+    assert errors == [("adapter.targets[1]", "= 'attn2': this network has no module of that group")]
 
 
 def test_an_expression_that_is_none_is_named_with_the_place() -> None:
-    assert only_problem(targets=["attn", "(x"]) == (
+    assert only_error(targets=["attn", "(x"]) == (
         "adapter.targets[1]: = '(x': is no regular expression: missing ), unterminated subpattern at position 0"
     )
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    _, problems = choose(targets=["(x", "nothing at all", {"pattern": "final_layer", "rank": 49}], blocks="99")
-    assert [key for key, _ in problems] == [
+    _, errors = choose(targets=["(x", "nothing at all", {"pattern": "final_layer", "rank": 49}], blocks="99")
+    assert [key for key, _ in errors] == [
         "adapter.blocks",
         "adapter.targets[0]",
         "adapter.targets[1]",
@@ -262,10 +262,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 def test_a_rank_no_weight_can_have_is_named_with_module_and_limit() -> None:
     """A convolution's weight is as wide as its patch: 16 x 2 x 2."""
     advice = "; give them a lower one by an entry of targets"
-    assert (
-        only_problem(rank=50) == f"adapter.rank: = 50: is more than these can have: final_layer.linear (at most 48){advice}"
-    )
-    assert only_problem(targets=["attn2", {"pattern": "x_embedder.proj", "rank": 65}]) == (
+    assert only_error(rank=50) == f"adapter.rank: = 50: is more than these can have: final_layer.linear (at most 48){advice}"
+    assert only_error(targets=["attn2", {"pattern": "x_embedder.proj", "rank": 65}]) == (
         f"adapter.targets[1].rank: = 65: is more than these can have: x_embedder.proj (at most 64){advice}"
     )
     assert chosen(rank=50, targets=["attn", "final_layer", {"pattern": "final_layer", "rank": 48}])
@@ -274,7 +272,7 @@ def test_a_rank_no_weight_can_have_is_named_with_module_and_limit() -> None:
 
 def test_lokr_takes_any_rank_and_no_convolution() -> None:
     assert chosen(type="lokr", rank=10_000)
-    assert only_problem(type="lokr", targets=["attn", "embedders"]) == (
+    assert only_error(type="lokr", targets=["attn", "embedders"]) == (
         "adapter.targets[1]: = 'embedders': chooses x_embedder.proj, a convolution, which LoKr is not made for; "
         "use an expression that leaves it out"
     )
@@ -294,9 +292,9 @@ def refusals(shapes: Mapping[str, Mapping[str, Shape]], **settings: Any) -> list
         raise AssertionError("headers are enough")
 
     config = AdapterConfig(**{"type": "lora", **settings})
-    plan, problems = choose_modules(config, network())
-    assert problems == []
-    return start_problems(AdapterFile(Path("start.safetensors"), shapes, read, ()), plan, config, network())
+    plan, errors = choose_modules(config, network())
+    assert errors == []
+    return start_errors(LoraFile(Path("start.safetensors"), shapes, read, ()), plan, config, network())
 
 
 QKV, FINAL = "joint_blocks.3.x_block.attn.qkv", "final_layer.linear"

@@ -118,11 +118,11 @@ class ObjectiveConfig(Table):
         description="Of huber and smooth_l1: the error (with sigma_scaled, of clean latents) above which it counts less.",
     )
     caption_dropout_rate: Float = Field(
-        0.0, ge=0, le=1, description="Share of visits at which the caption is replaced by an empty one, for guidance."
+        0.0, ge=0, le=1, description="Share of draws at which the caption is replaced by an empty one, for guidance."
     )
     encoder_dropout_rate: float | dict[str, float] = Field(
         0.0,
-        description="Share of visits at which a text encoder's output is replaced by zeros, each encoder for itself: one "
+        description="Share of draws at which a text encoder's output is replaced by zeros, each encoder for itself: one "
         "number for all, or a table such as { clip_l = 0.1, t5xxl = 0.2 }.",
     )
 
@@ -234,7 +234,7 @@ class PipelineConfig(Table):
         description="Consecutive parts the network is cut into, one a process; must divide the number of processes. What "
         "remains is data parallel. `auto`: one stage for each process.",
     )
-    micro_batch_size_per_gpu: Int = Field(1, ge=1, description="Pictures that go through a stage at once.")
+    micro_batch_size_per_gpu: Int = Field(1, ge=1, description="Images that go through a stage at once.")
     gradient_accumulation_steps: Int = Field(
         1, ge=1, description="Micro-batches in a step for each replica. At least four times the stages keeps them busy."
     )
@@ -304,11 +304,11 @@ class SkipLayerConfig(Table):
 
 
 class SamplingConfig(Table):
-    """Preview pictures, drawn by the network in training at the start, now and then, and at the end."""
+    """Preview images, drawn by the network in training at the start, now and then, and at the end."""
 
     prompts: list[Annotated[PromptConfig, BeforeValidator(_as_prompt)]] = Field(
         default_factory=list,
-        description="One picture each: a string, or a table with what it does not share with the others. None: no previews.",
+        description="One image each: a string, or a table with what it does not share with the others. None: no previews.",
     )
     prompts_file: Path | None = Field(
         None, description="A text file with more prompts, one a line, in the form of sd-scripts; `#` begins a comment line."
@@ -316,7 +316,7 @@ class SamplingConfig(Table):
     negative_prompt: str = Field("", description="What guidance leads away from.")
     every_n_steps: Int | None = Field(None, ge=1, description="Steps between previews. Unset: only the first and last step.")
     sampler: Literal["euler", "dpmpp_2m"] = Field(
-        "euler", description="`euler`, or `dpmpp_2m` (DPM-Solver++ of second order: fewer steps for the same picture)."
+        "euler", description="`euler`, or `dpmpp_2m` (DPM-Solver++ of second order: fewer steps for the same image)."
     )
     steps: Int = Field(28, ge=1, description="Steps of the sampler.")
     cfg: Float = Field(4.5, ge=1, description="Strength of classifier-free guidance; 1 is none.")
@@ -327,11 +327,11 @@ class SamplingConfig(Table):
     width: Int = Field(1024, ge=16, description="Pixels.")
     height: Int = Field(1024, ge=16, description="Pixels.")
     seed: Int = Field(0, ge=0, description="Each prompt without a seed of its own has this plus its place in the list.")
-    batch_size: Int = Field(4, ge=1, description="Pictures drawn at once.")
+    batch_size: Int = Field(4, ge=1, description="Images drawn at once.")
     decode_tile_pixels: Int = Field(
         1024,
         ge=64,
-        description="Larger pictures are decoded in tiles of this side that overlap by a quarter, to save memory.",
+        description="Larger images are decoded in tiles of this side that overlap by a quarter, to save memory.",
     )
     weights: TrainedWeights = Field("last", description="`last`: as they are in training. `ema`: their average, of `[ema]`.")
 
@@ -341,33 +341,33 @@ class SamplingConfig(Table):
 
 
 class EvalSetConfig(Table):
-    """Pictures that are not trained on."""
+    """Images that are not trained on."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(description="For tables and curves.")
     dataset: Path = Field(description="A dataset file.")
 
 
 class EvalConfig(Table):
-    """Measure the velocity's error on held-out pictures: at the start, now and then, and at the end."""
+    """Measure the velocity's error on held-out images: at the start, now and then, and at the end."""
 
-    sets: list[EvalSetConfig] = Field(default_factory=list, description="Held-out pictures with captions, from elsewhere.")
+    sets: list[EvalSetConfig] = Field(default_factory=list, description="Held-out images with captions, from elsewhere.")
     holdout_images: Int = Field(
-        0, ge=0, description="Pictures kept out of training for this, chosen by `seed` from the dataset."
+        0, ge=0, description="Images kept out of training for this, chosen by `seed` from the dataset."
     )
     every_n_steps: Int | None = Field(
         None, ge=1, description="Steps between evaluations. Unset: only before the first and after the last."
     )
     num_t_bands: Int = Field(
-        4, ge=1, description="Equal parts of t; each picture is measured once in each, at a time and with noise of its own."
+        4, ge=1, description="Equal parts of t; each image is measured once in each, at a time and with noise of its own."
     )
-    batch_size: Int = Field(4, ge=1, description="Pictures that go through a stage at once.")
+    batch_size: Int = Field(4, ge=1, description="Images that go through a stage at once.")
     weights: TrainedWeights = Field("last", description="`last`: as they are in training. `ema`: their average, of `[ema]`.")
     keep_best: Bool = Field(False, description="Export the weights of the lowest mean loss so far, to `best` in the run.")
 
     @model_validator(mode="after")
-    def _has_pictures(self) -> EvalConfig:
+    def _has_images(self) -> EvalConfig:
         if not self.sets and not self.holdout_images:
-            raise ValueError("names no pictures: give holdout_images = 16, say, or sets of other pictures")
+            raise ValueError("names no images: give holdout_images = 16, say, or sets of other images")
         names = [entry.name for entry in self.sets]
         if len(set(names)) < len(names) or HOLDOUT in names:
             raise ValueError(f"each set needs a name of its own, other than {HOLDOUT!r}")
@@ -416,7 +416,7 @@ class ExperimentConfig(Table):
     cache_posterior: Bool = Field(
         False,
         description="Keep what the autoencoder says of each latent pixel's deviation too, and draw latents anew at each "
-        "visit. Takes twice the room. Else: the mean.",
+        "draw. Takes twice the room. Else: the mean.",
     )
     text_cache_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = Field(
         None,
@@ -442,77 +442,77 @@ class ExperimentConfig(Table):
         return self.cache_dir if self.cache_dir is not None else self.output_dir / "cache"
 
 
-class PictureConfig(Table):
-    """What may be said of all pictures of a dataset file, or in a `[[directory]]` of those in it."""
+class ImageConfig(Table):
+    """What may be said of all images of a dataset file, or in a `[[directory]]` of those in it."""
 
     resolutions: list[Annotated[Int, Field(ge=16)]] = Field(
         default_factory=list,
-        description="Side in pixels of a square of the trained area; each picture is used at every one. Must be given.",
+        description="Side in pixels of a square of the trained area; each image is used at every one. Must be given.",
     )
-    enable_ar_bucket: Bool = Field(True, description="Keep pictures' shapes, sorted into buckets; else crop all square.")
+    enable_ar_bucket: Bool = Field(True, description="Keep images' shapes, sorted into buckets; else crop all square.")
     min_ar: Float = Field(0.5, gt=0, description="Narrowest width / height of a bucket.")
     max_ar: Float = Field(2.0, gt=0, description="Widest width / height of a bucket.")
     num_ar_buckets: Int = Field(7, ge=1, description="Buckets between the two, evenly spaced in the logarithm.")
     crop: Literal["center", "random"] = Field(
         "center",
         description="What is kept of the side that is too long for the bucket: the middle, or a place drawn for each "
-        "picture and resolution, the same in every run.",
+        "image and resolution, the same in every run.",
     )
     upscale: Literal["allow", "never", "error"] = Field(
         "allow",
-        description="Of a picture smaller than its bucket: enlarge it, leave it out at that resolution, or refuse to start.",
+        description="Of an image smaller than its bucket: enlarge it, leave it out at that resolution, or refuse to start.",
     )
-    min_pixels: Int = Field(0, ge=0, description="Pictures of less width x height are left out.")
-    max_pixels: Int | None = Field(None, ge=1, description="Pictures of more width x height are left out.")
+    min_pixels: Int = Field(0, ge=0, description="Images of less width x height are left out.")
+    max_pixels: Int | None = Field(None, ge=1, description="Images of more width x height are left out.")
     num_repeats: Float = Field(
         1.0,
         gt=0,
-        description="Times each picture is shown in an epoch. Of 2.5, half of the pictures, others in each epoch, are shown "
+        description="Times each image is shown in an epoch. Of 2.5, half of the images, others in each epoch, are shown "
         "three times.",
     )
-    loss_weight: Float = Field(1.0, gt=0, description="Factor of these pictures' loss.")
-    horizontal_flip: Bool = Field(False, description="Show each picture mirrored at half of its visits.")
+    loss_weight: Float = Field(1.0, gt=0, description="Factor of these images' loss.")
+    horizontal_flip: Bool = Field(False, description="Show each image flipped at half of its draws.")
     recursive: Bool = Field(False, description="Look into folders in the folder, too.")
     caption_per_line: Bool = Field(
-        False, description="Each line of a .txt file is a caption of its own; one of them is drawn at each visit."
+        False, description="Each line of a .txt file is a caption of its own; one of them is drawn at each draw."
     )
     cache_shuffle_num: Int = Field(
-        1, ge=1, description="Orders of a caption's tags that are encoded, the written one among them; each visit draws one."
+        1, ge=1, description="Orders of a caption's tags that are encoded, the written one among them; each draw draws one."
     )
     cache_shuffle_delimiter: str = Field(", ", min_length=1, description="What stands between tags.")
     keep_tokens: Int = Field(0, ge=0, description="Tags at the beginning that stay where they are in every order.")
     on_bad_file: Literal["error", "skip"] = Field(
-        "error", description="What a picture or caption that cannot be read does: stop the run, or be left out of it."
+        "error", description="What an image or caption that cannot be read does: stop the run, or be left out of it."
     )
 
 
-class DirectoryConfig(PictureConfig):
-    """One `[[directory]]` of captioned pictures. Keys of the dataset file's top level hold here unless they are given."""
+class DirectoryConfig(ImageConfig):
+    """One `[[directory]]` of captioned images. Keys of the dataset file's top level hold here unless they are given."""
 
     path: Path = Field(
-        description="Folder of pictures with captions; of .tar or .parquet files with them; or one such file. "
+        description="Folder of images with captions; of .tar or .parquet files with them; or one such file. "
         "docs/data.md has every form."
     )
     mask_path: Path | None = Field(
         None,
-        description="Folder of grey pictures of the same names: how much each place counts in the loss, white all, black "
+        description="Folder of grey images of the same names: how much each place counts in the loss, white all, black "
         "nothing. Unset: all of it.",
     )
     control_path: Path | None = Field(
-        None, description="Folder of pictures of the same names that a ControlNet is given; encoded with the pictures."
+        None, description="Folder of images of the same names that a ControlNet is given; encoded with the images."
     )
     image_column: str | None = Field(
-        None, min_length=1, description="Column of .parquet files that has pictures or their paths. Unset: by usual names."
+        None, min_length=1, description="Column of .parquet files that has images or their paths. Unset: by usual names."
     )
     caption_column: str | None = Field(
         None, min_length=1, description="Column of .parquet files that has captions. Unset: by usual names."
     )
 
 
-class DatasetConfig(PictureConfig):
+class DatasetConfig(ImageConfig):
     """The dataset file. Its keys follow diffusion-pipe's."""
 
-    directory: list[DirectoryConfig] = Field(min_length=1, description="Where the pictures are.")
+    directory: list[DirectoryConfig] = Field(min_length=1, description="Where the images are.")
 
     @model_validator(mode="after")
     def _hand_down(self) -> DatasetConfig:

@@ -1,4 +1,4 @@
-"""The store of encoded tensors on disk. It knows keys and tensors, and nothing of models or pictures.
+"""The store of encoded tensors on disk. It knows keys and tensors, and nothing of models or images.
 
 One folder for each encoder identity ("vae-1f0c…"), in it one for each group of entries of the same shapes ("1024x1024"), in
 it shards. Opening a store reads the keys of its shards only: 12 bytes of memory an entry.

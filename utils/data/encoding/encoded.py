@@ -1,6 +1,6 @@
 """The cache as training reads it: an example's latents, mask and control latents, a caption's text tensors.
 
-Where an entry is follows from what it is of: the hash of a picture's bytes with its crop, the text of a caption. So nothing
+Where an entry is follows from what it is of: the hash of an image's bytes with its crop, the text of a caption. So nothing
 need be kept for each example, and no process need tell another where anything is.
 """
 
@@ -21,9 +21,9 @@ from utils.data.examples import Example
 from utils.data.sources.decoding import PIXELS_VERSION
 
 
-def latents_key(content: bytes, geometry: str, *, mirrored: bool = False) -> bytes:
-    """Of a picture's, or control picture's, bytes, cut out like this."""
-    return content_key(content.hex(), f"{geometry} mirrored" if mirrored else geometry, f"pixels {PIXELS_VERSION}")
+def latents_key(content: bytes, geometry: str, *, flipped: bool = False) -> bytes:
+    """Of an image's, or control image's, bytes, cut out like this."""
+    return content_key(content.hex(), f"{geometry} mirrored" if flipped else geometry, f"pixels {PIXELS_VERSION}")
 
 
 def mask_key(content: bytes, geometry: str) -> bytes:
@@ -56,7 +56,7 @@ class EncodedData:
         self._texts = {name: Store(folder) for name, folder in folders.texts.items()}
 
     def content_keys(self, example: Example) -> list[str]:
-        """What the example's tensors depend on, as names: of picture, mask and first caption, each with its encoder's."""
+        """What the example's tensors depend on, as names: of image, mask and first caption, each with its encoder's."""
         geometry = example.box.key()
         keys = [(self.folders.latents, latents_key(example.content, geometry))]
         keys += [(self.folders.masks, mask_key(example.mask_content, geometry))] if example.mask is not None else []
@@ -64,21 +64,21 @@ class EncodedData:
         return [f"{folder.name}/{key.hex()}" for folder, key in keys]
 
     def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
-        """The posterior's mean, (C, H, W) float32; flipped: of the mirrored picture, which only some examples have."""
+        """The posterior's mean, (C, H, W) float32; flipped: of the flipped image, which only some examples have."""
         return self._entry(example.content, example, flipped)["latents"]
 
-    def deviation(self, example: Example, *, flipped: bool = False) -> Tensor | None:
+    def std(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """The posterior's standard deviation, (C, H, W) float32, if the cache has it."""
         return self._entry(example.content, example, flipped).get("deviation")
 
     def control(self, example: Example, *, flipped: bool = False) -> Tensor | None:
-        """The control picture's latents, (C, H, W) float32; None for an example without one."""
+        """The control image's latents, (C, H, W) float32; None for an example without one."""
         if example.control is None:
             return None
         return self._entry(example.control_content, example, flipped)["latents"]
 
     def _entry(self, content: bytes, example: Example, flipped: bool) -> dict[str, Tensor]:
-        return self._latents.get(latents_key(content, example.box.key(), mirrored=flipped))
+        return self._latents.get(latents_key(content, example.box.key(), flipped=flipped))
 
     def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """How much each latent pixel counts: (1, H, W) float32 in [0, 1]; None for an example without mask."""

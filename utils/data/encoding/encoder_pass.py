@@ -1,6 +1,6 @@
 """One encoder after the other over what is missing: taken from a queue, read ahead, encoded, written behind.
 
-An encoder gets one picture, or one caption, at a time: in a batch, the last bit of a result depends on its neighbours, and
+An encoder gets one image, or one caption, at a time: in a batch, the last bit of a result depends on its neighbours, and
 what is cached must not depend on what else was missing that day. A file that cannot be read is written down and passed over
 by whoever meets it; no rank waits for one that failed on it.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.family import EncodedItem, EncodeFunction, FrozenEncoder, ModelAdapter
+from models.family import EncodedItem, EncodeFunction, FrozenEncoder, ModelFamily
 from utils.background import Behind
 from utils.data.cache.locks import WriterLock
 from utils.data.cache.shards import ShardWriter
@@ -71,18 +71,18 @@ class Sources:
         self._tables, self._texts, self._settings, self._readers = tables, texts, settings, readers
         self._downscale = downscale
 
-    def pictures(self) -> Source:
+    def images(self) -> Source:
         def read(item: Item) -> Future[Any]:
             example = self._example(item)
             file = example.control if is_control(item) else example.image
             assert file is not None
             content = example.control_content if is_control(item) else example.content
-            return self._readers.pixels(file, example.box, mirrored=is_mirrored(item), content=content)
+            return self._readers.pixels(file, example.box, flipped=is_flipped(item), content=content)
 
         def key(item: Item) -> bytes:
             example = self._example(item)
             content = example.control_content if is_control(item) else example.content
-            return latents_key(content, example.box.key(), mirrored=is_mirrored(item))
+            return latents_key(content, example.box.key(), flipped=is_flipped(item))
 
         def keep(entry: EncodedItem) -> dict[str, Tensor]:
             return dict(entry) if self._settings.posterior else {"latents": entry["latents"]}
@@ -124,7 +124,7 @@ class Sources:
         return str(self._example(item).bucket)
 
 
-def is_mirrored(item: Item) -> bool:
+def is_flipped(item: Item) -> bool:
     return item[2] in (MIRRORED, CONTROL_MIRRORED)
 
 
@@ -133,15 +133,15 @@ def is_control(item: Item) -> bool:
 
 
 def encode_missing(
-    adapter: ModelAdapter, plan: CachePlan, sources: Sources, device: torch.device, num_ahead: int
+    family: ModelFamily, plan: CachePlan, sources: Sources, device: torch.device, num_ahead: int
 ) -> list[Failure]:
     """Encode everything the plan misses. All ranks; returns on all of them what could not be encoded."""
     failures: list[Failure] = []
     writer = WriterLock(plan.folders.cache)
     jobs: list[tuple[FrozenEncoder, Work, Source]] = [
-        (adapter.image_encoder, plan.latents, sources.pictures()),
-        (MaskEncoder(adapter.latent.downscale), plan.masks, sources.masks()),
-        *((encoder, plan.texts[encoder.name], sources.captions()) for encoder in adapter.text_encoders),
+        (family.image_encoder, plan.latents, sources.images()),
+        (MaskEncoder(family.latent.downscale), plan.masks, sources.masks()),
+        *((encoder, plan.texts[encoder.name], sources.captions()) for encoder in family.text_encoders),
     ]
     for encoder, work, source in jobs:
         if len(work.items):

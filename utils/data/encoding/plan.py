@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from models.family import FrozenEncoder, ModelAdapter, TextEncoder
+from models.family import FrozenEncoder, ModelFamily, TextEncoder
 from utils.data.cache.keys import KEY_BYTES, FileHashes, content_key
 from utils.data.cache.store import Store
 from utils.data.encoding.encoded import CacheFolders, caption_key, latents_key, mask_key
@@ -31,7 +31,7 @@ T = TypeVar("T")
 TEXTS = -1
 """In place of a table's number: the texts of no example."""
 PLAIN, MIRRORED, CONTROL, CONTROL_MIRRORED = range(4)
-"""Variants of an example's picture. Of an example's captions, a variant is the caption's number."""
+"""Variants of an example's image. Of an example's captions, a variant is the caption's number."""
 _BESIDES = 24
 """Bytes of an entry's key and checksum."""
 _FLOAT_BYTES, _LENGTH_BYTES = 4, 8
@@ -90,7 +90,7 @@ class CachePlan:
         reused = f"; there are {there}" if there else ""
         return f"cache: to encode are {', '.join(parts)}, {total} in all; {self.folders.cache} has {free} left{reused}"
 
-    def room_problem(self) -> str | None:
+    def room_error(self) -> str | None:
         """What is to be said when the disk has less room than what is missing takes."""
         free = shutil.disk_usage(self.folders.cache).free
         if self.num_bytes <= free:
@@ -102,22 +102,22 @@ class CachePlan:
         )
 
 
-def room_for(adapter: ModelAdapter, tables: Sequence[ExampleTable], settings: CacheSettings) -> int:
-    """Bytes that everything a run reads would take at most: captions and pictures that are equal are counted each."""
+def room_for(family: ModelFamily, tables: Sequence[ExampleTable], settings: CacheSettings) -> int:
+    """Bytes that everything a run reads would take at most: captions and images that are equal are counted each."""
     total = 0
-    kept = adapter.latent.channels * (2 if settings.posterior else 1)
+    kept = family.latent.channels * (2 if settings.posterior else 1)
     for table in tables:
         has_mask, has_control = bool(len(table.masks.paths)), bool(len(table.controls.paths))
         flips = np.array([2 if directory.may_flip else 1 for directory in table.directories], np.int64)
         pixels = np.array([bucket.width * bucket.height for bucket in table.buckets], np.int64)[table.rows[:, 2]]
-        of_latents = int((pixels * flips[table.pictures.directory[table.rows[:, 0]]]).sum()) * kept * (1 + has_control)
-        total += (of_latents + int(pixels.sum()) * has_mask) * _FLOAT_BYTES // adapter.latent.downscale**2
+        of_latents = int((pixels * flips[table.images.directory[table.rows[:, 0]]]).sum()) * kept * (1 + has_control)
+        total += (of_latents + int(pixels.sum()) * has_mask) * _FLOAT_BYTES // family.latent.downscale**2
         num_captions = sum(
-            int(np.diff(table.pictures.first_caption)[chosen].sum()) * (one.shuffle.num_orders if one.shuffle else 1)
+            int(np.diff(table.images.first_caption)[chosen].sum()) * (one.shuffle.num_orders if one.shuffle else 1)
             for number, one in enumerate(table.directories)
-            for chosen in [np.unique(table.rows[table.pictures.directory[table.rows[:, 0]] == number, 0])]
+            for chosen in [np.unique(table.rows[table.images.directory[table.rows[:, 0]] == number, 0])]
         )
-        total += num_captions * sum(_caption_bytes(encoder, settings) for encoder in adapter.text_encoders)
+        total += num_captions * sum(_caption_bytes(encoder, settings) for encoder in family.text_encoders)
     return total
 
 
@@ -127,9 +127,9 @@ def _caption_bytes(encoder: TextEncoder, settings: CacheSettings) -> int:
 
 
 def make_plan(
-    adapter: ModelAdapter, tables: Sequence[ExampleTable], texts: Sequence[str], settings: CacheSettings
+    family: ModelFamily, tables: Sequence[ExampleTable], texts: Sequence[str], settings: CacheSettings
 ) -> CachePlan:
-    """What is cached where and what is missing. An example whose picture's hash is not known is left out."""
+    """What is cached where and what is missing. An example whose image's hash is not known is left out."""
     hashes = FileHashes(settings.folder / "files.json")
 
     def folder_of(encoder: FrozenEncoder, kept: str) -> Path:
@@ -137,21 +137,21 @@ def make_plan(
 
     folders = CacheFolders(
         settings.folder,
-        latents=folder_of(adapter.image_encoder, "mean and deviation" if settings.posterior else "mean"),
-        masks=folder_of(MaskEncoder(adapter.latent.downscale), ""),
-        texts={encoder.name: folder_of(encoder, str(settings.text_dtype)) for encoder in adapter.text_encoders},
+        latents=folder_of(family.image_encoder, "mean and deviation" if settings.posterior else "mean"),
+        masks=folder_of(MaskEncoder(family.latent.downscale), ""),
+        texts={encoder.name: folder_of(encoder, str(settings.text_dtype)) for encoder in family.text_encoders},
     )
     hashes.save()
-    per_pixel = _FLOAT_BYTES / adapter.latent.downscale**2
-    kept = adapter.latent.channels * (2 if settings.posterior else 1)
+    per_pixel = _FLOAT_BYTES / family.latent.downscale**2
+    kept = family.latent.channels * (2 if settings.posterior else 1)
     captions = wanted_captions(tables, texts)
     return CachePlan(
         folders,
-        _pictures_work(folders.latents, wanted_latents(tables), tables, per_pixel * kept),
-        _pictures_work(folders.masks, wanted_masks(tables), tables, per_pixel),
+        _images_work(folders.latents, wanted_latents(tables), tables, per_pixel * kept),
+        _images_work(folders.masks, wanted_masks(tables), tables, per_pixel),
         {
             encoder.name: _captions_work(folders.texts[encoder.name], captions, encoder, settings)
-            for encoder in adapter.text_encoders
+            for encoder in family.text_encoders
         },
     )
 
@@ -190,7 +190,7 @@ class _Wanting:
 
 
 def wanted_latents(tables: Sequence[ExampleTable]) -> Wanted:
-    """Of pictures and control pictures, each mirrored too where its directory asks for it."""
+    """Of images and control images, each flipped too where its directory asks for it."""
     wanting = _Wanting()
     for number, table in enumerate(tables):
         for row, outline in enumerate(_with_bar(table.outlines(), len(table))):
@@ -198,7 +198,7 @@ def wanted_latents(tables: Sequence[ExampleTable]) -> Wanted:
                 if source:
                     wanting.add(number, row, plain, latents_key(source, outline.geometry))
                 if source and outline.may_flip:
-                    wanting.add(number, row, plain + MIRRORED, latents_key(source, outline.geometry, mirrored=True))
+                    wanting.add(number, row, plain + MIRRORED, latents_key(source, outline.geometry, flipped=True))
     return wanting.all()
 
 
@@ -214,15 +214,15 @@ def wanted_masks(tables: Sequence[ExampleTable]) -> Wanted:
 
 
 def wanted_captions(tables: Sequence[ExampleTable], texts: Sequence[str]) -> Wanted:
-    """Of every picture's captions in every order of their tags, and the texts."""
+    """Of every image's captions in every order of their tags, and the texts."""
     wanting = _Wanting()
     for index, text in enumerate(texts):
         wanting.add(TEXTS, index, 0, caption_key(text))
     for number, table in enumerate(tables):
-        counts = np.diff(table.pictures.first_caption)
-        first_row = np.full(len(counts), NONE, np.int32)  # the first example of each picture that has any
+        counts = np.diff(table.images.first_caption)
+        first_row = np.full(len(counts), NONE, np.int32)  # the first example of each image that has any
         first_row[table.rows[::-1, 0]] = np.arange(len(table) - 1, -1, -1)
-        captions = iter(table.pictures.captions)
+        captions = iter(table.images.captions)
         for row, count in _with_bar(zip(first_row.tolist(), counts.tolist(), strict=True), len(counts)):
             own = list(itertools.islice(captions, count))
             if row == NONE:
@@ -256,7 +256,7 @@ def _missing(folder: Path, wanted: Wanted) -> tuple[np.ndarray, int]:
     return wanted.items[once[found < 0]], int((found >= 0).sum())
 
 
-def _pictures_work(folder: Path, wanted: Wanted, tables: Sequence[ExampleTable], bytes_per_pixel: float) -> Work:
+def _images_work(folder: Path, wanted: Wanted, tables: Sequence[ExampleTable], bytes_per_pixel: float) -> Work:
     """One bucket after the other, the largest first: what is left for the end is small, so that ranks end together."""
     items, num_there = _missing(folder, wanted)
     sides = np.zeros((len(items), 2), np.int64)

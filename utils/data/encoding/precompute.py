@@ -1,7 +1,7 @@
 """The caching pass: run each frozen encoder over what its store lacks, shared out among the ranks.
 
 Rank 0 hashes files and decides what is missing. Then all work through one queue, one encoder in memory at a time, and none
-at all when nothing is missing. On each rank the encoder is kept busy: pictures are decoded ahead in other processes, and
+at all when nothing is missing. On each rank the encoder is kept busy: images are decoded ahead in other processes, and
 results are fetched, checked and written behind it by a thread. Work is taken when it is needed, never shared out before, so
 ranks of different speed end together. What failed is told at the end, with every example that cannot be used for it.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.family import ModelAdapter
+from models.family import ModelFamily
 from utils.data.cache.locks import SharedUse, remove_leftovers
 from utils.data.dataset import ContentMemory
 from utils.data.encoding.encoded import EncodedData
@@ -48,7 +48,7 @@ class RunData:
 
     tables: Sequence[ExampleTable]
     texts: Sequence[str]
-    """Captions of no picture."""
+    """Captions of no image."""
     memories: Sequence[ContentMemory]
     """Where hashes of the tables' files are kept."""
 
@@ -74,27 +74,27 @@ class Cached:
 
 
 def cache_dataset(
-    adapter: ModelAdapter, run_data: RunData, settings: CacheSettings, device: torch.device, num_readers: int
+    family: ModelFamily, run_data: RunData, settings: CacheSettings, device: torch.device, num_readers: int
 ) -> Cached:
     """Encode what the cache lacks. All ranks; what is to be encoded, rank 0 says, whose `run_data` counts.
 
-    Raises CacheError on every rank when the disk has no room for it, or a text of no picture cannot be encoded.
+    Raises CacheError on every rank when the disk has no room for it, or a text of no image cannot be encoded.
     """
     use = SharedUse(settings.folder)  # before anything is planned: what is there now must stay
     is_main = distributed.world().is_main
     with Readers(num_readers) as readers:
-        decided = _decide(adapter, run_data, settings, readers) if is_main else None
+        decided = _decide(family, run_data, settings, readers) if is_main else None
         distributed.wait_for_all("cache planned")  # reading a large dataset may outlast a collective's time limit
         decision = distributed.broadcast(decided)
         assert decision is not None
         plan, texts = decision.plan, decision.texts
         for line in (*decision.notes, plan.describe()):
             say(line, is_main=is_main)
-        if decision.problem is not None:
-            raise CacheError(decision.problem)
+        if decision.error is not None:
+            raise CacheError(decision.error)
         tables = [ExampleTable.open(path) for path in decision.table_files]
-        sources = Sources(tables, texts, settings, readers, adapter.latent.downscale)
-        failures = encode_missing(adapter, plan, sources, device, num_readers + 1)
+        sources = Sources(tables, texts, settings, readers, family.latent.downscale)
+        failures = encode_missing(family, plan, sources, device, num_readers + 1)
     for failure in failures:
         if failure.item[0] == TEXTS:
             raise CacheError(f"{texts[failure.item[1]]!r}: {failure.reason}")
@@ -118,30 +118,30 @@ class _Decision:
     texts: list[str]
     unread: list[BadFile]
     """Files whose bytes could not be read."""
-    problem: str | None
+    error: str | None
 
 
-def _decide(adapter: ModelAdapter, run_data: RunData, settings: CacheSettings, readers: Readers) -> _Decision:
+def _decide(family: ModelFamily, run_data: RunData, settings: CacheSettings, readers: Readers) -> _Decision:
     remove_leftovers(settings.folder)
     unread = read_hashes(run_data.tables, run_data.memories, readers)
-    plan = make_plan(adapter, run_data.tables, run_data.texts, settings)
+    plan = make_plan(family, run_data.tables, run_data.texts, settings)
     files = [table.save_in(settings.folder / "datasets") for table in run_data.tables]
-    return _Decision(plan, _copies(run_data.tables), files, list(run_data.texts), unread, plan.room_problem())
+    return _Decision(plan, _copies(run_data.tables), files, list(run_data.texts), unread, plan.room_error())
 
 
 def _copies(tables: Sequence[ExampleTable]) -> list[str]:
-    """Whether pictures of later tables, which are only measured, are byte for byte in the first, which is trained on."""
-    trained, *measured = (map(bytes, table.pictures.content[np.unique(table.rows[:, 0])]) for table in tables)
+    """Whether images of later tables, which are only measured, are byte for byte in the first, which is trained on."""
+    trained, *measured = (map(bytes, table.images.content[np.unique(table.rows[:, 0])]) for table in tables)
     wanted = {content for contents in measured for content in contents} - {bytes(CONTENT_BYTES)}  # of files that are unread
     both = {content for content in trained if content in wanted} if wanted else ()
-    return [f"note: {len(both)} pictures of evaluation sets are copies of pictures that are trained on"] if both else []
+    return [f"note: {len(both)} images of evaluation sets are copies of images that are trained on"] if both else []
 
 
 # --- blaming -----------------------------------------------------------------------------------------------------------
 
 
 def _blame(tables: Sequence[ExampleTable], failures: Sequence[Failure], unread: Sequence[BadFile]) -> Unusable:
-    """Every example that cannot be used: equal pictures share an entry, and pictures of one caption another."""
+    """Every example that cannot be used: equal images share an entry, and images of one caption another."""
     unusable = Unusable([table.incomplete() for table in tables], list(unread))
     bad_files: dict[tuple[Path, str], None] = {}  # each once, in order
     for kind, all_wanted in _WANTED.items():
@@ -170,10 +170,10 @@ _WANTED: dict[Kind, Callable[[Sequence[ExampleTable]], Wanted]] = {
 
 
 def _bad_file(example: Example, kind: Kind, item: Item, reason: str) -> tuple[Path, str]:
-    """It is the picture that cannot be used."""
+    """It is the image that cannot be used."""
     image = Path(str(example.image))
     if kind == "mask":
         return image, f"its mask {example.mask} {reason}"
     if kind == "latents" and is_control(item):
-        return image, f"its control picture {example.control} {reason}"
+        return image, f"its control image {example.control} {reason}"
     return image, reason

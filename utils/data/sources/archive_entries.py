@@ -1,4 +1,4 @@
-"""What is found in .tar and .parquet files: a picture's place and its captions."""
+"""What is found in .tar and .parquet files: an image's place and its captions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from utils.data.sources.decoding import BadFile
 
 NOT_INSIDE = -1
-"""`Found.start` of a picture that is a file of its own."""
+"""`Found.start` of an image that is a file of its own."""
 
 
 class Found(NamedTuple):
-    """One picture in an archive or a table."""
+    """One image in an archive or a table."""
 
     name: str
     """A .tar's member; number of the row in a .parquet file; or a path from the .parquet file's folder."""

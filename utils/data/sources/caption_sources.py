@@ -1,4 +1,4 @@
-"""Which captions a picture of a folder has: those of its text file, else those of a table of captions in the folder."""
+"""Which captions an image of a folder has: those of its text file, else those of a table of captions in the folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Captions = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """A file with the captions of many pictures."""
+    """A file with the captions of many images."""
 
     path: Path
     stamp: tuple[int, int, int]
@@ -29,7 +29,7 @@ class CaptionTable:
 
 
 class CaptionSources:
-    """The text files and tables of one folder. Tables are read only when a picture asks for its captions."""
+    """The text files and tables of one folder. Tables are read only when an image asks for its captions."""
 
     def __init__(self, folder: Path, texts: Files, tables: Sequence[CaptionTable], *, per_line: bool) -> None:
         self._folder, self.tables, self._per_line = folder, list(tables), per_line
@@ -39,7 +39,7 @@ class CaptionSources:
 
     @cached_property
     def _table(self) -> dict[str, list[str]]:
-        """Name or stem -> captions, of all tables; the first that has a picture counts."""
+        """Name or stem -> captions, of all tables; the first that has an image counts."""
         joined: dict[str, list[str]] = {}
         for table in self.tables:
             inner = table.path.parent.relative_to(self._folder)
@@ -57,14 +57,14 @@ class CaptionSources:
         return os.path.normpath(os.path.join(inner, name)).removeprefix(f"{self._folder.absolute()}/")
 
     def stamps_of(self, names: Sequence[str]) -> np.ndarray:
-        """The stamp of each picture's text file, zeros for those that have none: (n, 3)."""
+        """The stamp of each image's text file, zeros for those that have none: (n, 3)."""
         rows = np.fromiter((self._texts.get(stem_of(name), -1) for name in names), np.int64, len(names))
         stamps = np.zeros((len(names), 3), np.int64)
         stamps[rows >= 0] = self._stamps[rows[rows >= 0]]
         return stamps
 
     def captions_of(self, name: str) -> list[str] | BadFile:
-        """The captions of a picture, or why it has none."""
+        """The captions of an image, or why it has none."""
         stem = stem_of(name)
         if stem in self._texts:
             try:
@@ -83,27 +83,27 @@ class CaptionSources:
         whys = ["cannot be read" if table.path in unread else "does not name it" for table in self.tables]
         return "".join(f", and {table.path.name} {why}" for table, why in zip(self.tables, whys, strict=True))
 
-    def named_pictures(self) -> list[str]:
-        """Pictures that tables name, wherever they are."""
+    def named_images(self) -> list[str]:
+        """Images that tables name, wherever they are."""
         return [name for name in self._table if Path(name).suffix.lower() in IMAGE_SUFFIXES]
 
     def nameless(self, names: Sequence[str]) -> list[str]:
-        """Entries of tables that name none of all pictures."""
+        """Entries of tables that name none of all images."""
         if not self.tables:
             return []
         everyone = {*names, *map(stem_of, names)}
         return [name for name in self._table if name not in everyone]
 
     def warnings(self, names: Sequence[str]) -> list[str]:
-        """Text files that are nobody's, and pictures that share one; of all pictures' names."""
+        """Text files that are nobody's, and images that share one; of all images' names."""
         stems = Counter(stem_of(name) for name in names)
         warnings = []
         shared = sorted(f"{stem}.txt" for stem, count in stems.items() if count > 1 and stem in self._texts)
         if shared:
-            warnings.append(f"{self._folder}: several pictures share one caption file: {some(shared)}")
+            warnings.append(f"{self._folder}: several images share one caption file: {some(shared)}")
         unused = sorted(f"{stem}.txt" for stem in self._texts.keys() - stems.keys())
         if unused:
-            warnings.append(f"{self._folder}: {len(unused)} caption files are of no picture: {some(unused)}")
+            warnings.append(f"{self._folder}: {len(unused)} caption files are of no image: {some(unused)}")
         return warnings
 
 

@@ -1,7 +1,7 @@
-"""Captions: of a text file, of a table for many pictures, and as lists of tags in several orders.
+"""Captions: of a text file, of a table for many images, and as lists of tags in several orders.
 
 Tables are read in the forms that other programs write: `captions.json` (diffusion-pipe), `metadata.jsonl` and `metadata.csv`
-(Hugging Face imagefolder), and sd-scripts' metadata, a .json file with an object for each picture. One mistake makes the
+(Hugging Face imagefolder), and sd-scripts' metadata, a .json file with an object for each image. One mistake makes the
 whole table unusable: a table that is read in part would train on fewer captions than its writer thinks.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.data.sources.decoding import BadFile
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
-"""What other programs call a picture's caption; the first that is there is used."""
+"""What other programs call an image's caption; the first that is there is used."""
 TAGS_KEY = "tags"  # sd-scripts' name for what a tagger wrote, one string; a list of tags would pass for several captions
 _NAME_KEY = "file_name"
 _MAX_SHOWN = 80  # characters of a user's text in a message
@@ -44,7 +44,7 @@ def split_lines(text: str) -> list[str]:
 def read_caption_table(path: Path) -> dict[str, list[str]]:
     """Names as the table writes them (relative paths, file names or stems) and the captions of each, at least one.
 
-    A picture whose caption is null has none and is left out. Raises BadFile, which names the first wrong line or key.
+    An image whose caption is null has none and is left out. Raises BadFile, which names the first wrong line or key.
     """
     readers = {".json": _json_entries, ".jsonl": _jsonl_entries, ".csv": _csv_entries}
     entries = readers.get(path.suffix.lower())
@@ -94,7 +94,7 @@ def parse_json(text: str) -> object:
 
 
 def caption_key(entry: Mapping[str, object]) -> str | None:
-    """The key of an object about one picture that has its captions: the first that is not null, else the first."""
+    """The key of an object about one image that has its captions: the first that is not null, else the first."""
     keys = [key for key in CAPTION_KEYS if key in entry]
     if isinstance(entry.get(TAGS_KEY), str):
         keys.append(TAGS_KEY)
@@ -102,7 +102,7 @@ def caption_key(entry: Mapping[str, object]) -> str | None:
 
 
 def captions_of(entry: Mapping[str, object]) -> list[str] | None:
-    """Captions of an object about one picture; None if they are null. Raises ValueError with the reason."""
+    """Captions of an object about one image; None if they are null. Raises ValueError with the reason."""
     key = caption_key(entry)
     if key is None:
         raise ValueError(f"has none of the keys {', '.join(CAPTION_KEYS)}, and no string {TAGS_KEY}")
@@ -203,7 +203,7 @@ def _check_header(place: str, header: list[str]) -> None:
 def _name_in(place: str, entry: Mapping[str, object]) -> str:
     name = entry.get(_NAME_KEY)
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{place}: {_NAME_KEY} must be the name of a picture")
+        raise ValueError(f"{place}: {_NAME_KEY} must be the name of an image")
     return name
 
 

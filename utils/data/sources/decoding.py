@@ -1,12 +1,12 @@
-"""A picture file to the RGB pixels of its bucket, a mask to the weights of its latent pixels. Only here are they opened.
+"""An image file to the RGB pixels of its bucket, a mask to the weights of its latent pixels. Only here are they opened.
 
-What is done to every picture, in order: EXIF rotation, 16 bits to 8, transparency over white, conversion to RGB, scaling,
+What is done to every image, in order: EXIF rotation, 16 bits to 8, transparency over white, conversion to RGB, scaling,
 cropping. Of an animation, the first frame is used. Whatever cannot be read raises `BadFile` with the reason. What a file is,
-its content says: a wrong suffix does no harm. Refused are also pictures of more than MAX_PIXELS, and those more than
+its content says: a wrong suffix does no harm. Refused are also images of more than MAX_PIXELS, and those more than
 MAX_SIDE_RATIO times as long as wide: no bucket is near their shape.
 
-A mask goes the same way up to RGB, then to grey. It may have another size than its picture: scaling stretches it over what
-the picture is scaled to. Scaling, cropping and shrinking to latent pixels are one step, the exact mean of the area that a
+A mask goes the same way up to RGB, then to grey. It may have another size than its image: scaling stretches it over what
+the image is scaled to. Scaling, cropping and shrinking to latent pixels are one step, the exact mean of the area that a
 latent pixel covers. Pillow's filters are not used: LANCZOS overshoots at edges, and BOX counts whole pixels only, so that
 edges move when the scale is no integer.
 
@@ -31,21 +31,21 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from utils.data.buckets import CropBox
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"))
 MAX_PIXELS = 178_000_000
-"""Width times height of the largest picture that is read: 13,000 x 13,000, half a gigabyte when decoded. Pillow itself warns
+"""Width times height of the largest image that is read: 13,000 x 13,000, half a gigabyte when decoded. Pillow itself warns
 at half of it and refuses a little above; setting its own limit would change it for the whole process."""
 MAX_SIDE_RATIO = 100
-"""Longest side to shortest. Scaled to cover a square of 1024 pixels, such a picture has 100 of them."""
+"""Longest side to shortest. Scaled to cover a square of 1024 pixels, such an image has 100 of them."""
 _EXIF_ORIENTATION = 274
 _SIDEWAYS = (5, 6, 7, 8)
 _ROTATION_KEYS = ("exif", "XML:com.adobe.xmp", "Raw profile type exif")
 _LATE_ROTATION = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _TAIL_BYTES = 128 * 2**10  # EXIF data is at most 64 KiB in the JPEG file it mostly comes from
 PIXELS_VERSION = 1
-"""Part of every cached picture's key: raise it when `read_pixels` makes other pixels of the same file."""
+"""Part of every cached image's key: raise it when `read_pixels` makes other pixels of the same file."""
 MASK_VERSION = 1
 """The same of `read_mask`."""
 
@@ -67,16 +67,16 @@ class BadFile(Exception):
 
 
 class _Refused(Exception):
-    """A picture that is not even decoded; its text is the reason."""
+    """An image that is not even decoded; its text is the reason."""
 
 
-def bad_picture(file: PictureFile, reason: str) -> BadFile:
-    """The error that names a picture which may lie inside another file."""
+def bad_image(file: ImageFile, reason: str) -> BadFile:
+    """The error that names an image which may lie inside another file."""
     return BadFile(Path(str(file)), reason)
 
 
-def read_size(file: PictureFile) -> tuple[int, int]:
-    """Width and height (pixels) as the picture is to be looked at; reads the header, and decodes only if the file's end
+def read_size(file: ImageFile) -> tuple[int, int]:
+    """Width and height (pixels) as the image is to be looked at; reads the header, and decodes only if the file's end
     looks cut off. Raises BadFile."""
     with _named(file), file.open() as content, _opened(content) as image:
         width, height = image.size
@@ -90,29 +90,29 @@ def read_size(file: PictureFile) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
-def read_pixels(file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b"") -> np.ndarray:
-    """The picture scaled and cropped, then mirrored along its width if asked to: uint8 (3, height, width) of the box's
+def read_pixels(file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> np.ndarray:
+    """The image scaled and cropped, then flipped along its width if asked to: uint8 (3, height, width) of the box's
     bucket. `content`: what its bytes must have as their hash. Raises BadFile, also when they have another."""
-    picture = _open_rgb(file, content)
-    if picture.size != (box.resized_width, box.resized_height):
-        picture = picture.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
+    image = _open_rgb(file, content)
+    if image.size != (box.resized_width, box.resized_height):
+        image = image.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
     right, bottom = box.left + box.bucket.width, box.top + box.bucket.height
-    pixels = np.asarray(picture.crop((box.left, box.top, right, bottom)))  # (height, width, 3), not writable
-    return np.array((pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1), order="C")
+    pixels = np.asarray(image.crop((box.left, box.top, right, bottom)))  # (height, width, 3), not writable
+    return np.array((pixels[:, ::-1] if flipped else pixels).transpose(2, 0, 1), order="C")
 
 
-def read_thumbnail(file: PictureFile, max_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The whole picture, RGB, no side longer than max_side; and its own width and height (pixels). Raises BadFile."""
-    picture = _open_rgb(file)
-    size = picture.size
-    picture.thumbnail((max_side, max_side))
-    return picture, size
+def read_thumbnail(file: ImageFile, max_side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The whole image, RGB, no side longer than max_side; and its own width and height (pixels). Raises BadFile."""
+    image = _open_rgb(file)
+    size = image.size
+    image.thumbnail((max_side, max_side))
+    return image, size
 
 
-def read_mask(file: PictureFile, box: CropBox, downscale: int, *, content: bytes = b"") -> np.ndarray:
+def read_mask(file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> np.ndarray:
     """How much each latent pixel counts: float32 (1, height / downscale, width / downscale) of the box's bucket, in [0, 1].
 
-    It is the mean of grey value / 255 over the pixels of the picture that it stands for. `content` is as in `read_pixels`.
+    It is the mean of grey value / 255 over the pixels of the image that it stands for. `content` is as in `read_pixels`.
     Raises BadFile, also for a mask of which nothing but black is left.
     """
     grey = np.asarray(_open_rgb(file, content).convert("L"))  # (height, width), uint8
@@ -122,7 +122,7 @@ def read_mask(file: PictureFile, box: CropBox, downscale: int, *, content: bytes
     means = _means_between(_means_between(grey, rows).T, columns).T
     if not means.any():
         where = f"inside the crop to {box.bucket}" if grey.any() else "everywhere"
-        raise bad_picture(file, f"is black {where}: nothing of the picture would count")
+        raise bad_image(file, f"is black {where}: nothing of the image would count")
     return np.array(means[None] / 255, dtype=np.float32, order="C")
 
 
@@ -141,14 +141,14 @@ def _means_between(values: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.stack(means)
 
 
-def _open_rgb(file: PictureFile, content: bytes = b"") -> Image.Image:
-    """The picture as it is to be looked at. Raises BadFile."""
+def _open_rgb(file: ImageFile, content: bytes = b"") -> Image.Image:
+    """The image as it is to be looked at. Raises BadFile."""
     with _named(file), _unchanged(file, content) as stream, _opened(stream) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _unchanged(file: PictureFile, content: bytes) -> BinaryIO:
-    """The picture's bytes, which must have this hash if there is one: what is cached under it must be made of them."""
+def _unchanged(file: ImageFile, content: bytes) -> BinaryIO:
+    """The image's bytes, which must have this hash if there is one: what is cached under it must be made of them."""
     if not content:
         return file.open()
     data = file.read()
@@ -158,23 +158,23 @@ def _unchanged(file: PictureFile, content: bytes) -> BinaryIO:
 
 
 def content_hash(data: bytes) -> bytes:
-    """What a picture's bytes are called in the cache."""
+    """What an image's bytes are called in the cache."""
     return hashlib.blake2b(data, digest_size=CONTENT_BYTES).digest()
 
 
 @contextmanager
-def _named(file: PictureFile) -> Iterator[None]:
-    """Whatever fails inside is the picture's fault: BadFile; but not that memory is short."""
+def _named(file: ImageFile) -> Iterator[None]:
+    """Whatever fails inside is the image's fault: BadFile; but not that memory is short."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise whatever they like
-        raise bad_picture(file, _reason(error)) from error
+        raise bad_image(file, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    """Of an error while a picture was opened or decoded, in one line."""
+    """Of an error while an image was opened or decoded, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, _Refused):
         return text
@@ -184,13 +184,13 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     if text.startswith("cannot identify"):
-        return "is not a picture Pillow can read"
+        return "is not an image Pillow can read"
     return "is cut off" if "truncated" in text.lower() else f"cannot be decoded: {text}"
 
 
 @contextmanager
 def _opened(content: BinaryIO) -> Iterator[Image.Image]:
-    """The picture, of which the header has been read, if it is one to decode. Raises _Refused, and what Pillow raises."""
+    """The image, of which the header has been read, if it is one to decode. Raises _Refused, and what Pillow raises."""
     size_bytes = content.seek(0, os.SEEK_END)
     if not size_bytes:
         raise _Refused("is empty (0 bytes)")
@@ -239,7 +239,7 @@ def _ends_as_it_should(tail: bytes, image_format: str | None) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB; what is transparent becomes white. Raises ValueError for floating-point pixels."""
+    """Any image as 8-bit RGB; what is transparent becomes white. Raises ValueError for floating-point pixels."""
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, whose range nobody states")
     if image.mode.startswith("I"):

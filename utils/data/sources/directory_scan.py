@@ -44,7 +44,7 @@ def _identities(inodes: np.ndarray, devices: np.ndarray) -> np.ndarray:
 class Walk:
     """Everything in a folder; names are below it, with slashes. What begins with a dot is not looked at."""
 
-    pictures: Files
+    images: Files
     texts: Files
     archives: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
@@ -100,9 +100,9 @@ class _Walker:
         self.seen: set[tuple[int, int]] = set()
         self.links: list[tuple[str, tuple[int, int]]] = []
         """Links to folders, and the folders' identities."""
-        self.picture_names: list[str] = []
+        self.image_names: list[str] = []
         self.text_names: list[str] = []
-        self.picture_numbers, self.text_numbers = array("q"), array("q")
+        self.image_numbers, self.text_numbers = array("q"), array("q")
         self.found = Walk(Files([], _table(array("q"))), Files([], _table(array("q"))))
 
     def look_into(self, inner: str) -> list[str]:
@@ -160,8 +160,8 @@ class _Walker:
     def _take(self, name: str, status: os.stat_result) -> None:
         suffix = name[name.rfind(".") :].lower()
         if suffix in IMAGE_SUFFIXES:
-            self.picture_names.append(name)
-            self.picture_numbers.extend(_numbers(status))
+            self.image_names.append(name)
+            self.image_numbers.extend(_numbers(status))
         elif suffix == ".txt":
             self.text_names.append(name)
             self.text_numbers.extend(_numbers(status))
@@ -191,7 +191,7 @@ def walk(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> W
         while not todo and walker.links:
             todo += walker.follow_link()
     found = walker.found
-    found.pictures = Files(walker.picture_names, _table(walker.picture_numbers))
+    found.images = Files(walker.image_names, _table(walker.image_numbers))
     found.texts = Files(walker.text_names, _table(walker.text_numbers))
     for names in (found.archives, found.tables, found.others, found.folders):
         names.sort()

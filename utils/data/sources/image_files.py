@@ -1,4 +1,4 @@
-"""Where the bytes of a picture are: in a file of its own, or inside a .tar or .parquet file, which is never unpacked.
+"""Where the bytes of an image are: in a file of its own, or inside a .tar or .parquet file, which is never unpacked.
 
 Whatever is missing, cut off or changed since it was listed raises OSError, with a reason in its `strerror`.
 """
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TABLE_SUFFIX = ".parquet"
-_BYTES_FIELD = "bytes"  # what Hugging Face's datasets call it in a picture's struct
+_BYTES_FIELD = "bytes"  # what Hugging Face's datasets call it in an image's struct
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class PictureFile:
-    """Where the bytes of a picture are: a file, or a part of a .tar or .parquet file."""
+class ImageFile:
+    """Where the bytes of an image are: a file, or a part of a .tar or .parquet file."""
 
     path: Path
     member: str = ""
@@ -38,7 +38,7 @@ class PictureFile:
         return f"{self.path}/row {self.start}" if self._is_in_table() else f"{self.path}/{self.member}"
 
     def read(self) -> bytes:
-        """All bytes of the picture. Raises OSError."""
+        """All bytes of the image. Raises OSError."""
         if not self.member:
             with self.open() as file:
                 return file.read()
@@ -47,7 +47,7 @@ class PictureFile:
         return _read_range(self.path, self.start, self.length)
 
     def open(self) -> BinaryIO:
-        """The picture's bytes as a file to read from, with an end of its own. Raises OSError."""
+        """The image's bytes as a file to read from, with an end of its own. Raises OSError."""
         return BytesIO(self.read()) if self.member else _open_regular(self.path)
 
     def _is_in_table(self) -> bool:
@@ -107,7 +107,7 @@ def _row_group_ends(path: Path, stamp: tuple[int, ...]) -> list[int]:
 
 @lru_cache(maxsize=1)  # rows are read in their order, and a group may have hundreds of megabytes
 def _row_group(path: Path, stamp: tuple[int, ...], group: int, column: str) -> Any:
-    """The bytes of the pictures of one row group, as an array of pyarrow's."""
+    """The bytes of the images of one row group, as an array of pyarrow's."""
     import pyarrow
     from pyarrow import compute, parquet
 

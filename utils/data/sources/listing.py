@@ -1,4 +1,4 @@
-"""What a [[directory]] of the dataset file holds: its pictures in columns, with sizes and captions; and what is wrong.
+"""What a [[directory]] of the dataset file holds: its images in columns, with sizes and captions; and what is wrong.
 
 Sizes come from the headers of files, read in several processes; captions from text files, tables and archives. Everything
 found is remembered in the cache, with each file's stamp (size, times of change). A start at which no stamp has changed
@@ -23,7 +23,7 @@ from utils.data.sources.caption_sources import CaptionSources, CaptionTable, som
 from utils.data.sources.captions import read_caption_table
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_scan import Walk, merged, stamp_of, stat_files, walk
-from utils.data.sources.image_files import TABLE_SUFFIX, PictureFile
+from utils.data.sources.image_files import TABLE_SUFFIX, ImageFile
 from utils.data.sources.readers import Readers
 from utils.data.sources.rows import UNREAD, Container, Memory, Rows, add_captions, carry_over, set_captions, unread_rows
 from utils.data.sources.tar_files import list_tar
@@ -44,14 +44,14 @@ class ListingSettings:
     recursive: bool
     caption_per_line: bool = False
     has_captions: bool = True
-    """False for masks and control pictures; archives among them are not looked into."""
+    """False for masks and control images; archives among them are not looked into."""
     image_column: str | None = None
     caption_column: str | None = None
 
 
 @dataclass
 class Part:
-    """The pictures of a folder, or of an archive in it."""
+    """The images of a folder, or of an archive in it."""
 
     rows: Rows
     """Those that can be used; names are below the directory's path."""
@@ -69,7 +69,7 @@ class Listing:
     bad_files: list[BadFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    """Of masks and control pictures: files that are no pictures."""
+    """Of masks and control images: files that are no images."""
 
 
 class Lister:
@@ -103,7 +103,7 @@ class Lister:
         name = content_key(str(path.absolute()), json.dumps(asdict(settings), sort_keys=True)).hex()
         return Memory(self._memory_folder / f"{name}.safetensors", self._may_write)
 
-    # --- pictures in files of their own ------------------------------------------------------------------------------
+    # --- images in files of their own ------------------------------------------------------------------------------
 
     def _add_files(
         self, listing: Listing, folder: Path, found: Walk, captions: CaptionSources, settings: ListingSettings
@@ -112,16 +112,16 @@ class Lister:
         old, header = memory.load() or (None, {})
         tables = [[str(table.path), list(table.stamp)] for table in captions.tables]
         same_tables = header.get("tables") == tables
-        elsewhere = header.get("elsewhere", []) if same_tables else captions.named_pictures()
-        inside = set(found.pictures.names)
+        elsewhere = header.get("elsewhere", []) if same_tables else captions.named_images()
+        inside = set(found.images.names)
         elsewhere = [name for name in elsewhere if name not in inside]
-        files = merged(found.pictures, stat_files(folder, elsewhere)) if elsewhere else found.pictures
+        files = merged(found.images, stat_files(folder, elsewhere)) if elsewhere else found.images
         rows = unread_rows(Texts.of(files.names), files.stamps, captions.stamps_of(files.names), files.same)
         if old is not None:
             rows = carry_over(rows, old, captions_too=same_tables)
 
-        def file_of(row: int) -> PictureFile:
-            return PictureFile(folder / files.names[row])
+        def file_of(row: int) -> ImageFile:
+            return ImageFile(folder / files.names[row])
 
         def captions_of(row: int) -> list[str] | BadFile:
             return captions.captions_of(files.names[row])
@@ -139,12 +139,12 @@ class Lister:
             memory.save(rows, header)
         if header["nameless"]:
             count, shown = len(header["nameless"]), some(header["nameless"])
-            listing.warnings.append(f"{folder}: {count} entries of caption tables name no picture: {shown}")
+            listing.warnings.append(f"{folder}: {count} entries of caption tables name no image: {shown}")
         usable = _usable(rows, settings)
         listing.parts.append(Part(rows.where(usable), None, memory, usable))
 
     def _read_missing(
-        self, rows: Rows, file_of: Callable[[int], PictureFile], captions_of: CaptionReader | None, bad_files: list[BadFile]
+        self, rows: Rows, file_of: Callable[[int], ImageFile], captions_of: CaptionReader | None, bad_files: list[BadFile]
     ) -> bool:
         """Read what the rows lack; whether anything was found. What cannot be read joins the bad files."""
         unread = np.flatnonzero(rows.sizes[:, 0] == UNREAD)
@@ -162,7 +162,7 @@ class Lister:
             add_captions(rows, found)
         return bool(sizes.any()) or bool(found)
 
-    def _read_sizes(self, files: Sequence[PictureFile], bad_files: list[BadFile]) -> np.ndarray:
+    def _read_sizes(self, files: Sequence[ImageFile], bad_files: list[BadFile]) -> np.ndarray:
         """Width and height of each, (n, 2); UNREAD for those that have none."""
         batches = [files[start : start + FILES_AT_ONCE] for start in range(0, len(files), FILES_AT_ONCE)]
         futures = [self._readers.sizes(batch) for batch in batches]
@@ -177,7 +177,7 @@ class Lister:
     # --- archives ----------------------------------------------------------------------------------------------------
 
     def _add_archive(self, listing: Listing, folder: Path, name: str, settings: ListingSettings) -> list[CaptionTable]:
-        """Add the pictures in an archive; of one that only names pictures elsewhere, return it as a table of captions."""
+        """Add the images in an archive; of one that only names images elsewhere, return it as a table of captions."""
         path = folder / name if name else folder
         memory = self._memory(path, settings)
         try:
@@ -195,7 +195,7 @@ class Lister:
             return []
         listing.bad_files += [BadFile(Path(bad_path), reason) for bad_path, reason in header["bad_files"]]
         if header["others"]:
-            listing.warnings.append(f"{path}: {header['others']} members are neither picture nor caption of one")
+            listing.warnings.append(f"{path}: {header['others']} members are neither image nor caption of one")
         if header["only_names"]:
             if not was_known:
                 memory.save(rows, header)
@@ -203,8 +203,8 @@ class Lister:
         container = Container(str(path), name, header["column"])
         names = list(rows.names)
 
-        def file_of(row: int) -> PictureFile:
-            return PictureFile(path, container.column or names[row], int(rows.start[row]), int(rows.length[row]))
+        def file_of(row: int) -> ImageFile:
+            return ImageFile(path, container.column or names[row], int(rows.start[row]), int(rows.length[row]))
 
         def captions_of(row: int) -> BadFile:
             return BadFile(Path(str(file_of(row))), "has no caption in the archive")
@@ -243,7 +243,7 @@ def _unused(folder: Path, found: Walk) -> list[str]:
     if found.folders:
         warnings.append(f"{folder}: folders in it are not looked into (recursive = true does): {some(found.folders)}")
     if found.others:
-        warnings.append(f"{folder}: {len(found.others)} files are neither picture nor caption of one: {some(found.others)}")
+        warnings.append(f"{folder}: {len(found.others)} files are neither image nor caption of one: {some(found.others)}")
     return warnings
 
 
@@ -262,14 +262,14 @@ def _read_archive(path: Path, settings: ListingSettings, readers: Readers) -> _C
     if path.suffix.lower() == TABLE_SUFFIX:
         found, column, bad_files = readers.parquet(path, settings.image_column, settings.caption_column).result()
         if len({one.start == NOT_INSIDE for one in found}) > 1:
-            raise BadFile(path, "has the bytes of some pictures and only the paths of others; make two files of it")
+            raise BadFile(path, "has the bytes of some images and only the paths of others; make two files of it")
         return _Contents(found, column, bad_files, 0)
     found, bad_files, others = list_tar(path, caption_per_line=settings.caption_per_line)
     return _Contents(found, "", bad_files, len(others))
 
 
 def _rows_of(contents: _Contents, path: Path, stamp: tuple[int, int, int]) -> Rows:
-    """Of each picture in an archive, where it is and its captions; nothing else is known yet."""
+    """Of each image in an archive, where it is and its captions; nothing else is known yet."""
     found, count = contents.found, len(contents.found)
     zeros = np.zeros((count, 3), np.int64)
     start = np.fromiter((one.start for one in found), np.int64, count)

@@ -1,4 +1,4 @@
-"""Masks and control pictures: which picture has which, by name and shape."""
+"""Masks and control images: which image has which, by name and shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.data.columns import Texts
 from utils.data.sources.caption_sources import some, stem_of
 from utils.data.sources.decoding import CONTENT_BYTES, BadFile
 from utils.data.sources.listing import Lister, Listing, ListingSettings
-from utils.data.sources.rows import NONE, Companions, Remembered, Rows
+from utils.data.sources.rows import NONE, PairedImages, Remembered, Rows
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Kind:
     hint: str
 
 
-MASK = Kind("mask", "mask_path", " (a white picture is a mask of everything)")
-CONTROL = Kind("control picture", "control_path", "")
+MASK = Kind("mask", "mask_path", " (a white image is a mask of everything)")
+CONTROL = Kind("control image", "control_path", "")
 
 
-class CompanionTable:
+class PairedImageTable:
     """The companions of one kind of all directories; each folder of theirs is listed once."""
 
     def __init__(self, kind: Kind, lister: Lister) -> None:
@@ -40,11 +40,11 @@ class CompanionTable:
         self._count = 0
 
     def find(
-        self, folder: Path, recursive: bool, pictures: Rows, shown: Callable[[int], Path]
+        self, folder: Path, recursive: bool, images: Rows, shown: Callable[[int], Path]
     ) -> tuple[np.ndarray, list[BadFile]]:
-        """Of each picture the row of its companion in `columns`, NONE where it has none that can be used; the bad files.
+        """Of each image the row of its companion in `columns`, NONE where it has none that can be used; the bad files.
 
-        folder: where they are. shown: how the picture of a row is called in messages.
+        folder: where they are. shown: how the image of a row is called in messages.
         """
         listing, start = self._list(folder, recursive), self._starts[folder]
         names, sizes = list(listing.parts[0].rows.names), listing.parts[0].rows.sizes.tolist()
@@ -52,8 +52,8 @@ class CompanionTable:
         for row, name in enumerate(names):
             by_stem.setdefault(stem_of(name), []).append(row)
         broken = {stem_of(_below(bad.path, folder)): bad for bad in listing.bad_files}
-        found, bad_files = np.full(len(pictures), NONE, np.int32), []
-        for picture, (name, size) in enumerate(zip(pictures.names, pictures.sizes.tolist(), strict=True)):
+        found, bad_files = np.full(len(images), NONE, np.int32), []
+        for image, (name, size) in enumerate(zip(images.names, images.sizes.tolist(), strict=True)):
             rows = by_stem.get(stem_of(name), [])
             self._used[folder].update(names[row] for row in rows)
             if not rows and stem_of(name) in broken:
@@ -61,9 +61,9 @@ class CompanionTable:
                 self._used[folder].add(_below(bad.path, folder))
             else:
                 candidates = [(folder / names[row], sizes[row]) for row in rows]
-                misfit = _misfit(self._kind, shown(picture), size, candidates)
+                misfit = _misfit(self._kind, shown(image), size, candidates)
                 if misfit is None:
-                    found[picture] = start + rows[0]
+                    found[image] = start + rows[0]
                     continue
                 bad = misfit
             bad_files.append(bad)
@@ -76,11 +76,11 @@ class CompanionTable:
             self._count += len(listing.parts[0].rows)
         return self._listings[folder]
 
-    def columns(self) -> Companions:
+    def columns(self) -> PairedImages:
         rows = [listing.parts[0].rows for listing in self._listings.values()]
         content = np.concatenate([np.zeros((0, CONTENT_BYTES), np.uint8), *(part.content for part in rows)])
         paths = (str(folder / name) for folder, part in zip(self._listings, rows, strict=True) for name in part.names)
-        return Companions(Texts.of(paths), content)
+        return PairedImages(Texts.of(paths), content)
 
     def remembered(self) -> list[Remembered]:
         """Where the hashes of the rows of `columns` are kept."""
@@ -88,14 +88,14 @@ class CompanionTable:
         return [Remembered(part.memory, part.usable, self._starts[folder]) for folder, part in parts.items()]
 
     def warnings(self) -> list[str]:
-        """Files in the folders that are no picture's companion."""
+        """Files in the folders that are no image's companion."""
         warnings = []
         for folder, listing in self._listings.items():
             names = {*listing.parts[0].rows.names, *listing.others}
             names |= {_below(bad.path, folder) for bad in listing.bad_files}
             unused = sorted(names - self._used[folder])
             if unused:
-                warnings.append(f"{folder}: {len(unused)} files are no {self._kind.word} of a picture: {some(unused)}")
+                warnings.append(f"{folder}: {len(unused)} files are no {self._kind.word} of an image: {some(unused)}")
         return warnings
 
 
@@ -104,19 +104,19 @@ def _below(path: Path, folder: Path) -> str:
 
 
 def _misfit(
-    kind: Kind, picture: Path, size: Sequence[int], candidates: Sequence[tuple[Path, Sequence[int]]]
+    kind: Kind, image: Path, size: Sequence[int], candidates: Sequence[tuple[Path, Sequence[int]]]
 ) -> BadFile | None:
-    """Why none of these can be the picture's companion, if none can."""
+    """Why none of these can be the image's companion, if none can."""
     if not candidates:
-        return BadFile(picture, f"has no {kind.word}: none in {kind.key} has its name{kind.hint}")
+        return BadFile(image, f"has no {kind.word}: none in {kind.key} has its name{kind.hint}")
     if len(candidates) > 1:
         paths = ", ".join(str(path) for path, _ in candidates)
-        return BadFile(picture, f"has several {kind.word}s: {paths}; keep one")
+        return BadFile(image, f"has several {kind.word}s: {paths}; keep one")
     ((path, found),) = candidates
     if same_shape(found, size):
         return None
     sizes = [f"{width}x{height}" for width, height in (found, size)]
-    return BadFile(path, f"is {sizes[0]} pixels, its picture {picture.name} {sizes[1]}: not the same shape")
+    return BadFile(path, f"is {sizes[0]} pixels, its image {image.name} {sizes[1]}: not the same shape")
 
 
 def same_shape(size: Sequence[int], other: Sequence[int]) -> bool:

@@ -1,6 +1,6 @@
-"""What .parquet files hold: the row of each picture, and its captions.
+"""What .parquet files hold: the row of each image, and its captions.
 
-A .parquet file has a picture in each row: its bytes, plain or in a struct as Hugging Face writes them, or its path. Only
+A .parquet file has an image in each row: its bytes, plain or in a struct as Hugging Face writes them, or its path. Only
 captions and paths are read; the bytes are not, unless the file does not tell in which rows there are none.
 
 Of some damaged files pyarrow does not raise an error but ends the process. So this is called in a reader process, which may.
@@ -22,7 +22,7 @@ _PATH_COLUMNS = ("image", "image_path", "path", "file_name")
 
 
 def list_parquet(path: Path, image_column: str | None, caption_column: str | None) -> tuple[list[Found], str, list[BadFile]]:
-    """Pictures by row; the column they are in; rows that cannot be used.
+    """Images by row; the column they are in; rows that cannot be used.
 
     Where no column is named, the first usable one of the usual names is taken; without one for captions there are none.
     Raises BadFile for what is no .parquet file or lacks a column, and if pyarrow is not installed.
@@ -67,10 +67,10 @@ def _choose_columns(schema: Any, image_column: str | None, caption_column: str |
     """The columns to read of a table of pyarrow's. Raises _WrongColumns."""
     there = _described(schema)
     names = (image_column,) if image_column is not None else (*_BYTES_COLUMNS, *_PATH_COLUMNS)
-    leaves = [(name, *_picture_leaves(schema, name)) for name in names]
+    leaves = [(name, *_image_leaves(schema, name)) for name in names]
     best = next((leaf for leaf in leaves if leaf[1]), None) or next((leaf for leaf in leaves if leaf[2]), None)
     if best is None:
-        what = f"column {shown(image_column)} with pictures or paths" if image_column is not None else "column of pictures"
+        what = f"column {shown(image_column)} with images or paths" if image_column is not None else "column of images"
         raise _WrongColumns(f"has no {what}; its columns are {there}")
     usual = (name for name in CAPTION_KEYS if name != best[0] and _has_captions(schema, name))
     captions = caption_column if caption_column is not None else next(usual, None)
@@ -86,8 +86,8 @@ def _described(schema: Any) -> str:
     return (", ".join(columns[:_MAX_COLUMNS_SHOWN]) or "none") + rest
 
 
-def _picture_leaves(schema: Any, name: str) -> tuple[str | None, str | None]:
-    """Where a column of pictures has bytes, and where paths; None where it has not."""
+def _image_leaves(schema: Any, name: str) -> tuple[str | None, str | None]:
+    """Where a column of images has bytes, and where paths; None where it has not."""
     from pyarrow import types
 
     if schema.get_field_index(name) < 0:
@@ -139,9 +139,9 @@ def _found_in_row(number: int, row: _Row) -> Found:
     if row.has_bytes:
         return Found(str(number), number, 0, captions)
     if not row.path:
-        raise ValueError("has no picture")
+        raise ValueError("has no image")
     if "://" in row.path:
-        raise ValueError(f"has an address, {shown(row.path)}: pictures are not downloaded")
+        raise ValueError(f"has an address, {shown(row.path)}: images are not downloaded")
     return Found(row.path, NOT_INSIDE, 0, captions)
 
 
@@ -154,7 +154,7 @@ def _paths(column: Any) -> list[str | None]:
 
 
 def _have_bytes(table: Any, group: int, leaf: str) -> list[bool]:
-    """Of each row whether the picture's bytes are there; they are read only where the file's statistics do not tell."""
+    """Of each row whether the image's bytes are there; they are read only where the file's statistics do not tell."""
     from pyarrow import compute, types
 
     about = table.metadata.row_group(group)

@@ -1,4 +1,4 @@
-"""What a reader process does: a program that reads pictures, and the messages it and its parent send each other.
+"""What a reader process does: a program that reads images, and the messages it and its parent send each other.
 
 It imports NumPy and Pillow and no torch, so it starts in a fraction of a second; pyarrow, and what the listing of a .parquet
 file needs besides, only when it is asked for the first one.
@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox
-from utils.data.sources.decoding import CONTENT_BYTES, BadFile, bad_picture, read_mask, read_pixels, read_size
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.decoding import CONTENT_BYTES, BadFile, bad_image, read_mask, read_pixels, read_size
+from utils.data.sources.image_files import ImageFile
 
 NICENESS = 5
 """Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""
@@ -68,7 +68,7 @@ def fill(channel: socket.socket, place: memoryview) -> None:
         place = place[num_bytes:]
 
 
-def packed_file(file: PictureFile) -> list[Any]:
+def packed_file(file: ImageFile) -> list[Any]:
     """A file for JSON."""
     return [os.path.abspath(file.path), file.member, file.start, file.length]  # the other process has its own folder
 
@@ -78,9 +78,9 @@ def packed_box(box: CropBox) -> list[Any]:
     return [box.scale, box.resized_width, box.resized_height, box.left, box.top, [box.bucket.width, box.bucket.height]]
 
 
-def _unpacked_file(packed: list[Any]) -> PictureFile:
+def _unpacked_file(packed: list[Any]) -> ImageFile:
     path, member, start, length = packed
-    return PictureFile(Path(path), member, start, length)
+    return ImageFile(Path(path), member, start, length)
 
 
 def _unpacked_box(packed: list[Any]) -> CropBox:
@@ -128,7 +128,7 @@ def _listen(channel: socket.socket, requests: queue.SimpleQueue[dict[str, Any]])
         os._exit(0)
 
 
-def _answer(channel: socket.socket, task: list[Any], file: PictureFile) -> None:
+def _answer(channel: socket.socket, task: list[Any], file: ImageFile) -> None:
     made: Any = None
     try:
         made = _work(task, file)
@@ -144,11 +144,11 @@ def _answer(channel: socket.socket, task: list[Any], file: PictureFile) -> None:
         channel.sendall(made.data.cast("B"))
 
 
-def _work(task: list[Any], file: PictureFile) -> Any:
+def _work(task: list[Any], file: ImageFile) -> Any:
     """Raises BadFile."""
     match task:
-        case ["pixels", box, mirrored, content]:
-            return read_pixels(file, _unpacked_box(box), mirrored=mirrored, content=bytes.fromhex(content))
+        case ["pixels", box, flipped, content]:
+            return read_pixels(file, _unpacked_box(box), flipped=flipped, content=bytes.fromhex(content))
         case ["mask", box, downscale, content]:
             return read_mask(file, _unpacked_box(box), downscale, content=bytes.fromhex(content))
         case ["size"]:
@@ -160,14 +160,14 @@ def _work(task: list[Any], file: PictureFile) -> Any:
     raise ValueError(f"unknown task {task}")
 
 
-def _hash(file: PictureFile) -> str:
+def _hash(file: ImageFile) -> str:
     try:
         digest = hashlib.blake2b(digest_size=CONTENT_BYTES)  # as content_hash, of files of any size
         with file.open() as content:
             while block := content.read(_BLOCK_BYTES):
                 digest.update(block)
     except OSError as error:
-        raise bad_picture(file, f"cannot be read: {error.strerror or error}") from error
+        raise bad_image(file, f"cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 

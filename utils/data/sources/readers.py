@@ -1,4 +1,4 @@
-"""Processes that read pictures, so that a run neither waits for decoders nor dies of one.
+"""Processes that read images, so that a run neither waits for decoders nor dies of one.
 
 In this process one thread for each reader process hands it a request and waits for the answers; what is asked for comes as
 a Future. What such a process does and what is said to it is in `reader_process.py`. multiprocessing's pools were rejected:
@@ -30,22 +30,22 @@ import numpy as np
 
 from utils.data.buckets import CropBox
 from utils.data.sources.archive_entries import Found
-from utils.data.sources.decoding import BadFile, bad_picture
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.decoding import BadFile, bad_image
+from utils.data.sources.image_files import ImageFile
 from utils.data.sources.reader_process import fill, packed_box, packed_file, receive, send
 
 START_SECONDS = 120.0
 """How long a process may take to start: what it imports may lie on a slow network drive."""
 TABLE_SECONDS = 3600.0
-"""How long listing a .parquet file may take: all its captions are read, and without statistics its pictures too."""
+"""How long listing a .parquet file may take: all its captions are read, and without statistics its images too."""
 _PROGRAM = "utils.data.sources.reader_process"
 _ROOT = Path(__file__).resolve().parents[3]
 
 
 class Readers:
-    """Processes that read pictures; started when they are first needed, ended by `close`.
+    """Processes that read images; started when they are first needed, ended by `close`.
 
-    A future raises BadFile for a picture that cannot be read, also if the process that read it died or took longer than
+    A future raises BadFile for an image that cannot be read, also if the process that read it died or took longer than
     limit_seconds for this file; RuntimeError if processes cannot be started at all; CancelledError after `close`.
     """
 
@@ -57,19 +57,19 @@ class Readers:
         self._running: set[_ReaderProcess] = set()
         self._closed = False
 
-    def pixels(self, file: PictureFile, box: CropBox, *, mirrored: bool = False, content: bytes = b"") -> Future[np.ndarray]:
+    def pixels(self, file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> Future[np.ndarray]:
         """What `read_pixels` returns."""
-        return self._threads.submit(self._read, file, ["pixels", packed_box(box), mirrored, content.hex()])
+        return self._threads.submit(self._read, file, ["pixels", packed_box(box), flipped, content.hex()])
 
-    def mask(self, file: PictureFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
+    def mask(self, file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
         """What `read_mask` returns."""
         return self._threads.submit(self._read, file, ["mask", packed_box(box), downscale, content.hex()])
 
-    def sizes(self, files: Sequence[PictureFile]) -> Future[list[tuple[int, int] | str]]:
+    def sizes(self, files: Sequence[ImageFile]) -> Future[list[tuple[int, int] | str]]:
         """Of each file what `read_size` returns, or the reason why it has no size. A request should have some hundred."""
         return self._threads.submit(lambda: [_size(answer) for answer in self._answers(files, ["size"])])
 
-    def hashes(self, files: Sequence[PictureFile]) -> Future[list[bytes | str]]:
+    def hashes(self, files: Sequence[ImageFile]) -> Future[list[bytes | str]]:
         """Of each file the blake2b digest of its bytes (16 bytes), or the reason why it cannot be read."""
         return self._threads.submit(lambda: [_digest(answer) for answer in self._answers(files, ["hash"])])
 
@@ -99,27 +99,27 @@ class Readers:
 
     # --- in the threads -----------------------------------------------------------------------------------------------
 
-    def _read(self, file: PictureFile, task: list[Any]) -> np.ndarray:
+    def _read(self, file: ImageFile, task: list[Any]) -> np.ndarray:
         """The array that a task makes of one file."""
         array: np.ndarray = self._answer(file, task, self._limit_seconds)["array"]
         return array
 
     def _list_parquet(self, path: Path, task: list[Any]) -> tuple[list[Found], str, list[BadFile]]:
-        found, column, bad = self._answer(PictureFile(path), task, TABLE_SECONDS)["value"]
+        found, column, bad = self._answer(ImageFile(path), task, TABLE_SECONDS)["value"]
         return [Found(*one) for one in found], column, [BadFile(path / name, reason) for name, reason in bad]
 
-    def _answer(self, file: PictureFile, task: list[Any], limit_seconds: float) -> dict[str, Any]:
+    def _answer(self, file: ImageFile, task: list[Any], limit_seconds: float) -> dict[str, Any]:
         """What a task makes of one file. Raises BadFile."""
         try:
             with self._asked(task, [file]) as process:
                 answer = process.answer(limit_seconds)
         except _Lost as lost:
-            raise bad_picture(file, lost.reason) from None
+            raise bad_image(file, lost.reason) from None
         if "reason" in answer:
-            raise bad_picture(file, answer["reason"])
+            raise bad_image(file, answer["reason"])
         return answer
 
-    def _answers(self, files: Sequence[PictureFile], task: list[Any]) -> list[dict[str, Any]]:
+    def _answers(self, files: Sequence[ImageFile], task: list[Any]) -> list[dict[str, Any]]:
         """The answer to each file. One at which a process died is tried alone: others may have left it in disorder."""
         answers: list[dict[str, Any]] = []
         while len(answers) < len(files):
@@ -130,12 +130,12 @@ class Readers:
                 answers.append({"reason": lost.reason} if lost.too_slow else self._answer_alone(guilty, task))
         return answers
 
-    def _append_answers(self, answers: list[dict[str, Any]], files: Sequence[PictureFile], task: list[Any]) -> None:
+    def _append_answers(self, answers: list[dict[str, Any]], files: Sequence[ImageFile], task: list[Any]) -> None:
         with self._asked(task, files) as process:
             for _ in files:
                 answers.append(process.answer(self._limit_seconds))
 
-    def _answer_alone(self, file: PictureFile, task: list[Any]) -> dict[str, Any]:
+    def _answer_alone(self, file: ImageFile, task: list[Any]) -> dict[str, Any]:
         answers: list[dict[str, Any]] = []
         try:
             with self._asked(task, [file], fresh=True) as process:
@@ -145,7 +145,7 @@ class Readers:
         return answers[0]
 
     @contextmanager
-    def _asked(self, task: list[Any], files: Sequence[PictureFile], *, fresh: bool = False) -> Iterator[_ReaderProcess]:
+    def _asked(self, task: list[Any], files: Sequence[ImageFile], *, fresh: bool = False) -> Iterator[_ReaderProcess]:
         """A process that works at this task. Whatever is raised inside ends it: it may have more to say."""
         process = self._ask(task, files, fresh)
         try:
@@ -158,7 +158,7 @@ class Readers:
         with self._lock:
             self._idle.append(process)
 
-    def _ask(self, task: list[Any], files: Sequence[PictureFile], fresh: bool) -> _ReaderProcess:
+    def _ask(self, task: list[Any], files: Sequence[ImageFile], fresh: bool) -> _ReaderProcess:
         while True:
             with self._lock:
                 idle = self._idle.pop() if self._idle and not fresh else None
@@ -168,8 +168,8 @@ class Readers:
             self._end(process)
             if self._closed:
                 raise CancelledError
-            if idle is None:  # others may have been killed while they did nothing: no picture's fault
-                raise RuntimeError("a process that reads pictures ended before it was given any")
+            if idle is None:  # others may have been killed while they did nothing: no image's fault
+                raise RuntimeError("a process that reads images ended before it was given any")
 
     def _start(self) -> _ReaderProcess:
         process = _ReaderProcess()
@@ -220,7 +220,7 @@ class _ReaderProcess:
             )
         except OSError as error:
             self._socket.close()
-            raise RuntimeError(f"a process that reads pictures could not be started: {error}") from error
+            raise RuntimeError(f"a process that reads images could not be started: {error}") from error
         finally:
             theirs.close()
 
@@ -233,11 +233,11 @@ class _ReaderProcess:
             how = self._how_it_ended()
             self._errors.seek(0)
             last_lines = self._errors.read().decode(errors="replace").strip().splitlines()[-10:]
-            text = "\n".join([f"a process that reads pictures could not start ({how}):", *last_lines])
+            text = "\n".join([f"a process that reads images could not start ({how}):", *last_lines])
             raise RuntimeError(text) from error
         self._errors.close()
 
-    def ask(self, task: list[Any], files: Sequence[PictureFile]) -> bool:
+    def ask(self, task: list[Any], files: Sequence[ImageFile]) -> bool:
         """Whether it is still there to take the request."""
         request = {"task": task, "files": [packed_file(file) for file in files]}
         try:
@@ -262,7 +262,7 @@ class _ReaderProcess:
         except (OSError, EOFError):
             raise _Lost(f"the process that read it died ({self._how_it_ended()})", False) from None
         if "bug" in answer:
-            raise RuntimeError(f"in a process that reads pictures:\n{answer['bug']}")
+            raise RuntimeError(f"in a process that reads images:\n{answer['bug']}")
         return answer
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""Listed pictures in columns, and remembering them: what was found, with the stamps of the files it was found in."""
+"""Listed images in columns, and remembering them: what was found, with the stamps of the files it was found in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from utils.data.columns import Texts, map_columns, save_columns
 from utils.data.sources.decoding import CONTENT_BYTES
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 UNREAD = 0
 """A width that is not known."""
@@ -23,34 +23,34 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Container:
-    """A .tar or .parquet file with pictures."""
+    """A .tar or .parquet file with images."""
 
     path: str
     name: str
     """Below the directory's path; empty when it is that path."""
     column: str
-    """Of a .parquet file, where its pictures are; empty for a .tar."""
+    """Of a .parquet file, where its images are; empty for a .tar."""
 
 
 @dataclass(frozen=True)
-class Companions:
-    """Pictures that belong to pictures, masks or control pictures; one row each."""
+class PairedImages:
+    """Images that belong to images, masks or control images; one row each."""
 
     paths: Texts
     content: np.ndarray
     """(n, 16) uint8: hashes of their bytes, zeros where they are not known yet."""
 
-    def file(self, row: int) -> PictureFile:
-        return PictureFile(Path(self.paths[row]))
+    def file(self, row: int) -> ImageFile:
+        return ImageFile(Path(self.paths[row]))
 
 
-def no_companions() -> Companions:
-    return Companions(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
+def no_paired_images() -> PairedImages:
+    return PairedImages(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
 
 
 @dataclass
 class Rows:
-    """Pictures in columns, one row each, in order of names."""
+    """Images in columns, one row each, in order of names."""
 
     names: Texts
     stamps: np.ndarray
@@ -65,7 +65,7 @@ class Rows:
     """(n, 16) uint8: hash of the bytes; zeros where it is not known."""
     start: np.ndarray
     length: np.ndarray
-    """(n,) int64: where in an archive the picture is, as in PictureFile."""
+    """(n,) int64: where in an archive the image is, as in ImageFile."""
     captions: Texts
     first_caption: np.ndarray
     """(n + 1,) int64: row i has captions first_caption[i] to first_caption[i + 1]; none where they are not known."""
@@ -102,7 +102,7 @@ def firsts(counts: np.ndarray) -> np.ndarray:
 
 
 def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, same: np.ndarray) -> Rows:
-    """Pictures in files of their own, of which nothing more is known."""
+    """Images in files of their own, of which nothing more is known."""
     count = len(stamps)
     return Rows(
         names=names,
@@ -209,7 +209,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Remembered:
-    """Where the hashes of some pictures of a longer table are kept: of `start` and following, as many as are usable."""
+    """Where the hashes of some images of a longer table are kept: of `start` and following, as many as are usable."""
 
     memory: Memory
     usable: np.ndarray

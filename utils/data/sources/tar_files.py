@@ -1,4 +1,4 @@
-"""What .tar files hold: the place of each picture, and its captions. Nothing is unpacked.
+"""What .tar files hold: the place of each image, and its captions. Nothing is unpacked.
 
 A .tar is read as webdataset reads it: members are of one sample when their names are equal up to the first dot behind the
 last slash ("000/fox.jpg", "000/fox.txt"), wherever they stand in the archive. Only headers and captions are read. Of a
@@ -26,9 +26,9 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzi
 
 
 def list_tar(path: Path, *, caption_per_line: bool) -> tuple[list[Found], list[BadFile], list[str]]:
-    """Pictures in the archive's order; what cannot be used; names of members of no picture.
+    """Images in the archive's order; what cannot be used; names of members of no image.
 
-    A picture's caption is the .txt file of its name or of its sample, else the .json file with one of CAPTION_KEYS. Hidden
+    An image's caption is the .txt file of its name or of its sample, else the .json file with one of CAPTION_KEYS. Hidden
     members are passed over. Raises BadFile for what is no archive, or is one that was compressed.
     """
     check_regular(path)
@@ -40,11 +40,11 @@ def list_tar(path: Path, *, caption_per_line: bool) -> tuple[list[Found], list[B
                 for header in _headers(file):
                     members.add(header)
             except ValueError as error:
-                members.refuse("", f"{error} after {len(members.pictures)} pictures")
+                members.refuse("", f"{error} after {len(members.images)} images")
             found = list(members.with_captions(file.fileno(), caption_per_line))
     except OSError as error:
         raise BadFile(path, f"cannot be read: {error.strerror}") from error
-    return found, members.bad, members.of_no_picture()
+    return found, members.bad, members.of_no_image()
 
 
 class _HeaderFile(io.FileIO):
@@ -111,12 +111,12 @@ class _Members:
     """What an archive's headers tell."""
 
     archive: Path
-    pictures: dict[str, Found] = field(default_factory=dict)
+    images: dict[str, Found] = field(default_factory=dict)
     """By what members of a sample have in common."""
     captions: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """Name with its suffix in small letters -> name, first byte, bytes."""
     others: list[str] = field(default_factory=list)
-    """Names of all but pictures."""
+    """Names of all but images."""
     bad: list[BadFile] = field(default_factory=list)
 
     def add(self, header: tarfile.TarInfo) -> None:
@@ -124,19 +124,19 @@ class _Members:
         if header.isdir() or name.rpartition("/")[2].startswith("."):
             return
         stem, suffix = _split(name)
-        is_picture = suffix in IMAGE_SUFFIXES
-        if not is_picture:
+        is_image = suffix in IMAGE_SUFFIXES
+        if not is_image:
             self.others.append(name)
             if suffix not in _CAPTION_SUFFIXES:
                 return
         reason = _unreadable(header)
         if reason:
             self.refuse(name, reason)
-        elif is_picture:
+        elif is_image:
             found = Found(name, header.offset_data, header.size, None)
-            first = self.pictures.setdefault(_key(name), found)
+            first = self.images.setdefault(_key(name), found)
             if first is not found:
-                self.refuse(name, f"shares its name up to the first dot with {shown(first.name)}: one sample, one picture")
+                self.refuse(name, f"shares its name up to the first dot with {shown(first.name)}: one sample, one image")
         elif self.captions.setdefault(stem + suffix, place := (name, header.offset_data, header.size)) is not place:
             self.refuse(name, "is there twice")
 
@@ -144,12 +144,12 @@ class _Members:
         self.bad.append(BadFile(Path(f"{self.archive}/{name}"), reason))  # joined by "/", an absolute name would stand alone
 
     def with_captions(self, descriptor: int, caption_per_line: bool) -> Iterator[Found]:
-        """The pictures but those whose caption cannot be read."""
-        for key, picture in self.pictures.items():
+        """The images but those whose caption cannot be read."""
+        for key, image in self.images.items():
             places = [
                 self.captions[stem + suffix]
                 for suffix in _CAPTION_SUFFIXES
-                for stem in dict.fromkeys((_split(picture.name)[0], key))
+                for stem in dict.fromkeys((_split(image.name)[0], key))
                 if stem + suffix in self.captions
             ]
             captions = None
@@ -161,10 +161,10 @@ class _Members:
             except ValueError as error:
                 self.refuse(name, str(error))
                 continue
-            yield picture._replace(captions=captions)
+            yield image._replace(captions=captions)
 
-    def of_no_picture(self) -> list[str]:
-        return [name for name in self.others if _key(name) not in self.pictures]
+    def of_no_image(self) -> list[str]:
+        return [name for name in self.others if _key(name) not in self.images]
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -57,7 +57,7 @@ def test_a_hash_is_of_the_content_alone(tmp_path: Path) -> None:
 
 def test_a_file_replaced_in_place_is_noticed(tmp_path: Path) -> None:
     """Same name, same size: only the time tells, down to its nanoseconds."""
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(b"old content")
     stamp = path.stat().st_mtime_ns
     hashes = FileHashes(tmp_path / "memory.json")
@@ -70,7 +70,7 @@ def test_a_file_replaced_in_place_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_size_is_noticed_whatever_its_time(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(b"old content")
     stamp = path.stat().st_mtime_ns
     hashes = FileHashes(tmp_path / "memory.json")
@@ -81,7 +81,7 @@ def test_a_file_of_another_size_is_noticed_whatever_its_time(tmp_path: Path) -> 
 
 
 def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(b"content")
     hashes = FileHashes(tmp_path / "cache" / "memory.json")
     digest = hashes.hash_of(path)
@@ -97,7 +97,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("content", ["", '{"/a": [1, 2', "[]", '{"/a": 3}', '{"PATH": 3}', "null"])
 def test_a_damaged_memory_is_forgotten(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     (tmp_path / "memory.json").write_text(content.replace("PATH", str(path)))
     path.write_bytes(b"content")
     hashes = FileHashes(tmp_path / "memory.json")
@@ -107,11 +107,11 @@ def test_a_damaged_memory_is_forgotten(tmp_path: Path, content: str) -> None:
 
 
 def test_saving_leaves_nothing_beside_the_memory(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"content")
+    (tmp_path / "image.png").write_bytes(b"content")
     hashes = FileHashes(tmp_path / "cache" / "memory.json")
     hashes.save()
     assert not (tmp_path / "cache").exists()
-    hashes.hash_of(tmp_path / "picture.png")
+    hashes.hash_of(tmp_path / "image.png")
     hashes.save()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["memory.json"]
 
@@ -122,11 +122,11 @@ def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_a_file_copied_over_with_its_old_time_is_hashed_again(tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(b"old")
-    before = picture.stat()
+    image = tmp_path / "image.png"
+    image.write_bytes(b"old")
+    before = image.stat()
     hashes = FileHashes(tmp_path / "files.json")
-    first = hashes.hash_of(picture)
-    picture.write_bytes(b"new")
-    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert hashes.hash_of(picture) != first
+    first = hashes.hash_of(image)
+    image.write_bytes(b"new")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hashes.hash_of(image) != first

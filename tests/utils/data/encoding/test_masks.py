@@ -1,4 +1,4 @@
-"""Masks lie on their pictures, whatever is done to these; grey stays grey; and files that are no masks are named."""
+"""Masks lie on their images, whatever is done to these; grey stays grey; and files that are no masks are named."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def grey_noise(width: int, height: int) -> np.ndarray:
 
 
 def mask_from(pixels: np.ndarray | Image.Image, folder: Path, bucket: Bucket, downscale: int = DOWNSCALE) -> Tensor:
-    """The mask, of its picture's size, after crop and scaling."""
-    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    return read_mask(save(picture, folder / "mask.png"), crop_box(*picture.size, bucket), downscale)
+    """The mask, of its image's size, after crop and scaling."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    return read_mask(save(image, folder / "mask.png"), crop_box(*image.size, bucket), downscale)
 
 
 # --- geometry ----------------------------------------------------------------------------------------------------------
@@ -47,19 +47,19 @@ def test_a_left_half_stays_the_left_half(tmp_path: Path, orientation: int, bucke
     assert (mask[..., middle:] == 0).all()
 
 
-@pytest.mark.parametrize("picture_orientation", [1, 3, 6])
+@pytest.mark.parametrize("image_orientation", [1, 3, 6])
 @pytest.mark.parametrize("mask_orientation", [1, 5, 8])
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_a_mask_covers_what_it_was_painted_on(
-    tmp_path: Path, picture_orientation: int, mask_orientation: int, bucket: Bucket
+    tmp_path: Path, image_orientation: int, mask_orientation: int, bucket: Bucket
 ) -> None:
-    """The picture itself is the mask, stored otherwise and at another size: both must come out alike."""
+    """The image itself is the mask, stored otherwise and at another size: both must come out alike."""
     painted = np.zeros((134, 202), dtype=np.uint8)
     painted[25:97, 40:120] = 255
     painted[60:, 150:] = 128
-    picture = Image.fromarray(painted)
-    seen = save_turned(picture.convert("RGB"), tmp_path / "picture.png", picture_orientation)
-    smaller = picture.resize((101, 67), Image.Resampling.BOX)
+    image = Image.fromarray(painted)
+    seen = save_turned(image.convert("RGB"), tmp_path / "image.png", image_orientation)
+    smaller = image.resize((101, 67), Image.Resampling.BOX)
     mask = save_turned(smaller, tmp_path / "mask.png", mask_orientation)
     box = crop_box(202, 134, bucket)
     pixels = read_pixels(seen, box)[:1].float() / 255
@@ -129,36 +129,36 @@ def test_black_and_white_are_the_same_in_every_mode(tmp_path: Path, mode: str) -
 
 
 def test_a_palette_is_read_by_its_colours(tmp_path: Path) -> None:
-    picture = left_half(32, 32).convert("P")
+    image = left_half(32, 32).convert("P")
     palette = [0, 0, 0] * 256
     palette[255 * 3 :] = [51, 51, 51]
-    picture.putpalette(palette)
-    assert mask_from(picture, tmp_path, Bucket(32, 32))[0, 0].tolist() == pytest.approx([0.2, 0.2, 0, 0])
+    image.putpalette(palette)
+    assert mask_from(image, tmp_path, Bucket(32, 32))[0, 0].tolist() == pytest.approx([0.2, 0.2, 0, 0])
 
 
 def test_what_is_transparent_counts_as_white(tmp_path: Path) -> None:
-    picture = Image.new("LA", (32, 32), (0, 255))
-    picture.paste((0, 0), (0, 0, 16, 32))
-    assert mask_from(picture, tmp_path, Bucket(32, 32))[0, 0].tolist() == [1, 1, 0, 0]
+    image = Image.new("LA", (32, 32), (0, 255))
+    image.paste((0, 0), (0, 0, 16, 32))
+    assert mask_from(image, tmp_path, Bucket(32, 32))[0, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_a_black_mask_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFile) as caught:
         mask_from(np.zeros((37, 50), dtype=np.uint8), tmp_path, Bucket(32, 32))
-    assert caught.value.reason == "is black everywhere: nothing of the picture would count"
+    assert caught.value.reason == "is black everywhere: nothing of the image would count"
 
 
 def test_a_mask_of_which_the_crop_leaves_only_black_is_refused(tmp_path: Path) -> None:
     pixels = np.zeros((40, 120), dtype=np.uint8)
     pixels[:, :40] = 255
-    with pytest.raises(BadFile, match="is black inside the crop to 32x32: nothing of the picture would count"):
+    with pytest.raises(BadFile, match="is black inside the crop to 32x32: nothing of the image would count"):
         mask_from(pixels, tmp_path, Bucket(32, 32))
     assert mask_from(pixels, tmp_path, Bucket(96, 32)).any()
 
 
-def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"nothing")
-    with pytest.raises(BadFile, match="is not a picture Pillow can read"):
+    with pytest.raises(BadFile, match="is not an image Pillow can read"):
         read_mask(tmp_path / "mask.png", whole(32, 32), DOWNSCALE)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from models.family import EncodedItem
-from tests.tiny_model import write_picture
+from tests.tiny_model import write_image
 from tests.utils.data.caching import Adapter, Workshop, cache_alone
 from tests.utils.data.image_makers import noise, read_pixels, save
 from utils.data.cache.shards import ShardWriter
@@ -45,9 +45,9 @@ def test_everything_is_encoded_once_and_read_back(workshop: Workshop) -> None:
     assert adapter.counts == (4, 5, 5)
     assert sorted(adapter.clip.encoded) == sorted({"", *(example.caption() for example in table)})
     for example in table:
-        picture = read_pixels(example.image.path, example.box)
-        assert picture.shape == (3, example.bucket.height, example.bucket.width)
-        assert torch.equal(data.latents(example), picture.float().mean((1, 2)))
+        image = read_pixels(example.image.path, example.box)
+        assert image.shape == (3, example.bucket.height, example.bucket.width)
+        assert torch.equal(data.latents(example), image.float().mean((1, 2)))
         text = data.text(example.caption())
         assert set(text) == {f"{encoder}.{name}" for encoder in ("clip_l", "t5xxl") for name in ("sequence", "pooled")}
         assert torch.equal(text["clip_l.sequence"], adapter.clip.value(example.caption())["sequence"])
@@ -76,16 +76,16 @@ def test_a_full_cache_loads_no_encoder_and_reads_no_file(workshop: Workshop) -> 
 def test_hashes_are_remembered_and_only_changed_files_are_hashed_again(workshop: Workshop) -> None:
     workshop.run(Adapter(workshop.folder))
     hashed = [entry for entry in workshop.asked if entry[0] == "hash"]
-    assert hashed == [("hash", f"picture_00{index}.png") for index in range(4)]
-    write_picture(workshop.folder, 8).replace(workshop.pictures / "picture_002.png")
+    assert hashed == [("hash", f"image_00{index}.png") for index in range(4)]
+    write_image(workshop.folder, 8).replace(workshop.images / "image_002.png")
     workshop.forget()
     workshop.run(Adapter(workshop.folder))
-    assert workshop.asked == [("hash", "picture_002.png"), ("pixels", "picture_002.png")]
+    assert workshop.asked == [("hash", "image_002.png"), ("pixels", "image_002.png")]
 
 
 def test_editing_a_caption_encodes_one_caption_and_no_pixel(workshop: Workshop) -> None:
     workshop.encode()
-    (workshop.pictures / "picture_002.txt").write_text("another caption")
+    (workshop.images / "image_002.txt").write_text("another caption")
     adapter = Adapter(workshop.folder)
     cached = workshop.run(adapter)
     assert adapter.counts == (0, 1, 1)
@@ -93,40 +93,40 @@ def test_editing_a_caption_encodes_one_caption_and_no_pixel(workshop: Workshop) 
     assert cached.data.text("another caption")
 
 
-def test_adding_a_picture_encodes_one_picture(workshop: Workshop) -> None:
+def test_adding_a_image_encodes_one_image(workshop: Workshop) -> None:
     workshop.encode()
-    write_picture(workshop.pictures, 9)
+    write_image(workshop.images, 9)
     assert workshop.encode() == (1, 1, 1)
 
 
-def test_removing_a_picture_encodes_nothing(workshop: Workshop) -> None:
+def test_removing_a_image_encodes_nothing(workshop: Workshop) -> None:
     workshop.encode()
-    (workshop.pictures / "picture_000.png").unlink()
+    (workshop.images / "image_000.png").unlink()
     assert workshop.encode() == (0, 0, 0)
 
 
-def test_a_picture_replaced_in_place_is_encoded_again_and_read_anew(workshop: Workshop) -> None:
+def test_a_image_replaced_in_place_is_encoded_again_and_read_anew(workshop: Workshop) -> None:
     before = workshop.run(Adapter(workshop.folder))
     old = before.data.latents(before.tables[0][0])
-    write_picture(workshop.folder, 3).replace(workshop.pictures / "picture_000.png")
+    write_image(workshop.folder, 3).replace(workshop.images / "image_000.png")
     adapter = Adapter(workshop.folder)
     workshop.run(adapter)
-    assert len(adapter.image_encoder.encoded) == 0, "it is byte for byte another picture that is there already"
-    (workshop.pictures / "picture_000.png").write_bytes(write_picture(workshop.folder, 27).read_bytes())
+    assert len(adapter.image_encoder.encoded) == 0, "it is byte for byte another image that is there already"
+    (workshop.images / "image_000.png").write_bytes(write_image(workshop.folder, 27).read_bytes())
     adapter = Adapter(workshop.folder)
     after = workshop.run(adapter)
     assert len(adapter.image_encoder.encoded) == 1
     assert not torch.equal(after.data.latents(after.tables[0][0]), old)
 
 
-def test_a_renamed_picture_is_not_encoded_again(workshop: Workshop) -> None:
+def test_a_renamed_image_is_not_encoded_again(workshop: Workshop) -> None:
     workshop.encode()
     for suffix in (".png", ".txt"):
-        (workshop.pictures / f"picture_001{suffix}").rename(workshop.pictures / f"renamed{suffix}")
+        (workshop.images / f"image_001{suffix}").rename(workshop.images / f"renamed{suffix}")
     assert workshop.encode() == (0, 0, 0)
 
 
-def test_another_geometry_encodes_pictures_and_no_captions(workshop: Workshop) -> None:
+def test_another_geometry_encodes_images_and_no_captions(workshop: Workshop) -> None:
     workshop.encode()
     adapter = Adapter(workshop.folder)
     workshop.run(adapter, resolutions=[64])
@@ -149,11 +149,11 @@ def test_other_weights_encode_everything(workshop: Workshop) -> None:
     assert workshop.encode() == (4, 5, 5)
 
 
-def test_equal_captions_and_equal_pictures_are_encoded_once(workshop: Workshop) -> None:
+def test_equal_captions_and_equal_images_are_encoded_once(workshop: Workshop) -> None:
     for index in range(4):
-        (workshop.pictures / f"picture_{index:03d}.txt").write_text("all the same")
-    copy = workshop.pictures / "copy.png"
-    copy.write_bytes((workshop.pictures / "picture_000.png").read_bytes())
+        (workshop.images / f"image_{index:03d}.txt").write_text("all the same")
+    copy = workshop.images / "copy.png"
+    copy.write_bytes((workshop.images / "image_000.png").read_bytes())
     copy.with_suffix(".txt").write_text("all the same")
     adapter = Adapter(workshop.folder)
     cached = workshop.run(adapter)
@@ -163,7 +163,7 @@ def test_equal_captions_and_equal_pictures_are_encoded_once(workshop: Workshop) 
 
 def test_every_line_and_every_order_of_tags_is_encoded_once(workshop: Workshop) -> None:
     for index in range(4):
-        (workshop.pictures / f"picture_{index:03d}.txt").write_text("a, b, c, d, e\nanother, a, b, c")
+        (workshop.images / f"image_{index:03d}.txt").write_text("a, b, c, d, e\nanother, a, b, c")
     adapter = Adapter(workshop.folder)
     cached = workshop.run(adapter, caption_per_line=True, cache_shuffle_num=3, resolutions=[32, 64])
     example = cached.tables[0][0]
@@ -176,17 +176,17 @@ def test_every_line_and_every_order_of_tags_is_encoded_once(workshop: Workshop) 
 # --- what is kept ------------------------------------------------------------------------------------------------------
 
 
-def test_the_deviation_is_kept_when_asked_for_in_a_folder_of_its_own(workshop: Workshop) -> None:
+def test_the_std_is_kept_when_asked_for_in_a_folder_of_its_own(workshop: Workshop) -> None:
     plain = workshop.run(Adapter(workshop.folder))
-    assert plain.data.deviation(plain.tables[0][0]) is None
+    assert plain.data.std(plain.tables[0][0]) is None
     adapter = Adapter(workshop.folder)
     both = workshop.run(adapter, settings={"posterior": True})
     assert adapter.counts == (4, 0, 0)
     assert both.data.folders.latents != plain.data.folders.latents
     for example in both.tables[0]:
-        deviation = both.data.deviation(example)
-        assert deviation is not None
-        assert torch.equal(deviation, both.data.latents(example) / 8)
+        std = both.data.std(example)
+        assert std is not None
+        assert torch.equal(std, both.data.latents(example) / 8)
     assert workshop.encode() == (0, 0, 0), "the old entries are still there"
 
 
@@ -208,7 +208,7 @@ def test_texts_are_kept_in_the_precision_asked_for_in_folders_of_their_own(works
 
 
 def test_a_file_s_place_in_the_cache_stays_what_it_was(workshop: Workshop) -> None:
-    """Else every cache there is would be encoded anew: names of folders, and keys of pictures that are not mirrored."""
+    """Else every cache there is would be encoded anew: names of folders, and keys of images that are not flipped."""
 
     def digest(*parts: str) -> bytes:
         joined = b"".join(b"%d:%s" % (len(part), part.encode()) for part in parts)
@@ -284,27 +284,27 @@ def test_a_disk_without_room_is_refused_before_anything_is_encoded(
 # --- bad files ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_that_breaks_after_the_scan_is_named_and_stops_nobody(workshop: Workshop) -> None:
+def test_a_image_that_breaks_after_the_scan_is_named_and_stops_nobody(workshop: Workshop) -> None:
     examples = workshop.examples(resolutions=[32, 64])
-    broken = workshop.pictures / "picture_001.png"
+    broken = workshop.images / "image_001.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    gone = workshop.pictures / "picture_002.png"
+    gone = workshop.images / "image_002.png"
     gone.unlink()
     cached = cache_alone(Adapter(workshop.folder), [examples], [""], workshop.settings)
     assert bad_paths(cached) == [broken, gone]
     assert all(bad.reason for bad in cached.unusable.bad_files)
-    assert unusable(cached) == [[f"0/picture_00{index}.png@{size}" for index in (1, 2) for size in (32, 64)]]
+    assert unusable(cached) == [[f"0/image_00{index}.png@{size}" for index in (1, 2) for size in (32, 64)]]
     usable = cached.tables[0].where(~cached.unusable.examples[0])
     assert all(cached.data.latents(example).shape == (3,) for example in usable)
 
 
-def test_a_picture_that_changes_while_it_waits_is_not_cached_under_its_old_hash(
+def test_a_image_that_changes_while_it_waits_is_not_cached_under_its_old_hash(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, real = workshop.pictures / "picture_001.png", precompute.make_plan
+    path, real = workshop.images / "image_001.png", precompute.make_plan
 
     def change_it(*arguments: Any) -> Any:
-        write_picture(workshop.folder, 7).replace(path)
+        write_image(workshop.folder, 7).replace(path)
         return real(*arguments)
 
     before = path.read_bytes()
@@ -312,33 +312,33 @@ def test_a_picture_that_changes_while_it_waits_is_not_cached_under_its_old_hash(
         changing.setattr(precompute, "make_plan", change_it)
         cached = workshop.run(Adapter(workshop.folder))
     assert [str(bad) for bad in cached.unusable.bad_files] == [f"{path}: has changed since the run began; start again"]
-    assert unusable(cached) == [["0/picture_001.png@32"]]
+    assert unusable(cached) == [["0/image_001.png@32"]]
     assert workshop.encode() == (1, 0, 0)
     path.write_bytes(before)
     assert workshop.encode() == (1, 0, 0), "of the old bytes nothing had been kept"
 
 
-def test_copies_of_trained_pictures_in_evaluation_sets_are_told_of(
+def test_copies_of_trained_images_in_evaluation_sets_are_told_of(
     workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = workshop.folder / "other"
     other.mkdir()
-    for name in ("picture_001.png", "picture_002.png"):
-        (other / name).write_bytes((workshop.pictures / name).read_bytes())
+    for name in ("image_001.png", "image_002.png"):
+        (other / name).write_bytes((workshop.images / name).read_bytes())
         (other / name).with_suffix(".txt").write_text("a copy")
-    write_picture(other, 9)
+    write_image(other, 9)
     tables = [workshop.examples(), workshop.scan(directory=[{"path": other}]).examples]
-    gone = [workshop.pictures / "picture_000.png", other / "picture_009.png"]
+    gone = [workshop.images / "image_000.png", other / "image_009.png"]
     for path in gone:
         path.unlink()
     cached = cache_alone(Adapter(workshop.folder), tables, [], workshop.settings)
     assert bad_paths(cached) == sorted(gone), "which are no copies of each other"
-    assert "note: 2 pictures of evaluation sets are copies of pictures that are trained on" in capsys.readouterr().out
+    assert "note: 2 images of evaluation sets are copies of images that are trained on" in capsys.readouterr().out
     cache_alone(Adapter(workshop.folder), tables[:1], [], workshop.settings)
     assert "note: " not in capsys.readouterr().out
 
 
-def damaged_picture(path: Path) -> Path:
+def damaged_image(path: Path) -> Path:
     """Its header and its end are right."""
     save(noise(), path)
     content = bytearray(path.read_bytes())
@@ -348,30 +348,30 @@ def damaged_picture(path: Path) -> Path:
     return path
 
 
-def test_every_copy_of_a_picture_that_cannot_be_decoded_is_named(workshop: Workshop) -> None:
+def test_every_copy_of_a_image_that_cannot_be_decoded_is_named(workshop: Workshop) -> None:
     """Copies share one entry of the cache; training must not ask for it under any of their names."""
-    damaged = damaged_picture(workshop.pictures / "picture_001.png")
-    copy = workshop.pictures / "picture_001_copy.png"
+    damaged = damaged_image(workshop.images / "image_001.png")
+    copy = workshop.images / "image_001_copy.png"
     copy.write_bytes(damaged.read_bytes())
     copy.with_suffix(".txt").write_text("a copy")
     assert workshop.scan().bad_files == []
     cached = workshop.run(Adapter(workshop.folder))
     assert bad_paths(cached) == [damaged, copy]
-    assert unusable(cached) == [["0/picture_001.png@32", "0/picture_001_copy.png@32"]]
+    assert unusable(cached) == [["0/image_001.png@32", "0/image_001_copy.png@32"]]
 
 
 def test_a_bad_file_is_left_out_of_every_table_it_is_in(workshop: Workshop) -> None:
-    damaged = damaged_picture(workshop.pictures / "picture_001.png")
+    damaged = damaged_image(workshop.images / "image_001.png")
     tables = [workshop.examples(), workshop.scan(resolutions=[48]).examples]
     cached = cache_alone(Adapter(workshop.folder), tables, [""], workshop.settings)
     assert bad_paths(cached) == [damaged]
-    assert unusable(cached) == [["0/picture_001.png@32"], ["0/picture_001.png@48"]]
+    assert unusable(cached) == [["0/image_001.png@32"], ["0/image_001.png@48"]]
 
 
 def test_a_bad_file_is_tried_anew_and_used_once_it_is_mended(workshop: Workshop) -> None:
-    path = workshop.pictures / "picture_001.png"
+    path = workshop.images / "image_001.png"
     whole = path.read_bytes()
-    damaged_picture(path)
+    damaged_image(path)
     workshop.run(Adapter(workshop.folder))
     assert bad_paths(workshop.run(Adapter(workshop.folder))) == [path]
     path.write_bytes(whole)
@@ -386,9 +386,9 @@ def test_numbers_that_are_not_finite_are_never_cached(workshop: Workshop) -> Non
     adapter.clip.poison = caption
     cached = workshop.run(adapter, resolutions=[32, 64])
     (bad,) = cached.unusable.bad_files
-    assert bad.path == workshop.pictures / "picture_001.png"
+    assert bad.path == workshop.images / "image_001.png"
     assert bad.reason == "clip_l made numbers of it that are not finite"
-    assert unusable(cached) == [["0/picture_001.png@32", "0/picture_001.png@64"]]
+    assert unusable(cached) == [["0/image_001.png@32", "0/image_001.png@64"]]
     with pytest.raises(KeyError):
         cached.data.text(caption)
     adapter = Adapter(workshop.folder)
@@ -396,21 +396,21 @@ def test_numbers_that_are_not_finite_are_never_cached(workshop: Workshop) -> Non
     assert (adapter.counts, cached.unusable.bad_files) == ((0, 1, 0), [])
 
 
-def test_every_picture_of_a_caption_that_gives_no_finite_numbers_is_left_out(workshop: Workshop) -> None:
+def test_every_image_of_a_caption_that_gives_no_finite_numbers_is_left_out(workshop: Workshop) -> None:
     for index in (0, 2):
-        (workshop.pictures / f"picture_{index:03d}.txt").write_text("poison")
+        (workshop.images / f"image_{index:03d}.txt").write_text("poison")
     adapter = Adapter(workshop.folder)
     adapter.t5.poison = "poison"
     cached = workshop.run(adapter)
-    assert unusable(cached) == [["0/picture_000.png@32", "0/picture_002.png@32"]]
-    assert [path.name for path in bad_paths(cached)] == ["picture_000.png", "picture_002.png"]
+    assert unusable(cached) == [["0/image_000.png@32", "0/image_002.png@32"]]
+    assert [path.name for path in bad_paths(cached)] == ["image_000.png", "image_002.png"]
 
 
 def test_a_prompt_that_gives_no_finite_numbers_stops_the_run(workshop: Workshop) -> None:
     adapter = Adapter(workshop.folder)
-    adapter.clip.poison = "a prompt of no picture"
-    with pytest.raises(CacheError, match="'a prompt of no picture': clip_l made numbers of it that are not finite"):
-        cache_alone(adapter, [workshop.examples()], ["", "a prompt of no picture"], workshop.settings)
+    adapter.clip.poison = "a prompt of no image"
+    with pytest.raises(CacheError, match="'a prompt of no image': clip_l made numbers of it that are not finite"):
+        cache_alone(adapter, [workshop.examples()], ["", "a prompt of no image"], workshop.settings)
 
 
 def test_an_encoder_that_fails_keeps_what_was_written_before(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,28 +453,28 @@ def test_what_fails_while_results_are_written_stops_the_pass(workshop: Workshop,
         workshop.run(Adapter(workshop.folder))
 
 
-# --- mirrored pictures -------------------------------------------------------------------------------------------------
+# --- flipped images -------------------------------------------------------------------------------------------------
 
 
 def with_flips(workshop: Workshop) -> dict[str, Any]:
-    return {"directory": [{"path": workshop.pictures, "horizontal_flip": True}]}
+    return {"directory": [{"path": workshop.images, "horizontal_flip": True}]}
 
 
-def test_mirrored_latents_are_the_mirrored_picture_encoded(workshop: Workshop) -> None:
-    """Not mirrored latents: an autoencoder does not make the one of the other."""
+def test_flipped_latents_are_the_flipped_image_encoded(workshop: Workshop) -> None:
+    """Not flipped latents: an autoencoder does not make the one of the other."""
     adapter = Adapter(workshop.folder, keep_pixels=True)
     cached = workshop.run(adapter, **with_flips(workshop))
     assert cached.unusable.bad_files == []
     assert adapter.counts == (8, 5, 5)
     data, (table,) = cached.data, cached.tables
     for example in table:
-        plain, mirrored = data.latents(example), data.latents(example, flipped=True)
+        plain, flipped = data.latents(example), data.latents(example, flipped=True)
         assert torch.equal(plain, read_pixels(example.image.path, example.box).float())
-        assert torch.equal(mirrored, plain.flip(-1))
+        assert torch.equal(flipped, plain.flip(-1))
     assert any(not torch.equal(data.latents(e), data.latents(e, flipped=True)) for e in table)
 
 
-def test_asking_for_flips_later_encodes_the_mirrored_pictures_only(workshop: Workshop) -> None:
+def test_asking_for_flips_later_encodes_the_flipped_images_only(workshop: Workshop) -> None:
     workshop.encode()
     adapter = Adapter(workshop.folder)
     workshop.run(adapter, **with_flips(workshop))
@@ -482,16 +482,16 @@ def test_asking_for_flips_later_encodes_the_mirrored_pictures_only(workshop: Wor
     assert workshop.encode() == (0, 0, 0)
 
 
-def test_only_pictures_that_may_be_flipped_have_a_mirrored_variant(workshop: Workshop) -> None:
+def test_only_images_that_may_be_flipped_have_a_flipped_variant(workshop: Workshop) -> None:
     cached = workshop.run(Adapter(workshop.folder))
     with pytest.raises(KeyError):
         cached.data.latents(cached.tables[0][0], flipped=True)
 
 
-def test_a_picture_in_training_and_evaluation_is_encoded_once(workshop: Workshop) -> None:
-    """Only training shows it mirrored."""
+def test_a_image_in_training_and_evaluation_is_encoded_once(workshop: Workshop) -> None:
+    """Only training shows it flipped."""
     training = workshop.examples(**with_flips(workshop))
-    evaluation = training.where(np.ones(len(training), bool), never_mirrored=True)
+    evaluation = training.where(np.ones(len(training), bool), never_flipped=True)
     adapter = Adapter(workshop.folder)
     cached = cache_alone(adapter, [training, evaluation], [], workshop.settings)
     assert (adapter.counts, cached.unusable.bad_files) == ((8, 4, 4), [])
@@ -500,10 +500,10 @@ def test_a_picture_in_training_and_evaluation_is_encoded_once(workshop: Workshop
     assert torch.equal(cached.data.latents(first), cached.data.latents(second))
 
 
-def test_a_picture_that_breaks_in_both_variants_is_named_once(workshop: Workshop) -> None:
+def test_a_image_that_breaks_in_both_variants_is_named_once(workshop: Workshop) -> None:
     examples = workshop.examples(resolutions=[32, 64], **with_flips(workshop))
-    damaged = damaged_picture(workshop.pictures / "picture_001.png")
-    gone = workshop.pictures / "picture_002.png"
+    damaged = damaged_image(workshop.images / "image_001.png")
+    gone = workshop.images / "image_002.png"
     gone.unlink()
     cached = cache_alone(Adapter(workshop.folder), [examples], [""], workshop.settings)
     assert bad_paths(cached) == [damaged, gone]

@@ -1,4 +1,4 @@
-"""The caching pass over masks and control pictures."""
+"""The caching pass over masks and control images."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from utils.data.encoding import encoder_pass
 
 @pytest.fixture
 def masked(workshop: Workshop) -> dict[str, Any]:
-    """The change of the workshop's dataset that gives each picture a mask."""
+    """The change of the workshop's dataset that gives each image a mask."""
     masks = workshop.folder / "masks"
     masks.mkdir()
-    for image in workshop.pictures.glob("*.png"):
+    for image in workshop.images.glob("*.png"):
         save(left_half(*read_size(image)), masks / image.name)
-    return {"directory": [{"path": workshop.pictures, "mask_path": masks}]}
+    return {"directory": [{"path": workshop.images, "mask_path": masks}]}
 
 
 @pytest.fixture
 def controlled(workshop: Workshop) -> dict[str, Any]:
-    """The change that gives each picture a control picture, and mirrors both."""
+    """The change that gives each image a control image, and mirrors both."""
     control = workshop.folder / "control"
     control.mkdir()
-    for number, image in enumerate(sorted(workshop.pictures.glob("*.png"))):
+    for number, image in enumerate(sorted(workshop.images.glob("*.png"))):
         width, height = read_size(image)
         pixels = np.roll(np.asarray(noise(width, height)), number, axis=1)
         save(Image.fromarray(pixels), control / image.name)
-    return {"directory": [{"path": workshop.pictures, "control_path": control, "horizontal_flip": True}]}
+    return {"directory": [{"path": workshop.images, "control_path": control, "horizontal_flip": True}]}
 
 
 def num_cached_masks(workshop: Workshop) -> int:
@@ -64,17 +64,17 @@ def test_masks_are_read_back_at_the_size_of_latents(workshop: Workshop, masked: 
         assert not torch.equal(flipped, mask)
 
 
-def test_adding_masks_encodes_no_picture_and_no_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
+def test_adding_masks_encodes_no_image_and_no_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
     workshop.encode()
     adapter = Adapter(workshop.folder)
     workshop.run(adapter, **masked)
     assert adapter.counts == (0, 0, 0)
-    assert num_cached_masks(workshop) == 4 - 1, "the first and the last picture have one shape, so equal masks"
+    assert num_cached_masks(workshop) == 4 - 1, "the first and the last image have one shape, so equal masks"
 
 
 def test_editing_a_mask_reads_one_mask_and_encodes_nothing(workshop: Workshop, masked: dict[str, Any]) -> None:
     workshop.run(Adapter(workshop.folder), **masked)
-    edited = workshop.folder / "masks" / "picture_001.png"
+    edited = workshop.folder / "masks" / "image_001.png"
     save(Image.new("L", read_size(edited), 100), edited)
     workshop.forget()
     adapter = Adapter(workshop.folder)
@@ -86,11 +86,11 @@ def test_editing_a_mask_reads_one_mask_and_encodes_nothing(workshop: Workshop, m
     assert torch.equal(mask.unique(), torch.tensor([100 / 255]))
 
 
-def test_editing_a_caption_of_a_masked_picture_encodes_one_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
+def test_editing_a_caption_of_a_masked_image_encodes_one_caption(workshop: Workshop, masked: dict[str, Any]) -> None:
     flipped: dict[str, Any] = {"directory": [{**masked["directory"][0], "horizontal_flip": True}]}
     workshop.run(Adapter(workshop.folder), **flipped)
     before = num_cached_masks(workshop)
-    (workshop.pictures / "picture_002.txt").write_text("another caption")
+    (workshop.images / "image_002.txt").write_text("another caption")
     adapter = Adapter(workshop.folder)
     workshop.run(adapter, **flipped)
     assert adapter.counts == (0, 1, 1)
@@ -115,19 +115,19 @@ def test_another_downscale_is_another_mask(workshop: Workshop, masked: dict[str,
     assert mask.shape == (1, example.bucket.height // 16, example.bucket.width // 16)
 
 
-def test_the_pictures_of_bad_masks_are_named_and_stop_nobody(workshop: Workshop, masked: dict[str, Any]) -> None:
-    """Equal masks share an entry; each picture is told with its own."""
-    masks, pictures = workshop.folder / "masks", workshop.pictures
+def test_the_images_of_bad_masks_are_named_and_stop_nobody(workshop: Workshop, masked: dict[str, Any]) -> None:
+    """Equal masks share an entry; each image is told with its own."""
+    masks, images = workshop.folder / "masks", workshop.images
     for index in (0, 3):  # of one shape
-        save(Image.new("L", read_size(masks / f"picture_00{index}.png"), 0), masks / f"picture_00{index}.png")
+        save(Image.new("L", read_size(masks / f"image_00{index}.png"), 0), masks / f"image_00{index}.png")
     examples = workshop.examples(**masked)
-    gone = masks / "picture_001.png"
+    gone = masks / "image_001.png"
     gone.unlink()
     cached = cache_alone(Adapter(workshop.folder), [examples], [""], workshop.settings)
-    black = "is black everywhere: nothing of the picture would count"
+    black = "is black everywhere: nothing of the image would count"
     assert {bad.path: bad.reason for bad in cached.unusable.bad_files} == {
-        pictures / "picture_000.png": f"its mask {masks / 'picture_000.png'} {black}",
-        pictures / "picture_003.png": f"its mask {masks / 'picture_003.png'} {black}",
+        images / "image_000.png": f"its mask {masks / 'image_000.png'} {black}",
+        images / "image_003.png": f"its mask {masks / 'image_003.png'} {black}",
         gone: "cannot be read: No such file or directory",
     }
     assert cached.unusable.examples[0].tolist() == [True, True, False, True]
@@ -151,61 +151,59 @@ def test_masks_take_the_same_way_to_the_disk(
     assert written.count("mask") == num_cached_masks(workshop)
 
 
-# --- control pictures --------------------------------------------------------------------------------------------------
+# --- control images --------------------------------------------------------------------------------------------------
 
 
-def pixels(path: Path, box: CropBox, mirrored: bool) -> torch.Tensor:
-    return read_pixels(path, box, mirrored=mirrored).float()
+def pixels(path: Path, box: CropBox, flipped: bool) -> torch.Tensor:
+    return read_pixels(path, box, flipped=flipped).float()
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_control_pictures_are_encoded_as_pictures_are(
-    workshop: Workshop, controlled: dict[str, Any], mirrored: bool
-) -> None:
+@pytest.mark.parametrize("flipped", [False, True])
+def test_control_images_are_encoded_as_images_are(workshop: Workshop, controlled: dict[str, Any], flipped: bool) -> None:
     adapter = Adapter(workshop.folder, keep_pixels=True)
     cached = workshop.run(adapter, **controlled)
     assert (adapter.counts, cached.unusable.bad_files) == ((16, 5, 5), [])
     for example in cached.tables[0]:
         assert example.control is not None
-        control = cached.data.control(example, flipped=mirrored)
+        control = cached.data.control(example, flipped=flipped)
         assert control is not None
-        assert torch.equal(control, pixels(example.control.path, example.box, mirrored))
-        latents = cached.data.latents(example, flipped=mirrored)
-        assert torch.equal(latents, pixels(example.image.path, example.box, mirrored))
+        assert torch.equal(control, pixels(example.control.path, example.box, flipped))
+        latents = cached.data.latents(example, flipped=flipped)
+        assert torch.equal(latents, pixels(example.image.path, example.box, flipped))
 
 
-def test_adding_control_pictures_encodes_no_picture_again(workshop: Workshop, controlled: dict[str, Any]) -> None:
-    workshop.run(Adapter(workshop.folder), directory=[{"path": workshop.pictures, "horizontal_flip": True}])
+def test_adding_control_images_encodes_no_image_again(workshop: Workshop, controlled: dict[str, Any]) -> None:
+    workshop.run(Adapter(workshop.folder), directory=[{"path": workshop.images, "horizontal_flip": True}])
     adapter = Adapter(workshop.folder)
     workshop.run(adapter, **controlled)
     assert adapter.counts == (8, 0, 0)
 
 
-def test_a_picture_that_is_its_own_control_picture_is_encoded_once(workshop: Workshop) -> None:
+def test_a_image_that_is_its_own_control_image_is_encoded_once(workshop: Workshop) -> None:
     control = workshop.folder / "control"
     control.mkdir()
-    for image in workshop.pictures.glob("*.png"):
+    for image in workshop.images.glob("*.png"):
         (control / image.name).write_bytes(image.read_bytes())
     adapter = Adapter(workshop.folder)
-    cached = workshop.run(adapter, directory=[{"path": workshop.pictures, "control_path": control}])
+    cached = workshop.run(adapter, directory=[{"path": workshop.images, "control_path": control}])
     assert adapter.counts == (4, 5, 5)
     example = cached.tables[0][0]
     assert torch.equal(cached.data.latents(example), cached.data.control(example))  # type: ignore[arg-type]
 
 
-def test_without_control_pictures_there_are_none(workshop: Workshop) -> None:
+def test_without_control_images_there_are_none(workshop: Workshop) -> None:
     cached = workshop.run(Adapter(workshop.folder))
     assert cached.data.control(cached.tables[0][0]) is None
 
 
-def test_the_picture_of_a_bad_control_picture_is_named(workshop: Workshop, controlled: dict[str, Any]) -> None:
+def test_the_image_of_a_bad_control_image_is_named(workshop: Workshop, controlled: dict[str, Any]) -> None:
     examples = workshop.examples(**controlled)
-    path = workshop.folder / "control" / "picture_001.png"
+    path = workshop.folder / "control" / "image_001.png"
     content = bytearray(path.read_bytes())
     content[200:240] = bytes(40)
     path.write_bytes(bytes(content))
     cached = cache_alone(Adapter(workshop.folder), [examples], [""], workshop.settings)
     (bad,) = cached.unusable.bad_files
-    assert bad.path == workshop.pictures / "picture_001.png"
-    assert bad.reason.startswith(f"its control picture {path} ")
+    assert bad.path == workshop.images / "image_001.png"
+    assert bad.reason.startswith(f"its control image {path} ")
     assert cached.unusable.examples[0].tolist() == [False, True, False, False]

@@ -1,4 +1,4 @@
-"""Pictures that cannot be used, of every kind a large dataset has, and odd ones that can; each with its caption."""
+"""Images that cannot be used, of every kind a large dataset has, and odd ones that can; each with its caption."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Maker = Callable[[np.random.Generator], bytes]
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF"}
 ODD_SIZE = (48, 32)
-"""Width and height of every odd picture, as it is to be looked at."""
+"""Width and height of every odd image, as it is to be looked at."""
 
 
 # --- bad ones ----------------------------------------------------------------------------------------------------------
 
 
-def make_bad_pictures(folder: Path, count: int = 200, seed: int = 0) -> dict[str, str]:
-    """Write that many pictures that cannot be used, and their captions; returns name -> what is wrong with it."""
+def make_bad_images(folder: Path, count: int = 200, seed: int = 0) -> dict[str, str]:
+    """Write that many images that cannot be used, and their captions; returns name -> what is wrong with it."""
     generator = np.random.default_rng(seed)
     contents, places = _contents(), _places()
     kinds = [*contents, *places]
@@ -37,7 +37,7 @@ def make_bad_pictures(folder: Path, count: int = 200, seed: int = 0) -> dict[str
             places[kind, suffix](path)
         else:
             path.write_bytes(contents[kind, suffix](generator))
-        path.with_suffix(".txt").write_text(f"a picture that is bad: {kind}")
+        path.with_suffix(".txt").write_text(f"an image that is bad: {kind}")
         made[path.name] = kind
     return made
 
@@ -56,7 +56,7 @@ def _contents() -> dict[tuple[str, str], Maker]:
     made |= {("random bytes behind a head", "jpg"): _random_jpeg, ("random bytes behind a head", "gif"): _random_gif}
     made |= {("floating point", "tif"): _floating_point, ("PostScript", "png"): lambda _: _encoded("EPS")}
     made |= {("one pixel high", "png"): lambda _: _thin(400, 1), ("one pixel wide", "jpg"): lambda _: _thin(1, 400)}
-    made |= {("no picture though it has one's box", "avif"): _empty_box, ("an archive", "jpg"): lambda _: b"PK\x03\x04" * 50}
+    made |= {("no image though it has one's box", "avif"): _empty_box, ("an archive", "jpg"): lambda _: b"PK\x03\x04" * 50}
     return made
 
 
@@ -73,9 +73,9 @@ def _places() -> dict[tuple[str, str], Callable[[Path], object]]:
     return made
 
 
-def _encoded(name: str, picture: Image.Image | None = None) -> bytes:
+def _encoded(name: str, image: Image.Image | None = None) -> bytes:
     file = io.BytesIO()
-    (noise(64, 48) if picture is None else picture).save(file, name)
+    (noise(64, 48) if image is None else image).save(file, name)
     return file.getvalue()
 
 
@@ -162,15 +162,15 @@ def _empty_box(_: np.random.Generator) -> bytes:
 # --- odd ones ----------------------------------------------------------------------------------------------------------
 
 
-def make_odd_pictures(folder: Path) -> dict[str, str]:
-    """Write pictures that look like trouble and are none, all of ODD_SIZE, and captions; returns name -> what is odd.
+def make_odd_images(folder: Path) -> dict[str, str]:
+    """Write images that look like trouble and are none, all of ODD_SIZE, and captions; returns name -> what is odd.
 
     Those of one stem share a caption.
     """
     for name, kind in _ODD.items():
         path = folder / name
         _write_odd(path, kind)
-        path.with_suffix(".txt").write_text(f"an odd picture: {kind}")
+        path.with_suffix(".txt").write_text(f"an odd image: {kind}")
     return dict(_ODD)
 
 
@@ -201,32 +201,32 @@ _ODD = {
 
 
 def _write_odd(path: Path, kind: str) -> None:
-    picture, suffix = quarters(*ODD_SIZE), path.suffix[1:].lower()
+    image, suffix = quarters(*ODD_SIZE), path.suffix[1:].lower()
     if kind == "wrong suffix":
-        picture.save(path, {"gif": "GIF", "jpeg": "JPEG", "png": "PNG"}[path.name.split("_")[0]])
+        image.save(path, {"gif": "GIF", "jpeg": "JPEG", "png": "PNG"}[path.name.split("_")[0]])
     elif kind == "EXIF turned":
         exif = Image.Exif()
         exif[274] = 6
-        picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+        image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
     elif kind == "bytes behind the end":
-        path.write_bytes(_encoded(FORMATS[suffix], picture) + b"made by a camera")
+        path.write_bytes(_encoded(FORMATS[suffix], image) + b"made by a camera")
     elif kind == "animated":
-        picture.save(path, save_all=True, append_images=[Image.new("RGB", ODD_SIZE, (255, 0, 0))])
+        image.save(path, save_all=True, append_images=[Image.new("RGB", ODD_SIZE, (255, 0, 0))])
     elif kind == "long texts":
         texts = PngImagePlugin.PngInfo()
         texts.add_text("prompt", "a fox " * 2000, zip=True)
-        picture.save(path, pnginfo=texts)
+        image.save(path, pnginfo=texts)
     elif kind == "broken EXIF":
-        picture.save(path, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
+        image.save(path, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
     elif kind == "progressive":
-        picture.save(path, progressive=True)
+        image.save(path, progressive=True)
     else:
-        _in_odd_mode(picture, kind).save(path)
+        _in_odd_mode(image, kind).save(path)
 
 
-def _in_odd_mode(picture: Image.Image, kind: str) -> Image.Image:
+def _in_odd_mode(image: Image.Image, kind: str) -> Image.Image:
     if kind == "16 bits":
-        return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     if kind == "a palette with alpha":
-        return picture.convert("RGBA").quantize(4)
-    return picture.convert({"CMYK": "CMYK", "LA": "LA", "1 bit": "1"}.get(kind, "RGB"))
+        return image.convert("RGBA").quantize(4)
+    return image.convert({"CMYK": "CMYK", "LA": "LA", "1 bit": "1"}.get(kind, "RGB"))

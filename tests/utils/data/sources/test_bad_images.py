@@ -1,4 +1,4 @@
-"""Each of two hundred bad pictures is named with a reason, and no odd one is: by the processes that read them."""
+"""Each of two hundred bad images is named with a reason, and no odd one is: by the processes that read them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.utils.data.image_makers import whole
-from tests.utils.data.sources.bad_images import ODD_SIZE, make_bad_pictures, make_odd_pictures
+from tests.utils.data.sources.bad_images import ODD_SIZE, make_bad_images, make_odd_images
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
 
 LIMIT_SECONDS = 10.0
@@ -26,33 +26,33 @@ def readers() -> Iterator[Readers]:
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("bad")
-    return folder, make_bad_pictures(folder)
+    return folder, make_bad_images(folder)
 
 
 def is_reason(text: str) -> bool:
-    """Of one line, and no complaint about the process that read the picture."""
+    """Of one line, and no complaint about the process that read the image."""
     return bool(text.strip()) and "\n" not in text and "process" not in text and "took longer" not in text
 
 
-def test_there_are_twenty_kinds_of_bad_pictures_and_each_has_a_caption(bad: tuple[Path, dict[str, str]]) -> None:
+def test_there_are_twenty_kinds_of_bad_images_and_each_has_a_caption(bad: tuple[Path, dict[str, str]]) -> None:
     folder, kinds = bad
     assert len(kinds) == 200
     assert len(set(kinds.values())) >= 20
     assert all((folder / name).with_suffix(".txt").is_file() for name in kinds)
 
 
-def test_the_same_bad_pictures_come_again(tmp_path: Path, bad: tuple[Path, dict[str, str]]) -> None:
+def test_the_same_bad_images_come_again(tmp_path: Path, bad: tuple[Path, dict[str, str]]) -> None:
     folder, kinds = bad
-    assert make_bad_pictures(tmp_path) == kinds
+    assert make_bad_images(tmp_path) == kinds
     files = [name for name in kinds if (folder / name).is_file()]
     assert len(files) > 150
     assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
-def test_every_bad_picture_is_named_with_a_reason(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
+def test_every_bad_image_is_named_with_a_reason(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
     """If not by its size, by its pixels: what only decoding finds, size alone cannot."""
     folder, kinds = bad
-    files = [PictureFile(folder / name) for name in kinds]
+    files = [ImageFile(folder / name) for name in kinds]
     started_at = time.monotonic()
     sizes = readers.sizes(files).result()
     pixels = [readers.pixels(file, whole(64, 48)) for file in files]
@@ -68,8 +68,8 @@ def test_every_bad_picture_is_named_with_a_reason(readers: Readers, bad: tuple[P
 EXPECTED = {
     "empty": "is empty (0 bytes)",
     "cut off": "is cut off",
-    "text": "is not a picture Pillow can read",
-    "a page of the web": "is not a picture Pillow can read",
+    "text": "is not an image Pillow can read",
+    "a page of the web": "is not an image Pillow can read",
     "a folder": "cannot be read: Is a directory",
     "a pipe": "cannot be read: Not a regular file",
     "a link to nothing": "cannot be read: No such file or directory",
@@ -84,23 +84,23 @@ EXPECTED = {
 def test_reasons_say_what_is_wrong(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
     folder, kinds = bad
     names = [name for name, kind in kinds.items() if kind in EXPECTED and not name.endswith(".avif")]
-    reasons = readers.sizes([PictureFile(folder / name) for name in names]).result()
+    reasons = readers.sizes([ImageFile(folder / name) for name in names]).result()
     assert reasons == [EXPECTED[kinds[name]] for name in names]
 
 
-def test_almost_every_bad_picture_is_found_by_its_size(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
+def test_almost_every_bad_image_is_found_by_its_size(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
     """Before anything is encoded; only damage between a sound head and a sound end needs all pixels to be found."""
     folder, kinds = bad
-    sizes = readers.sizes([PictureFile(folder / name) for name in kinds]).result()
+    sizes = readers.sizes([ImageFile(folder / name) for name in kinds]).result()
     passed = {kind for kind, size in zip(kinds.values(), sizes, strict=True) if isinstance(size, tuple)}
     assert passed == {"damaged in the middle", "floating point", "no pixels"}
 
 
-def test_odd_pictures_are_read(tmp_path: Path, readers: Readers) -> None:
-    odd = make_odd_pictures(tmp_path)
-    files = [PictureFile(tmp_path / name) for name in odd]
+def test_odd_images_are_read(tmp_path: Path, readers: Readers) -> None:
+    odd = make_odd_images(tmp_path)
+    files = [ImageFile(tmp_path / name) for name in odd]
     assert readers.sizes(files).result() == [ODD_SIZE] * len(odd)
     for file in files:
         pixels = readers.pixels(file, whole(*ODD_SIZE)).result()
         assert pixels.shape == (3, ODD_SIZE[1], ODD_SIZE[0])
-        assert pixels.min() < 100 < 200 < pixels.max(), f"{odd[file.path.name]}: the picture is there"
+        assert pixels.min() < 100 < 200 < pixels.max(), f"{odd[file.path.name]}: the image is there"

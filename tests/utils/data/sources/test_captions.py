@@ -86,7 +86,7 @@ def test_every_form_of_table_gives_the_same_captions(write: Write) -> None:
     )
 
 
-def test_several_captions_of_one_picture_keep_their_order(write: Write) -> None:
+def test_several_captions_of_one_image_keep_their_order(write: Write) -> None:
     assert read_caption_table(write("captions.json", '{"a.png": ["z", " b", "", "z"]}')) == {"a.png": ["z", "b", "", "z"]}
 
 
@@ -95,7 +95,7 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(write: Write) -> Non
     assert read_caption_table(write("metadata.jsonl", line)) == {"a.png": ["one\u2028two\x85three"]}
 
 
-def test_a_picture_whose_caption_is_null_is_left_out(write: Write) -> None:
+def test_a_image_whose_caption_is_null_is_left_out(write: Write) -> None:
     assert read_caption_table(write("captions.json", '{"a": null, "b": {"caption": null}, "c": "c"}')) == {"c": ["c"]}
     assert read_caption_table(write("metadata.jsonl", '{"file_name": "a", "text": null}')) == {}
 
@@ -126,15 +126,15 @@ WRONG = [
     ("meta.json", '{"a.png": {"tags": ["x"]}}', NO_KEY),
     ("metadata.jsonl", '\n{"file_name": "a"', "line 2: is not JSON: Expecting ',' delimiter (line 1, column 18)"),
     ("metadata.jsonl", '"a.png"', "line 1: is a string: must be an object"),
-    ("metadata.jsonl", '{"text": "x"}', "line 1: file_name must be the name of a picture"),
-    ("metadata.jsonl", '{"file_name": "", "text": "x"}', "line 1: file_name must be the name of a picture"),
+    ("metadata.jsonl", '{"text": "x"}', "line 1: file_name must be the name of an image"),
+    ("metadata.jsonl", '{"file_name": "", "text": "x"}', "line 1: file_name must be the name of an image"),
     ("metadata.jsonl", '{"file_name": "a", "text": 1}', "line 1: text is a number: must be a string or a list of strings"),
     ("metadata.csv", "name,text", "line 1: the header must have file_name and one of text, caption, captions, prompt, tags"),
     ("metadata.csv", "file_name,text,text\n", "line 1: the header has a name twice"),
     ("metadata.csv", 'file_name,text\na,"x\ny"\nb,y,z\n', "line 4: has 3 fields, and the header 2"),
     ("metadata.csv", 'file_name,text\na,"x\ny",z', "line 2: has 3 fields, and the header 2"),
     ("metadata.csv", 'file_name,text\na,"x\n', "line 2: is not CSV: unexpected end of data"),
-    ("metadata.csv", "file_name,text\n,x\n", "line 2: file_name must be the name of a picture"),
+    ("metadata.csv", "file_name,text\n,x\n", "line 2: file_name must be the name of an image"),
     ("captions.toml", "", "is no table of captions: its name must end in .json, .jsonl, .csv"),
 ]
 

@@ -1,4 +1,4 @@
-"""Every kind of picture file, as it should be seen; and every kind of broken one, found before training."""
+"""Every kind of image file, as it should be seen; and every kind of broken one, found before training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.utils.data.image_makers import (
 from utils.data.buckets import Bucket, crop_box
 from utils.data.sources import decoding as images
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 
 def near(colours: list[tuple[int, ...]], expected: tuple[tuple[int, ...], ...], tolerance: int = 6) -> bool:
@@ -68,21 +68,21 @@ def test_rgb_pixels_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_transparency_shows_white(tmp_path: Path) -> None:
-    picture = quarters().convert("RGBA")
+    image = quarters().convert("RGBA")
     alpha = np.zeros((32, 48), dtype=np.uint8)
     alpha[:, 24:] = 255
     alpha[16:, :24] = 128
-    picture.putalpha(Image.fromarray(alpha))
-    pixels = corners(read_pixels(save(picture, tmp_path / "alpha.png"), whole(48, 32)))
+    image.putalpha(Image.fromarray(alpha))
+    pixels = corners(read_pixels(save(image, tmp_path / "alpha.png"), whole(48, 32)))
     assert pixels[0] == WHITE
     assert pixels[1] == QUARTERS[1]
     assert near(pixels[2:3], ((127, 127, 255),), tolerance=1)
 
 
 def test_a_transparent_palette_entry_shows_white(tmp_path: Path) -> None:
-    picture = quarters().quantize(4)
-    red = picture.getpixel((0, 0))
-    path = save(picture, tmp_path / "palette.png", transparency=red)
+    image = quarters().quantize(4)
+    red = image.getpixel((0, 0))
+    path = save(image, tmp_path / "palette.png", transparency=red)
     with Image.open(path) as written:
         assert written.mode == "P"
     assert corners(read_pixels(path, whole(48, 32))) == [WHITE, *QUARTERS[1:]]
@@ -99,8 +99,8 @@ def test_a_transparent_colour_of_an_rgb_file_shows_white(tmp_path: Path) -> None
 
 
 def test_grey_with_alpha_is_read_over_white(tmp_path: Path) -> None:
-    picture = Image.new("LA", (48, 32), (10, 0))
-    assert corners(read_pixels(save(picture, tmp_path / "grey.png"), whole(48, 32))) == [WHITE] * 4
+    image = Image.new("LA", (48, 32), (10, 0))
+    assert corners(read_pixels(save(image, tmp_path / "grey.png"), whole(48, 32))) == [WHITE] * 4
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -113,7 +113,7 @@ def test_sixteen_bits_become_eight_by_value(tmp_path: Path, suffix: str) -> None
     assert torch.equal(pixels[0], pixels[1])
 
 
-def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path: Path) -> None:
+def test_a_dark_sixteen_bit_image_stays_dark(tmp_path: Path) -> None:
     """No guess about the range from the values: 255 of 65535 is nearly black."""
     path = save(Image.fromarray(np.full((32, 48), 255, dtype=np.uint16)), tmp_path / "dark.png")
     assert read_pixels(path, whole(48, 32)).unique().tolist() == [1]
@@ -151,7 +151,7 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "gif", "avif"])
 def test_every_accepted_suffix_can_be_read(tmp_path: Path, suffix: str) -> None:
-    path = save(quarters(), tmp_path / f"picture.{suffix}")
+    path = save(quarters(), tmp_path / f"image.{suffix}")
     assert read_size(path) == (48, 32)
     assert read_pixels(path, whole(48, 32)).shape == (3, 32, 48)
 
@@ -166,14 +166,14 @@ def test_the_crop_is_cut_where_the_box_says(tmp_path: Path) -> None:
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), content[3:19, 5:21])
 
 
-def test_scaling_keeps_the_picture_whole(tmp_path: Path) -> None:
+def test_scaling_keeps_the_image_whole(tmp_path: Path) -> None:
     path = save(quarters(480, 320), tmp_path / "large.png")
     pixels = read_pixels(path, crop_box(480, 320, Bucket(48, 32)))
     assert pixels.shape == (3, 32, 48)
     assert corners(pixels) == list(QUARTERS)
 
 
-def test_turned_pictures_are_cropped_as_they_are_looked_at(tmp_path: Path) -> None:
+def test_turned_images_are_cropped_as_they_are_looked_at(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     path = save(quarters().transpose(Image.Transpose.ROTATE_90), tmp_path / "phone.png", exif=exif)
@@ -184,14 +184,14 @@ def test_turned_pictures_are_cropped_as_they_are_looked_at(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(48, 16), Bucket(16, 48)])
-def test_a_mirrored_picture_is_the_exact_mirror_image_of_its_crop(tmp_path: Path, orientation: int, bucket: Bucket) -> None:
-    """Also where the crop is half a pixel off the middle: a mask is mirrored after its crop."""
+def test_a_flipped_image_is_the_exact_flip_image_of_its_crop(tmp_path: Path, orientation: int, bucket: Bucket) -> None:
+    """Also where the crop is half a pixel off the middle: a mask is flipped after its crop."""
     path = save_turned(noise(67, 41), tmp_path / "noise.png", orientation)
     box = crop_box(67, 41, bucket)
-    plain, mirrored = read_pixels(path, box), read_pixels(path, box, mirrored=True)
-    assert torch.equal(mirrored, plain.flip(-1))
-    assert mirrored.is_contiguous()
-    assert not torch.equal(mirrored, plain)
+    plain, flipped = read_pixels(path, box), read_pixels(path, box, flipped=True)
+    assert torch.equal(flipped, plain.flip(-1))
+    assert flipped.is_contiguous()
+    assert not torch.equal(flipped, plain)
 
 
 # --- broken files ------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_truncated_file_is_found_by_reading_its_size(tmp_path: Path, suffix: s
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif"])
 @pytest.mark.parametrize("rest", [b"\x00", b"\r\n", b"made by a camera" * 10])
-def test_bytes_after_the_end_of_a_whole_picture_do_no_harm(tmp_path: Path, suffix: str, rest: bytes) -> None:
+def test_bytes_after_the_end_of_a_whole_image_do_no_harm(tmp_path: Path, suffix: str, rest: bytes) -> None:
     path = save(noise(), tmp_path / f"long.{suffix}")
     path.write_bytes(path.read_bytes() + rest)
     assert read_size(path) == (200, 150)
@@ -222,7 +222,7 @@ def test_bytes_after_the_end_of_a_whole_picture_do_no_harm(tmp_path: Path, suffi
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.touch()
     with pytest.raises(BadFile) as caught:
         read_size(path)
@@ -230,12 +230,12 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_what_is_no_picture_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "picture.jpg"
+def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
     with pytest.raises(BadFile) as caught:
         read_size(path)
-    assert caught.value.reason in ("is not a picture Pillow can read", "is cut off")
+    assert caught.value.reason in ("is not an image Pillow can read", "is cut off")
 
 
 def test_a_missing_file_is_a_bad_one(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_damage_inside_a_png_is_found_by_reading_its_pixels(tmp_path: Path) -> N
         read_pixels(path, whole(200, 150))
 
 
-def test_a_picture_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(noise(), tmp_path / "bomb.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 29_999)
     for read in (lambda: read_size(path), lambda: read_pixels(path, whole(200, 150))):
@@ -284,7 +284,7 @@ def test_our_limit_is_reached_before_pillow_s() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(400, 1), (1, 400), (101, 1), (5, 501)])
-def test_a_picture_near_no_bucket_s_shape_is_refused(tmp_path: Path, width: int, height: int) -> None:
+def test_a_image_near_no_bucket_s_shape_is_refused(tmp_path: Path, width: int, height: int) -> None:
     path = save(noise(width, height), tmp_path / "thin.png")
     for read in (lambda: read_size(path), lambda: read_pixels(path, crop_box(width, height, Bucket(16, 16)))):
         with pytest.raises(BadFile) as caught:
@@ -293,13 +293,13 @@ def test_a_picture_near_no_bucket_s_shape_is_refused(tmp_path: Path, width: int,
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 1), (3, 300), (1, 1)])
-def test_a_long_picture_is_cropped(tmp_path: Path, width: int, height: int) -> None:
+def test_a_long_image_is_cropped(tmp_path: Path, width: int, height: int) -> None:
     path = save(noise(width, height), tmp_path / "long.png")
     assert read_size(path) == (width, height)
     assert read_pixels(path, crop_box(width, height, Bucket(16, 16))).shape == (3, 16, 16)
 
 
-def test_a_program_is_not_run_as_a_picture(tmp_path: Path) -> None:
+def test_a_program_is_not_run_as_a_image(tmp_path: Path) -> None:
     path = tmp_path / "script.png"
     quarters().save(path, "EPS")
     with pytest.raises(BadFile, match="is PostScript: a program, and not run"):
@@ -308,36 +308,36 @@ def test_a_program_is_not_run_as_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "truth"), [("png", "JPEG"), ("jpg", "GIF"), ("webp", "PNG"), ("gif", "WEBP")])
 def test_a_wrong_suffix_does_no_harm(tmp_path: Path, suffix: str, truth: str) -> None:
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     quarters().save(path, truth)
     assert read_size(path) == (48, 32)
     assert read_pixels(path, whole(48, 32)).shape == (3, 32, 48)
 
 
-def test_a_picture_inside_another_file_is_read_and_named_alike(tmp_path: Path) -> None:
+def test_a_image_inside_another_file_is_read_and_named_alike(tmp_path: Path) -> None:
     content = save_turned(noise(67, 41), tmp_path / "alone.png", 6).read_bytes()
     archive = tmp_path / "shard.tar"
     archive.write_bytes(b"before" + content + b"behind")
     box = crop_box(67, 41, Bucket(32, 32))
-    member = PictureFile(archive, "fox.png", 6, len(content))
+    member = ImageFile(archive, "fox.png", 6, len(content))
     assert images.read_size(member) == (67, 41)
     assert np.array_equal(images.read_pixels(member, box), read_pixels(tmp_path / "alone.png", box).numpy())
     with pytest.raises(BadFile) as caught:
-        images.read_size(PictureFile(archive, "fox.png", 6, len(content) // 2))
+        images.read_size(ImageFile(archive, "fox.png", 6, len(content) // 2))
     assert str(caught.value) == f"{archive}/fox.png: is cut off"
 
 
 def test_pixels_may_be_written_to(tmp_path: Path) -> None:
     """What torch makes of an array that may not be is undefined; also where no copy was needed to order it."""
     for size in ((48, 32), (1, 1), (1, 7)):
-        path = save(noise(*size), tmp_path / "picture.png")
-        pixels = images.read_pixels(PictureFile(path), whole(*size))
+        path = save(noise(*size), tmp_path / "image.png")
+        pixels = images.read_pixels(ImageFile(path), whole(*size))
         assert pixels.flags.writeable
         assert pixels.flags.c_contiguous
 
 
 @pytest.mark.filterwarnings("error")
-def test_broken_exif_does_not_make_a_picture_bad_and_is_not_told(tmp_path: Path) -> None:
+def test_broken_exif_does_not_make_a_image_bad_and_is_not_told(tmp_path: Path) -> None:
     path = save(noise(), tmp_path / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
     assert read_size(path) == (200, 150)
     assert read_pixels(path, whole(200, 150)).shape == (3, 150, 200)
@@ -346,7 +346,7 @@ def test_broken_exif_does_not_make_a_picture_bad_and_is_not_told(tmp_path: Path)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_orientation_in_xmp_data_turns_size_and_pixels_alike(tmp_path: Path, suffix: str) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     if suffix == "png":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())

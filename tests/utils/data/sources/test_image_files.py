@@ -1,4 +1,4 @@
-"""A picture's bytes are the same wherever they lie, and what is missing of them is an OSError."""
+"""An image's bytes are the same wherever they lie, and what is missing of them is an OSError."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 
 import pytest
 
-from utils.data.sources import image_files as picture_files
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources import image_files as image_files
+from utils.data.sources.image_files import ImageFile
 
 CONTENTS = [bytes([number]) * (1000 + number) for number in range(10)]
 
 
-def make_tar(path: Path) -> list[PictureFile]:
+def make_tar(path: Path) -> list[ImageFile]:
     with tarfile.open(path, "w") as archive:
         for number, content in enumerate(CONTENTS):
             member = tarfile.TarInfo(f"{number}.png")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     with tarfile.open(path) as archive:
-        return [PictureFile(path, member.name, member.offset_data, member.size) for member in archive]
+        return [ImageFile(path, member.name, member.offset_data, member.size) for member in archive]
 
 
-def make_table(path: Path, *, in_struct: bool, contents: list[bytes] = CONTENTS) -> list[PictureFile]:
+def make_table(path: Path, *, in_struct: bool, contents: list[bytes] = CONTENTS) -> list[ImageFile]:
     """In row groups of four."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     values: list[Any] = [{"bytes": content, "path": None} for content in contents] if in_struct else contents
     parquet.write_table(pyarrow.table({"text": ["a"] * len(values), "image": values}), path, row_group_size=4)
-    return [PictureFile(path, "image", row) for row in range(len(values))]
+    return [ImageFile(path, "image", row) for row in range(len(values))]
 
 
-def make_files(folder: Path) -> list[PictureFile]:
+def make_files(folder: Path) -> list[ImageFile]:
     for number, content in enumerate(CONTENTS):
         (folder / f"{number}.png").write_bytes(content)
-    return [PictureFile(folder / f"{number}.png") for number in range(len(CONTENTS))]
+    return [ImageFile(folder / f"{number}.png") for number in range(len(CONTENTS))]
 
 
-def make(folder: Path, kind: str) -> list[PictureFile]:
+def make(folder: Path, kind: str) -> list[ImageFile]:
     if kind == "files":
         return make_files(folder)
     if kind == "tar":
@@ -51,7 +51,7 @@ def make(folder: Path, kind: str) -> list[PictureFile]:
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "column", "struct"])
-def test_a_picture_s_bytes_are_the_same_wherever_they_lie(tmp_path: Path, kind: str) -> None:
+def test_a_image_s_bytes_are_the_same_wherever_they_lie(tmp_path: Path, kind: str) -> None:
     files = make(tmp_path, kind)
     assert [file.read() for file in files] == CONTENTS
     for file, content in zip(reversed(files), reversed(CONTENTS), strict=True):
@@ -61,10 +61,10 @@ def test_a_picture_s_bytes_are_the_same_wherever_they_lie(tmp_path: Path, kind: 
             assert opened.read() == content[1:]
 
 
-def test_names_say_where_a_picture_is() -> None:
-    assert str(PictureFile(Path("a/fox.jpg"))) == "a/fox.jpg"
-    assert str(PictureFile(Path("a/shard.tar"), "in/fox.jpg", 512, 9)) == "a/shard.tar/in/fox.jpg"
-    assert str(PictureFile(Path("a/part.parquet"), "image", 17)) == "a/part.parquet/row 17"
+def test_names_say_where_a_image_is() -> None:
+    assert str(ImageFile(Path("a/fox.jpg"))) == "a/fox.jpg"
+    assert str(ImageFile(Path("a/shard.tar"), "in/fox.jpg", 512, 9)) == "a/shard.tar/in/fox.jpg"
+    assert str(ImageFile(Path("a/part.parquet"), "image", 17)) == "a/part.parquet/row 17"
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "column", "struct"])
@@ -103,14 +103,14 @@ def test_a_member_of_a_shortened_archive_is_never_returned_short(tmp_path: Path)
 def test_a_length_that_cannot_be_right_takes_no_memory(tmp_path: Path) -> None:
     file = make_tar(tmp_path / "shard.tar")[0]
     with pytest.raises(OSError, match="is cut off"):
-        PictureFile(file.path, file.member, file.start, 2**60).read()
+        ImageFile(file.path, file.member, file.start, 2**60).read()
 
 
 @pytest.mark.parametrize(("column", "row", "reason"), [("image", 99, "row 99"), ("none", 0, "none"), ("text", 0, "bytes")])
 def test_what_a_table_does_not_have_is_an_oserror(tmp_path: Path, column: str, row: int, reason: str) -> None:
     path = make_table(tmp_path / "part.parquet", in_struct=True)[0].path
     with pytest.raises(OSError, match=reason):
-        PictureFile(path, column, row).read()
+        ImageFile(path, column, row).read()
 
 
 def test_an_empty_cell_is_an_oserror(tmp_path: Path) -> None:
@@ -121,17 +121,17 @@ def test_an_empty_cell_is_an_oserror(tmp_path: Path) -> None:
     table = pyarrow.table({"column": [b"content", None], "struct": [{"bytes": b"content"}, None]})
     parquet.write_table(table, path)
     for column in ("column", "struct"):
-        assert PictureFile(path, column, 0).read() == b"content"
+        assert ImageFile(path, column, 0).read() == b"content"
         with pytest.raises(OSError, match=f"row 1 of part.parquet has no bytes in column {column}"):
-            PictureFile(path, column, 1).read()
+            ImageFile(path, column, 1).read()
 
 
 def test_rows_in_order_read_each_row_group_once(tmp_path: Path) -> None:
     files = make_table(tmp_path / "part.parquet", in_struct=True)
-    picture_files._row_group.cache_clear()
+    image_files._row_group.cache_clear()
     for file in files:
         file.read()
-    assert picture_files._row_group.cache_info().misses == 3
+    assert image_files._row_group.cache_info().misses == 3
 
 
 def test_a_table_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("pipe.png", "."):
         with pytest.raises(OSError, match="Not a regular file|Is a directory"):
-            PictureFile(tmp_path / name).open()
+            ImageFile(tmp_path / name).open()
         with pytest.raises(OSError, match="Not a regular file|Is a directory"):
-            PictureFile(tmp_path / name, "member", 0, 10).read()
+            ImageFile(tmp_path / name, "member", 0, 10).read()

@@ -16,16 +16,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests.tiny_model import make_tiny_dataset, write_picture
+from tests.tiny_model import make_tiny_dataset, write_image
 from tests.utils.data.image_makers import noise, quarters, save
 from tests.utils.data.scanning import Scan, names
 from utils.data.dataset import Dataset
 from utils.data.sources.decoding import read_pixels
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 
 
-def picture(folder: Path, name: str, caption: str | None = None) -> Path:
-    """A picture, with a text file if it has a caption."""
+def image(folder: Path, name: str, caption: str | None = None) -> Path:
+    """An image, with a text file if it has a caption."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     save(quarters(), path)
@@ -46,21 +46,21 @@ def bad(found: Dataset) -> list[tuple[str, str]]:
 # --- text files --------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_without_a_caption_file_is_bad_and_says_what_to_do(scan_folders: Scan, tmp_path: Path) -> None:
-    path = write_picture(tmp_path, 0)
+def test_a_image_without_a_caption_file_is_bad_and_says_what_to_do(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_image(tmp_path, 0)
     path.with_suffix(".txt").unlink()
     (found,) = scan_folders(tmp_path).bad_files
     assert found.path == path
-    assert found.reason == "has no caption: picture_000.txt is missing (an empty file is an empty caption)"
+    assert found.reason == "has no caption: image_000.txt is missing (an empty file is an empty caption)"
 
 
 def test_an_empty_file_is_an_empty_caption(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "fox.png", "")
+    image(tmp_path, "fox.png", "")
     assert captions(scan_folders(tmp_path)) == {"fox.png": ("",)}
 
 
 def test_a_caption_in_another_encoding_is_named_with_its_first_bad_byte(scan_folders: Scan, tmp_path: Path) -> None:
-    path = write_picture(tmp_path, 0)
+    path = write_image(tmp_path, 0)
     path.with_suffix(".txt").write_bytes("ein Füchslein".encode("latin-1"))
     (found,) = scan_folders(tmp_path).bad_files
     assert found.path == path.with_suffix(".txt")
@@ -68,23 +68,23 @@ def test_a_caption_in_another_encoding_is_named_with_its_first_bad_byte(scan_fol
 
 
 def test_a_folder_in_place_of_a_caption_is_none(scan_folders: Scan, tmp_path: Path) -> None:
-    path = write_picture(tmp_path, 0).with_suffix(".txt")
+    path = write_image(tmp_path, 0).with_suffix(".txt")
     path.unlink()
     path.mkdir()
     found = scan_folders(tmp_path)
-    assert [name for name, _ in bad(found)] == ["picture_000.png"]
-    assert any("looked into" in text and "picture_000.txt" in text for text in found.warnings)
+    assert [name for name, _ in bad(found)] == ["image_000.png"]
+    assert any("looked into" in text and "image_000.txt" in text for text in found.warnings)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
 def test_a_caption_that_may_not_be_read_is_named(scan_folders: Scan, tmp_path: Path) -> None:
-    write_picture(tmp_path, 0).with_suffix(".txt").chmod(0)
-    assert bad(scan_folders(tmp_path)) == [("picture_000.txt", "cannot be read: Permission denied")]
+    write_image(tmp_path, 0).with_suffix(".txt").chmod(0)
+    assert bad(scan_folders(tmp_path)) == [("image_000.txt", "cannot be read: Permission denied")]
 
 
-def test_captions_beside_pictures_in_folders_are_theirs(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "fox.png", "outside")
-    picture(tmp_path, "a/fox.png", "inside")
+def test_captions_beside_images_in_folders_are_theirs(scan_folders: Scan, tmp_path: Path) -> None:
+    image(tmp_path, "fox.png", "outside")
+    image(tmp_path, "a/fox.png", "inside")
     assert captions(scan_folders(tmp_path, recursive=True)) == {"a/fox.png": ("inside",), "fox.png": ("outside",)}
 
 
@@ -98,28 +98,28 @@ def test_folders_in_a_folder_are_warned_of(scan_folders: Scan, tmp_path: Path) -
     assert warning == f"{tmp_path}: folders in it are not looked into (recursive = true does): more"
 
 
-def test_files_no_picture_uses_are_named(scan_folders: Scan, tmp_path: Path) -> None:
+def test_files_no_image_uses_are_named(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
-    (tmp_path / "picture_009.txt").write_text("a caption whose picture is gone")
+    (tmp_path / "image_009.txt").write_text("a caption whose image is gone")
     (tmp_path / "notes.md").write_text("")
     (tmp_path / ".hidden").write_text("")
     assert scan_folders(tmp_path).warnings == [
-        f"{tmp_path}: 1 caption files are of no picture: picture_009.txt",
-        f"{tmp_path}: 1 files are neither picture nor caption of one: notes.md",
+        f"{tmp_path}: 1 caption files are of no image: image_009.txt",
+        f"{tmp_path}: 1 files are neither image nor caption of one: notes.md",
     ]
 
 
-def test_two_pictures_of_one_caption_file_are_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
-    path = write_picture(tmp_path, 0)
+def test_two_images_of_one_caption_file_are_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_image(tmp_path, 0)
     save(quarters(), path.with_suffix(".jpg"))
     found = scan_folders(tmp_path)
     assert len(found.examples) == 2
-    assert any("share one caption file: picture_000.txt" in text for text in found.warnings)
+    assert any("share one caption file: image_000.txt" in text for text in found.warnings)
 
 
-def test_suffixes_in_capitals_are_pictures(scan_folders: Scan, tmp_path: Path) -> None:
-    path = write_picture(tmp_path, 0)
-    path.rename(tmp_path / "picture_000.PNG")
+def test_suffixes_in_capitals_are_images(scan_folders: Scan, tmp_path: Path) -> None:
+    path = write_image(tmp_path, 0)
+    path.rename(tmp_path / "image_000.PNG")
     assert len(scan_folders(tmp_path).examples) == 1
 
 
@@ -151,8 +151,8 @@ TABLES = ["captions.json", "metadata.jsonl", "metadata.csv"]
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_in_the_folder_has_the_captions(scan_folders: Scan, tmp_path: Path, table: str) -> None:
-    picture(tmp_path, "fox.png")
-    picture(tmp_path, "owl.jpg")
+    image(tmp_path, "fox.png")
+    image(tmp_path, "owl.jpg")
     write_table(tmp_path / table, {"fox.png": "a fox", "owl.jpg": "an owl"})
     found = scan_folders(tmp_path)
     assert captions(found) == {"fox.png": ("a fox",), "owl.jpg": ("an owl",)}
@@ -161,30 +161,28 @@ def test_a_table_in_the_folder_has_the_captions(scan_folders: Scan, tmp_path: Pa
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("recursive", [False, True])
-def test_a_table_may_name_pictures_in_folders_inside(
-    scan_folders: Scan, tmp_path: Path, table: str, recursive: bool
-) -> None:
+def test_a_table_may_name_images_in_folders_inside(scan_folders: Scan, tmp_path: Path, table: str, recursive: bool) -> None:
     """As Hugging Face's imagefolder: they are of use whether or not folders are looked into."""
-    picture(tmp_path, "a/fox.png")
-    picture(tmp_path, "b/c/owl.png")
+    image(tmp_path, "a/fox.png")
+    image(tmp_path, "b/c/owl.png")
     write_table(tmp_path / table, {"a/fox.png": "a fox", "b/c/owl.png": "an owl", "b/gone.png": "nothing"})
     found = scan_folders(tmp_path, recursive=recursive)
     assert captions(found) == {"a/fox.png": ("a fox",), "b/c/owl.png": ("an owl",)}
-    assert f"{tmp_path}: 1 entries of caption tables name no picture: b/gone.png" in found.warnings
+    assert f"{tmp_path}: 1 entries of caption tables name no image: b/gone.png" in found.warnings
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_in_a_folder_inside_names_its_neighbours(scan_folders: Scan, tmp_path: Path, table: str) -> None:
     for name in ("fox.png", "a/fox.png", "b/fox.png"):
-        picture(tmp_path, name)
+        image(tmp_path, name)
         write_table((tmp_path / name).with_name(table), {"fox.png": f"of {name}"})
     found = scan_folders(tmp_path, recursive=True)
     assert captions(found) == {name: (f"of {name}",) for name in ("a/fox.png", "b/fox.png", "fox.png")}
 
 
-def test_a_table_may_name_pictures_without_their_suffix(scan_folders: Scan, tmp_path: Path) -> None:
+def test_a_table_may_name_images_without_their_suffix(scan_folders: Scan, tmp_path: Path) -> None:
     """As sd-scripts does."""
-    picture(tmp_path, "fox.png")
+    image(tmp_path, "fox.png")
     write_table(tmp_path / "captions.json", {"fox": "a fox"})
     found = scan_folders(tmp_path)
     assert (captions(found), found.warnings) == ({"fox.png": ("a fox",)}, [])
@@ -194,8 +192,8 @@ def test_a_table_may_name_pictures_without_their_suffix(scan_folders: Scan, tmp_
 def test_a_name_may_be_written_in_other_ways(
     scan_folders: Scan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    picture(tmp_path, "fox.png")
-    picture(tmp_path, "a/owl.png")
+    image(tmp_path, "fox.png")
+    image(tmp_path, "a/owl.png")
     table = {"fox.png": "a fox", "a/owl.png": "an owl"}
     write_table(tmp_path / "captions.json", {form.format(name, folder=tmp_path): table[name] for name in table})
     monkeypatch.chdir(tmp_path.parent)
@@ -206,20 +204,20 @@ def test_a_name_may_be_written_in_other_ways(
 
 
 def test_a_text_file_wins_over_a_table(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "fox.png", "of the text file")
-    picture(tmp_path, "owl.png")
+    image(tmp_path, "fox.png", "of the text file")
+    image(tmp_path, "owl.png")
     write_table(tmp_path / "captions.json", {"fox.png": "of the table", "owl.png": "an owl"})
     assert captions(scan_folders(tmp_path)) == {"fox.png": ("of the text file",), "owl.png": ("an owl",)}
 
 
-def test_several_captions_of_a_table_are_the_picture_s(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "fox.png")
+def test_several_captions_of_a_table_are_the_image_s(scan_folders: Scan, tmp_path: Path) -> None:
+    image(tmp_path, "fox.png")
     (tmp_path / "captions.json").write_text(json.dumps({"fox.png": ["a fox", "an animal"]}))
     assert captions(scan_folders(tmp_path)) == {"fox.png": ("a fox", "an animal")}
 
 
-def test_a_picture_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "fox.png")
+def test_a_image_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tmp_path: Path) -> None:
+    image(tmp_path, "fox.png")
     write_table(tmp_path / "captions.json", {})
     ((name, reason),) = bad(scan_folders(tmp_path))
     assert name == "fox.png"
@@ -227,28 +225,28 @@ def test_a_picture_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tm
     assert reason.endswith(", and captions.json does not name it")
 
 
-def test_a_table_that_cannot_be_read_is_named_and_so_are_the_pictures_it_would_have_named(
+def test_a_table_that_cannot_be_read_is_named_and_so_are_the_images_it_would_have_named(
     scan_folders: Scan, tmp_path: Path
 ) -> None:
-    picture(tmp_path, "fox.png")
-    picture(tmp_path, "owl.png", "an owl")
+    image(tmp_path, "fox.png")
+    image(tmp_path, "owl.png", "an owl")
     (tmp_path / "captions.json").write_text('{"fox.png": ')
     found = scan_folders(tmp_path)
     assert captions(found) == {"owl.png": ("an owl",)}
-    (name, reason), (picture_name, why) = bad(found)
-    assert (name, picture_name) == ("captions.json", "fox.png"), "the cause comes first"
+    (name, reason), (image_name, why) = bad(found)
+    assert (name, image_name) == ("captions.json", "fox.png"), "the cause comes first"
     assert "is not JSON" in reason
     assert why.endswith(", and captions.json cannot be read")
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "a/\0/b.png", "\ud800.png", "f" * 300 + ".png", "/dev/null/x.png"])
-def test_a_name_in_a_table_that_no_file_can_have_names_no_picture(scan_folders: Scan, tmp_path: Path, name: str) -> None:
-    picture(tmp_path, "fox.png")
+def test_a_name_in_a_table_that_no_file_can_have_names_no_image(scan_folders: Scan, tmp_path: Path, name: str) -> None:
+    image(tmp_path, "fox.png")
     (tmp_path / "captions.json").write_text(json.dumps({"fox.png": "a fox", name: "nothing"}))
     found = scan_folders(tmp_path)
     assert captions(found) == {"fox.png": ("a fox",)}
     assert found.bad_files == []
-    assert len(found.warnings) == 1 and "1 entries of caption tables name no picture" in found.warnings[0]
+    assert len(found.warnings) == 1 and "1 entries of caption tables name no image" in found.warnings[0]
 
 
 # --- archives ----------------------------------------------------------------------------------------------------------
@@ -281,7 +279,7 @@ def assert_pixels_are_those_of(found: Dataset, contents: Sequence[bytes], folder
     for example, content in zip(found.examples, contents, strict=True):
         alone = folder / "alone.png"
         alone.write_bytes(content)
-        expected = read_pixels(PictureFile(alone), example.box)
+        expected = read_pixels(ImageFile(alone), example.box)
         assert np.array_equal(read_pixels(example.image, example.box), expected)
 
 
@@ -294,7 +292,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_pictures_of_a_tar_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
+def test_images_of_a_tar_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
     path = write_tar(tmp_path / "data" / "part.tar", SAMPLES)
     found = scan_folders(path if alone else path.parent)
     prefix = "" if alone else "part.tar/"
@@ -305,7 +303,7 @@ def test_pictures_of_a_tar_are_examples(scan_folders: Scan, tmp_path: Path, alon
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_pictures_of_a_parquet_file_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
+def test_images_of_a_parquet_file_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
     contents = [png(seed) for seed in range(3)]
     path = write_parquet(tmp_path / "data" / "x.parquet", {"image": contents, "text": ["a", "b", "c"]})
     found = scan_folders(path if alone else path.parent)
@@ -327,21 +325,21 @@ def test_columns_of_a_parquet_file_are_the_named_ones(scan_folders: Scan, tmp_pa
 
 
 def test_a_parquet_file_of_paths_is_a_table_of_captions(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "a/fox.png")
-    picture(tmp_path, "owl.png", "of the text file")
+    image(tmp_path, "a/fox.png")
+    image(tmp_path, "owl.png", "of the text file")
     write_parquet(tmp_path / "list.parquet", {"image_path": ["a/fox.png", "owl.png"], "text": ["a fox", "an owl"]})
     found = scan_folders(tmp_path)
     assert captions(found) == {"a/fox.png": ("a fox",), "owl.png": ("of the text file",)}
     assert found.bad_files == []
 
 
-def test_archives_in_folders_and_plain_pictures_are_one_dataset(scan_folders: Scan, tmp_path: Path) -> None:
-    picture(tmp_path, "fox.png", "a fox")
+def test_archives_in_folders_and_plain_images_are_one_dataset(scan_folders: Scan, tmp_path: Path) -> None:
+    image(tmp_path, "fox.png", "a fox")
     write_tar(tmp_path / "a" / "part.tar", SAMPLES)
     write_parquet(tmp_path / "b" / "x.parquet", {"image": [png(0)], "text": ["first"]})
     found = scan_folders(tmp_path, recursive=True)
     assert names(found) == ["a/part.tar/000/fox.png", "a/part.tar/000/owl.png", "b/x.parquet/0", "fox.png"]
-    assert found.examples[3].image == PictureFile(tmp_path / "fox.png")
+    assert found.examples[3].image == ImageFile(tmp_path / "fox.png")
     assert found.bad_files == []
 
 
@@ -359,7 +357,7 @@ def test_bad_members_are_named_and_the_others_are_used(scan_folders: Scan, tmp_p
     told = {str(one.path): one.reason for one in found.bad_files}
     assert told.keys() == {f"{path}/a.png", f"{path}/b.png"}
     assert told[f"{path}/a.png"] == "has no caption in the archive"
-    assert f"{path}: 1 members are neither picture nor caption of one" in found.warnings
+    assert f"{path}: 1 members are neither image nor caption of one" in found.warnings
 
 
 def test_a_bad_archive_is_named_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Masks and control pictures: which picture has which; and what is none's."""
+"""Masks and control images: which image has which; and what is none's."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.utils.data.image_makers import left_half, quarters, save, save_turned
 from utils.data.columns import Texts
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.listing import Lister, Listing, ListingSettings
-from utils.data.sources.paired_images import CONTROL, MASK, CompanionTable, Kind, same_shape
+from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable, same_shape
 from utils.data.sources.readers import Readers
 from utils.data.sources.rows import NONE, Rows, unread_rows
 
 ELSEWHERE = Path("elsewhere")
 
 
-def pictures(*names: str, size: tuple[int, int] = (48, 32)) -> Rows:
-    """Listed pictures, all of one size."""
+def images(*names: str, size: tuple[int, int] = (48, 32)) -> Rows:
+    """Listed images, all of one size."""
     zeros = np.zeros((len(names), 3), np.int64)
     rows = unread_rows(Texts.of(names), zeros, zeros, np.arange(len(names)))
     rows.sizes[:] = size
@@ -29,113 +29,113 @@ def pictures(*names: str, size: tuple[int, int] = (48, 32)) -> Rows:
 
 
 @pytest.fixture
-def table(readers: Readers) -> CompanionTable:
-    return CompanionTable(MASK, Lister(readers, None))
+def table(readers: Readers) -> PairedImageTable:
+    return PairedImageTable(MASK, Lister(readers, None))
 
 
 def find(
-    table: CompanionTable, folder: Path, rows: Rows, *, recursive: bool = False
+    table: PairedImageTable, folder: Path, rows: Rows, *, recursive: bool = False
 ) -> tuple[list[Path | None], list[BadFile]]:
-    """The mask of each picture, and the bad files."""
+    """The mask of each image, and the bad files."""
     found, bad_files = table.find(folder, recursive, rows, lambda row: ELSEWHERE / rows.names[row])
     columns = table.columns()
     return [columns.file(row).path if row != NONE else None for row in found.tolist()], bad_files
 
 
-def why_not(table: CompanionTable, folder: Path, name: str) -> BadFile:
-    """Of a picture that has no mask."""
-    found, (bad,) = find(table, folder, pictures(name))
+def why_not(table: PairedImageTable, folder: Path, name: str) -> BadFile:
+    """Of an image that has no mask."""
+    found, (bad,) = find(table, folder, images(name))
     assert found == [None]
     return bad
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "PNG", "webp", "bmp", "tif"])
-def test_a_mask_has_its_picture_s_name_and_any_suffix(tmp_path: Path, table: CompanionTable, suffix: str) -> None:
+def test_a_mask_has_its_image_s_name_and_any_suffix(tmp_path: Path, table: PairedImageTable, suffix: str) -> None:
     mask = save(left_half(), tmp_path / f"fox.{suffix}")
     save(left_half(), tmp_path / "owl.png")
-    (tmp_path / "fox.txt").write_text("no picture")
-    assert find(table, tmp_path, pictures("fox.jpeg")) == ([mask], [])
+    (tmp_path / "fox.txt").write_text("no image")
+    assert find(table, tmp_path, images("fox.jpeg")) == ([mask], [])
 
 
-def test_each_picture_has_its_own_mask_in_any_order(tmp_path: Path, table: CompanionTable) -> None:
+def test_each_image_has_its_own_mask_in_any_order(tmp_path: Path, table: PairedImageTable) -> None:
     masks = {name: save(left_half(), tmp_path / f"{name}.png") for name in ("owl", "fox", "a.fox", "hen")}
-    found, bad_files = find(table, tmp_path, pictures("hen.jpg", "a.fox.jpg", "cow.jpg", "fox.jpg"))
+    found, bad_files = find(table, tmp_path, images("hen.jpg", "a.fox.jpg", "cow.jpg", "fox.jpg"))
     assert found == [masks["hen"], masks["a.fox"], None, masks["fox"]]
     assert [bad.path for bad in bad_files] == [ELSEWHERE / "cow.jpg"]
 
 
-def test_a_picture_without_mask_is_bad_and_says_what_to_do(tmp_path: Path, table: CompanionTable) -> None:
+def test_a_image_without_mask_is_bad_and_says_what_to_do(tmp_path: Path, table: PairedImageTable) -> None:
     bad = why_not(table, tmp_path, "fox.png")
     assert bad.path == ELSEWHERE / "fox.png"
-    assert bad.reason == "has no mask: none in mask_path has its name (a white picture is a mask of everything)"
+    assert bad.reason == "has no mask: none in mask_path has its name (a white image is a mask of everything)"
 
 
-def test_a_missing_control_picture_is_called_by_its_name(tmp_path: Path, readers: Readers) -> None:
-    bad = why_not(CompanionTable(CONTROL, Lister(readers, None)), tmp_path, "fox.png")
-    assert bad.reason == "has no control picture: none in control_path has its name"
+def test_a_missing_control_image_is_called_by_its_name(tmp_path: Path, readers: Readers) -> None:
+    bad = why_not(PairedImageTable(CONTROL, Lister(readers, None)), tmp_path, "fox.png")
+    assert bad.reason == "has no control image: none in control_path has its name"
 
 
-def test_two_masks_of_one_picture_are_both_named(tmp_path: Path, table: CompanionTable) -> None:
+def test_two_masks_of_one_image_are_both_named(tmp_path: Path, table: PairedImageTable) -> None:
     masks = [save(left_half(), tmp_path / name) for name in ("fox.jpg", "fox.png")]
     assert why_not(table, tmp_path, "fox.png").reason == f"has several masks: {masks[0]}, {masks[1]}; keep one"
     assert table.warnings() == []
 
 
-def test_a_mask_of_another_shape_is_named_with_both_sizes(tmp_path: Path, table: CompanionTable) -> None:
+def test_a_mask_of_another_shape_is_named_with_both_sizes(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(left_half(32, 48), tmp_path / "fox.png")
     bad = why_not(table, tmp_path, "fox.jpg")
     assert bad.path == mask
-    assert bad.reason == "is 32x48 pixels, its picture fox.jpg 48x32: not the same shape"
+    assert bad.reason == "is 32x48 pixels, its image fox.jpg 48x32: not the same shape"
 
 
-def test_a_smaller_mask_of_the_same_shape_fits(tmp_path: Path, table: CompanionTable) -> None:
+def test_a_smaller_mask_of_the_same_shape_fits(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(left_half(24, 16), tmp_path / "fox.png")
-    assert find(table, tmp_path, pictures("fox.jpg")) == ([mask], [])
+    assert find(table, tmp_path, images("fox.jpg")) == ([mask], [])
 
 
-def test_shapes_are_compared_as_the_files_are_looked_at(tmp_path: Path, table: CompanionTable) -> None:
+def test_shapes_are_compared_as_the_files_are_looked_at(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save_turned(left_half(48, 32), tmp_path / "fox.png", 6)
     with Image.open(mask) as stored:
         assert stored.size == (32, 48)
-    assert find(table, tmp_path, pictures("fox.jpg")) == ([mask], [])
+    assert find(table, tmp_path, images("fox.jpg")) == ([mask], [])
 
 
-def test_a_damaged_mask_is_named(tmp_path: Path, table: CompanionTable) -> None:
+def test_a_damaged_mask_is_named(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(quarters(), tmp_path / "fox.png")
     mask.write_bytes(mask.read_bytes()[:40])
     assert why_not(table, tmp_path, "fox.jpg").path == mask
     assert table.warnings() == [], "it is somebody's"
 
 
-def test_masks_of_pictures_in_folders_are_in_folders_of_the_same_names(tmp_path: Path, table: CompanionTable) -> None:
+def test_masks_of_images_in_folders_are_in_folders_of_the_same_names(tmp_path: Path, table: PairedImageTable) -> None:
     (tmp_path / "wood").mkdir()
     (tmp_path / "yard").mkdir()
     masks = [save(left_half(), tmp_path / name / "fox.png") for name in ("wood", "yard")]
-    found, bad_files = find(table, tmp_path, pictures("fox.jpg", "wood/fox.jpg", "yard/fox.webp"), recursive=True)
+    found, bad_files = find(table, tmp_path, images("fox.jpg", "wood/fox.jpg", "yard/fox.webp"), recursive=True)
     assert found == [None, *masks]
     assert [bad.path for bad in bad_files] == [ELSEWHERE / "fox.jpg"]
 
 
-def test_pictures_in_an_archive_have_masks_in_a_folder_of_its_name(tmp_path: Path, table: CompanionTable) -> None:
+def test_images_in_an_archive_have_masks_in_a_folder_of_its_name(tmp_path: Path, table: PairedImageTable) -> None:
     (tmp_path / "zoo.tar").mkdir()
     mask = save(left_half(), tmp_path / "zoo.tar" / "fox.png")
-    assert find(table, tmp_path, pictures("zoo.tar/fox.jpg"), recursive=True) == ([mask], [])
+    assert find(table, tmp_path, images("zoo.tar/fox.jpg"), recursive=True) == ([mask], [])
 
 
-def test_what_is_no_picture_s_mask_is_warned_of_once_all_directories_are_known(
-    tmp_path: Path, table: CompanionTable
+def test_what_is_no_image_s_mask_is_warned_of_once_all_directories_are_known(
+    tmp_path: Path, table: PairedImageTable
 ) -> None:
     for name in ("fox.png", "owl.png", "hen.png"):
         save(left_half(), tmp_path / name)
     (tmp_path / "notes.md").write_text("about masks")
     (tmp_path / "cow.png").write_bytes(b"nothing")
-    find(table, tmp_path, pictures("fox.jpg"))
-    find(table, tmp_path, pictures("owl.jpg"))
-    assert table.warnings() == [f"{tmp_path}: 3 files are no mask of a picture: cow.png, hen.png, notes.md"]
+    find(table, tmp_path, images("fox.jpg"))
+    find(table, tmp_path, images("owl.jpg"))
+    assert table.warnings() == [f"{tmp_path}: 3 files are no mask of an image: cow.png, hen.png, notes.md"]
 
 
 def test_a_folder_that_several_directories_share_is_listed_once(
-    tmp_path: Path, table: CompanionTable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, table: PairedImageTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -150,7 +150,7 @@ def test_a_folder_that_several_directories_share_is_listed_once(
         return real_look(self, folder, settings)
 
     monkeypatch.setattr(Lister, "look_at", look_at)
-    rows = pictures("owl.jpg", "fox.jpg")
+    rows = images("owl.jpg", "fox.jpg")
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
     assert find(table, two, rows)[0] == [two / "owl.png", two / "fox.png"]
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
@@ -160,8 +160,8 @@ def test_a_folder_that_several_directories_share_is_listed_once(
 
 
 @pytest.mark.parametrize("kind", [MASK, CONTROL])
-def test_no_folders_are_no_companions(readers: Readers, kind: Kind) -> None:
-    table = CompanionTable(kind, Lister(readers, None))
+def test_no_folders_are_no_paired_images(readers: Readers, kind: Kind) -> None:
+    table = PairedImageTable(kind, Lister(readers, None))
     assert len(table.columns().paths) == len(table.columns().content) == 0
     assert table.warnings() == []
 

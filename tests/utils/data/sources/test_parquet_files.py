@@ -36,17 +36,17 @@ def write_table(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
     return path
 
 
-PICTURES = [{"bytes": content_of(str(row)), "path": f"{row}.png"} for row in range(5)]
+IMAGES = [{"bytes": content_of(str(row)), "path": f"{row}.png"} for row in range(5)]
 TEXTS = ["zero", " one ", None, "", "four"]
 CAPTIONS: list[list[str] | None] = [["zero"], ["one"], None, [""], ["four"]]
 
 
 @pytest.mark.parametrize("form", ["struct", "only bytes", "plain"])
-def test_every_row_of_a_table_is_a_picture_with_its_caption(tmp_path: Path, form: str) -> None:
+def test_every_row_of_a_table_is_a_image_with_its_caption(tmp_path: Path, form: str) -> None:
     forms: dict[str, list[Any]] = {
-        "struct": PICTURES,
-        "only bytes": [{"bytes": picture["bytes"]} for picture in PICTURES],
-        "plain": [picture["bytes"] for picture in PICTURES],
+        "struct": IMAGES,
+        "only bytes": [{"bytes": image["bytes"]} for image in IMAGES],
+        "plain": [image["bytes"] for image in IMAGES],
     }
     path = write_table(tmp_path / "a.parquet", {"seed": range(5), "image": forms[form], "text": TEXTS})
     found, column, bad = list_parquet(path, None, None)
@@ -55,8 +55,8 @@ def test_every_row_of_a_table_is_a_picture_with_its_caption(tmp_path: Path, form
 
 
 def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
-    pictures = [b"x", b"y"]
-    columns = {"path": ["p", "q"], "image": [1, 2], "bytes": pictures, "jpg": pictures, "prompt": ["a", "b"]}
+    images = [b"x", b"y"]
+    columns = {"path": ["p", "q"], "image": [1, 2], "bytes": images, "jpg": images, "prompt": ["a", "b"]}
     path = write_table(tmp_path / "a.parquet", {**columns, "caption": ["c", "d"], "mine": [["e", "f"], ["g"]]})
     found, column, _ = list_parquet(path, None, None)
     assert (column, [one.captions for one in found]) == ("jpg", [["c"], ["d"]])
@@ -64,56 +64,56 @@ def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
     assert (column, [one.captions for one in found]) == ("bytes", [["e", "f"], ["g"]])
     found, column, _ = list_parquet(path, "path", "prompt")
     assert (column, found[1]) == ("path", Found("q", NOT_INSIDE, 0, ["b"]))
-    found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": pictures}), None, None)
+    found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": images}), None, None)
     assert [one.captions for one in found] == [None, None]
 
 
 def test_paths_are_told_from_bytes_row_by_row(tmp_path: Path) -> None:
     only_paths = [{"bytes": None, "path": path} for path in ("sub/1.png", "2.png")]
-    pictures = [PICTURES[0], *only_paths, {"bytes": b"", "path": None}]
+    images = [IMAGES[0], *only_paths, {"bytes": b"", "path": None}]
     for statistics in (True, False):
-        path = write_table(tmp_path / "a.parquet", {"image": pictures}, write_statistics=statistics)
+        path = write_table(tmp_path / "a.parquet", {"image": images}, write_statistics=statistics)
         found, column, bad = list_parquet(path, None, None)
         assert [(one.name, one.start) for one in found] == [("0", 0), ("sub/1.png", -1), ("2.png", -1), ("3", 3)]
         assert column == "image" and not bad
 
 
-def test_rows_without_a_usable_picture_or_caption_are_named(tmp_path: Path) -> None:
-    pictures = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "http://a/b.png"}, *PICTURES[:3]]
+def test_rows_without_a_usable_image_or_caption_are_named(tmp_path: Path) -> None:
+    images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "http://a/b.png"}, *IMAGES[:3]]
     texts = [["a"], ["b"], ["c"], [], ["d", None], ["e"]]
     for statistics in (True, False):
-        path = write_table(tmp_path / "a.parquet", {"image": pictures, "text": texts}, write_statistics=statistics)
+        path = write_table(tmp_path / "a.parquet", {"image": images, "text": texts}, write_statistics=statistics)
         found, _, bad = list_parquet(path, None, None)
         assert found == [Found("5", 5, 0, ["e"])]
         assert reasons(bad, path) == {
-            "row 0": "has no picture",
-            "row 1": "has no picture",
-            "row 2": "has an address, 'http://a/b.png': pictures are not downloaded",
+            "row 0": "has no image",
+            "row 1": "has no image",
+            "row 2": "has an address, 'http://a/b.png': images are not downloaded",
             "row 3": "is an empty list: must be a string or a list of at least one",
             "row 4": "has null: must be a string or a list of strings",
         }
     found, _, bad = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": [b"x", None, b"y"]}), None, None)
-    assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no picture"}
+    assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no image"}
 
 
 def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"url": ["a"], "key": [1]})
     there = "its columns are 'url' (string), 'key' (int64)"
-    for image, caption, problem in (
-        (None, None, f"has no column of pictures; {there}"),
-        ("key", None, f"has no column 'key' with pictures or paths; {there}"),
+    for image, caption, error in (
+        (None, None, f"has no column of images; {there}"),
+        ("key", None, f"has no column 'key' with images or paths; {there}"),
         ("url", "text", f"has no column 'text' with strings or lists of strings; {there}"),
         ("url", "key", f"has no column 'key' with strings or lists of strings; {there}"),
     ):
         with pytest.raises(BadFile) as caught:
             list_parquet(path, image, caption)
-        assert caught.value.reason == problem
+        assert caught.value.reason == error
     with pytest.raises(BadFile, match=r"'19' \(int64\) and 980 more$"):
         list_parquet(write_table(path, {str(number): [number] for number in range(1000)}), None, None)
 
 
-def test_listing_a_table_reads_no_bytes_of_pictures(tmp_path: Path) -> None:
-    path = write_table(tmp_path / "a.parquet", {"image": PICTURES, "text": TEXTS}, compression="none")
+def test_listing_a_table_reads_no_bytes_of_images(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", {"image": IMAGES, "text": TEXTS}, compression="none")
     from pyarrow import parquet
 
     expected = list_parquet(path, None, None)
@@ -162,12 +162,12 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image_column", [None, "image"])
 def test_a_reader_process_lists_what_this_one_would(tmp_path: Path, readers: Readers, image_column: str | None) -> None:
-    pictures = [*PICTURES, None, {"bytes": None, "path": "sub/ä.png"}]
-    path = write_table(tmp_path / "a.parquet", {"image": pictures, "text": [*TEXTS, "five", "six"]})
+    images = [*IMAGES, None, {"bytes": None, "path": "sub/ä.png"}]
+    path = write_table(tmp_path / "a.parquet", {"image": images, "text": [*TEXTS, "five", "six"]})
     found, column, bad = readers.parquet(path, image_column, None).result()
     expected = list_parquet(path, image_column, None)
     assert (found, column) == expected[:2] and [one.start for one in found] == [0, 1, 2, 3, 4, NOT_INSIDE]
-    assert [str(one) for one in bad] == [str(one) for one in expected[2]] == [f"{path}/row 5: has no picture"]
+    assert [str(one) for one in bad] == [str(one) for one in expected[2]] == [f"{path}/row 5: has no image"]
 
 
 def test_what_is_wrong_with_a_table_a_reader_process_says_of_the_name_the_user_gave(
@@ -175,12 +175,12 @@ def test_what_is_wrong_with_a_table_a_reader_process_says_of_the_name_the_user_g
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_table(Path("a.parquet"), {"jpg": [b"x", None]})
-    with pytest.raises(BadFile, match="^a.parquet: has no column 'picture' with pictures or paths; its columns are 'jpg'"):
-        readers.parquet(Path("a.parquet"), "picture", None).result()
+    with pytest.raises(BadFile, match="^a.parquet: has no column 'image' with images or paths; its columns are 'jpg'"):
+        readers.parquet(Path("a.parquet"), "image", None).result()
     with pytest.raises(BadFile, match="^a.parquet: has no column 'word' with strings"):
         readers.parquet(Path("a.parquet"), None, "word").result()
     _, _, bad = readers.parquet(Path("a.parquet"), None, None).result()
-    assert [str(one) for one in bad] == ["a.parquet/row 1: has no picture"]
+    assert [str(one) for one in bad] == ["a.parquet/row 1: has no image"]
 
 
 def test_a_damaged_footer_ends_no_more_than_a_reader(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def pretend_pyarrow(folder: Path, patch: pytest.MonkeyPatch, opening: str) -> No
 
 def test_a_table_that_ends_its_reader_is_named_and_the_rest_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_pyarrow(tmp_path, monkeypatch, "os.abort()")
-    folder = make_tiny_dataset(tmp_path / "pictures", 3)
+    folder = make_tiny_dataset(tmp_path / "images", 3)
     (folder / "a.parquet").write_bytes(b"any")
     with Readers(1) as pool:
         found = Scan(pool)(folder)

@@ -1,4 +1,4 @@
-"""Reader processes read what this process would; whatever becomes of one, the right picture is named and nothing is left."""
+"""Reader processes read what this process would; whatever becomes of one, the right image is named and nothing is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.data.buckets import Bucket, crop_box
 from utils.data.sources import decoding as images
 from utils.data.sources import reader_process, readers
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -71,14 +71,14 @@ def pool() -> Iterator[Readers]:
         yield readers
 
 
-def trap(path: Path, kind: str) -> PictureFile:
-    path.write_bytes(kind.encode() + b" and no picture")
-    return PictureFile(path)
+def trap(path: Path, kind: str) -> ImageFile:
+    path.write_bytes(kind.encode() + b" and no image")
+    return ImageFile(path)
 
 
-def picture(path: Path, shade: int = 0) -> PictureFile:
-    """Of another shade it is another picture."""
-    return PictureFile(save(Image.eval(noise(), lambda value: (value + shade) % 256), path))
+def image(path: Path, shade: int = 0) -> ImageFile:
+    """Of another shade it is another image."""
+    return ImageFile(save(Image.eval(noise(), lambda value: (value + shade) % 256), path))
 
 
 def reader_processes() -> list[psutil.Process]:
@@ -108,28 +108,28 @@ def has_ended(pid: int) -> bool:
 # --- what they read ----------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_read_as_in_this_process(tmp_path: Path, pool: Readers) -> None:
-    file = picture(tmp_path / "fox.png")
-    for mirrored in (False, True):
-        pixels = pool.pixels(file, BOX, mirrored=mirrored).result()
+def test_images_are_read_as_in_this_process(tmp_path: Path, pool: Readers) -> None:
+    file = image(tmp_path / "fox.png")
+    for flipped in (False, True):
+        pixels = pool.pixels(file, BOX, flipped=flipped).result()
         assert pixels.dtype == np.uint8
         assert pixels.flags.writeable
-        assert np.array_equal(pixels, images.read_pixels(file, BOX, mirrored=mirrored))
+        assert np.array_equal(pixels, images.read_pixels(file, BOX, flipped=flipped))
 
 
 def test_masks_are_read_as_in_this_process(tmp_path: Path, pool: Readers) -> None:
-    file = PictureFile(save(left_half(50, 37), tmp_path / "mask.png"))
+    file = ImageFile(save(left_half(50, 37), tmp_path / "mask.png"))
     mask = pool.mask(file, BOX, 8).result()
     assert mask.dtype == np.float32
     assert np.array_equal(mask, images.read_mask(file, BOX, 8))
 
 
 def test_sizes_and_hashes_come_in_the_order_of_the_files(tmp_path: Path, pool: Readers) -> None:
-    files = [PictureFile(save(noise(20 + number, 30), tmp_path / f"{number}.png")) for number in range(20)]
+    files = [ImageFile(save(noise(20 + number, 30), tmp_path / f"{number}.png")) for number in range(20)]
     files.insert(7, trap(tmp_path / "bad.png", "no trap"))
-    files.insert(9, PictureFile(tmp_path / "none.png"))
+    files.insert(9, ImageFile(tmp_path / "none.png"))
     sizes = pool.sizes(files).result()
-    assert sizes[7] == "is not a picture Pillow can read"
+    assert sizes[7] == "is not an image Pillow can read"
     assert sizes[9] == "cannot be read: No such file or directory"
     assert [size for size in sizes if isinstance(size, tuple)] == [(20 + number, 30) for number in range(20)]
     hashes = pool.hashes(files).result()
@@ -140,27 +140,27 @@ def test_sizes_and_hashes_come_in_the_order_of_the_files(tmp_path: Path, pool: R
 
 
 def test_each_of_many_futures_has_its_own_result(tmp_path: Path, pool: Readers) -> None:
-    files = [picture(tmp_path / f"{number}.png", number) for number in range(20)]
+    files = [image(tmp_path / f"{number}.png", number) for number in range(20)]
     futures = [pool.pixels(file, BOX) for file in files]
     for file, future in zip(files, futures, strict=True):
         assert np.array_equal(future.result(), images.read_pixels(file, BOX))
 
 
-def test_a_picture_that_cannot_be_read_is_named_as_the_user_named_it(
+def test_a_image_that_cannot_be_read_is_named_as_the_user_named_it(
     tmp_path: Path, pool: Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadFile) as caught:
         pool.pixels(trap(Path("bad.png"), "no trap"), BOX).result()
-    assert str(caught.value) == "bad.png: is not a picture Pillow can read"
+    assert str(caught.value) == "bad.png: is not an image Pillow can read"
     with pytest.raises(BadFile, match="^shard.tar/fox.png: cannot be read: "):
-        pool.mask(PictureFile(Path("shard.tar"), "fox.png", 512, 100), BOX, 8).result()
+        pool.mask(ImageFile(Path("shard.tar"), "fox.png", 512, 100), BOX, 8).result()
 
 
 def test_members_of_archives_are_read(tmp_path: Path, pool: Readers) -> None:
-    content = picture(tmp_path / "fox.png").read()
+    content = image(tmp_path / "fox.png").read()
     (tmp_path / "shard.tar").write_bytes(b"before" + content)
-    member = PictureFile(tmp_path / "shard.tar", "fox.png", 6, len(content))
+    member = ImageFile(tmp_path / "shard.tar", "fox.png", 6, len(content))
     assert pool.sizes([member]).result() == [(200, 150)]
     assert pool.hashes([member]).result() == [hashlib.blake2b(content, digest_size=16).digest()]
     assert np.array_equal(pool.pixels(member, BOX).result(), images.read_pixels(member, BOX))
@@ -168,19 +168,19 @@ def test_members_of_archives_are_read(tmp_path: Path, pool: Readers) -> None:
 
 def test_any_file_name_arrives(tmp_path: Path, pool: Readers) -> None:
     for name in (b"\xff\xfe no UTF-8.png", "Füchse\n2.png".encode(), b"-c.png"):
-        assert pool.sizes([picture(tmp_path / os.fsdecode(name))]).result() == [(200, 150)]
+        assert pool.sizes([image(tmp_path / os.fsdecode(name))]).result() == [(200, 150)]
 
 
-def test_an_error_of_the_program_blames_no_picture(tmp_path: Path, pool: Readers) -> None:
-    with pytest.raises(RuntimeError, match="(?s)in a process that reads pictures.*ValueError"):
-        pool.mask(picture(tmp_path / "fox.png"), BOX, 0).result()
+def test_an_error_of_the_program_blames_no_image(tmp_path: Path, pool: Readers) -> None:
+    with pytest.raises(RuntimeError, match="(?s)in a process that reads images.*ValueError"):
+        pool.mask(image(tmp_path / "fox.png"), BOX, 0).result()
 
 
 # --- what becomes of them ----------------------------------------------------------------------------------------------
 
 
 def test_processes_start_when_they_are_needed_and_end_by_close(tmp_path: Path) -> None:
-    file = picture(tmp_path / "fox.png")
+    file = image(tmp_path / "fox.png")
     with Readers(3) as pool:
         assert workers() == []
         pool.sizes([file]).result()
@@ -192,7 +192,7 @@ def test_processes_start_when_they_are_needed_and_end_by_close(tmp_path: Path) -
 
 
 def test_a_process_that_is_killed_while_it_reads_is_noticed(tmp_path: Path, traps: None) -> None:
-    good = [picture(tmp_path / f"{number}.png", number) for number in range(4)]
+    good = [image(tmp_path / f"{number}.png", number) for number in range(4)]
     with Readers(2) as pool:
         pool.sizes(good).result()
         (worker,) = workers()
@@ -211,8 +211,8 @@ def test_a_process_that_is_killed_while_it_reads_is_noticed(tmp_path: Path, trap
 
 
 @pytest.mark.parametrize("what", ["sizes", "pixels"])
-def test_a_picture_that_crashes_its_decoder_is_named_and_no_other(tmp_path: Path, traps: None, what: str) -> None:
-    files = [picture(tmp_path / f"{number}.png", number) for number in range(6)]
+def test_a_image_that_crashes_its_decoder_is_named_and_no_other(tmp_path: Path, traps: None, what: str) -> None:
+    files = [image(tmp_path / f"{number}.png", number) for number in range(6)]
     files[2:2] = [trap(tmp_path / "crash.png", "CRASH"), trap(tmp_path / "crash too.png", "CRASH")]
     died = "the process that read it died (signal 11)"
     with Readers(2) as pool:
@@ -228,16 +228,16 @@ def test_a_picture_that_crashes_its_decoder_is_named_and_no_other(tmp_path: Path
                 assert future.result().shape == (3, 64, 64)
 
 
-def test_a_picture_at_which_a_process_died_for_another_reason_is_not_named(tmp_path: Path, traps: None) -> None:
-    files = [picture(tmp_path / "fox.png"), trap(tmp_path / "once.png", "ONCE"), picture(tmp_path / "owl.png")]
+def test_a_image_at_which_a_process_died_for_another_reason_is_not_named(tmp_path: Path, traps: None) -> None:
+    files = [image(tmp_path / "fox.png"), trap(tmp_path / "once.png", "ONCE"), image(tmp_path / "owl.png")]
     with Readers(1) as pool:
-        assert pool.sizes(files).result() == [(200, 150), "is not a picture Pillow can read", (200, 150)]
+        assert pool.sizes(files).result() == [(200, 150), "is not an image Pillow can read", (200, 150)]
     assert (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("what", ["sizes", "pixels"])
-def test_a_picture_that_takes_too_long_is_named(tmp_path: Path, traps: None, what: str) -> None:
-    files = [picture(tmp_path / "fox.png"), trap(tmp_path / "slow.png", "HANG"), picture(tmp_path / "owl.png")]
+def test_a_image_that_takes_too_long_is_named(tmp_path: Path, traps: None, what: str) -> None:
+    files = [image(tmp_path / "fox.png"), trap(tmp_path / "slow.png", "HANG"), image(tmp_path / "owl.png")]
     reason = "took longer than 1 s to read"
     with Readers(1, limit_seconds=1.0) as pool:
         if what == "sizes":
@@ -250,8 +250,8 @@ def test_a_picture_that_takes_too_long_is_named(tmp_path: Path, traps: None, wha
         assert len(workers()) == 1
 
 
-def test_a_process_killed_while_it_did_nothing_blames_no_picture(tmp_path: Path, pool: Readers) -> None:
-    file = picture(tmp_path / "fox.png")
+def test_a_process_killed_while_it_did_nothing_blames_no_image(tmp_path: Path, pool: Readers) -> None:
+    file = image(tmp_path / "fox.png")
     pool.sizes([file]).result()
     (worker,) = workers()
     worker.kill()
@@ -261,7 +261,7 @@ def test_a_process_killed_while_it_did_nothing_blames_no_picture(tmp_path: Path,
 
 def test_an_interrupt_does_not_end_a_reader(tmp_path: Path, pool: Readers) -> None:
     """Ctrl-C is sent to all processes of a terminal's group, of which readers are none."""
-    file = picture(tmp_path / "fox.png")
+    file = image(tmp_path / "fox.png")
     pool.sizes([file]).result()
     (worker,) = workers()
     assert os.getpgid(worker.pid) != os.getpgid(0)
@@ -286,13 +286,13 @@ def test_close_cancels_what_has_not_been_read(tmp_path: Path, traps: None) -> No
 PARENT = """
 import sys, time
 from pathlib import Path
-from utils.data.sources.image_files import PictureFile
+from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
 
 pool = Readers(2)
-pool.sizes([PictureFile(Path(sys.argv[1]))]).result()
+pool.sizes([ImageFile(Path(sys.argv[1]))]).result()
 for _ in range(3):
-    pool.sizes([PictureFile(Path(sys.argv[2]))])
+    pool.sizes([ImageFile(Path(sys.argv[2]))])
 print("ready", flush=True)
 time.sleep(0.3)
 if sys.argv[3] == "exit":
@@ -304,8 +304,8 @@ time.sleep(60)
 
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_no_reader_outlives_its_parent(tmp_path: Path, traps: None, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Neither one that waits nor one that hangs at a picture."""
-    paths = [str(picture(tmp_path / "fox.png").path), str(trap(tmp_path / "slow.png", "HANG").path)]
+    """Neither one that waits nor one that hangs at an image."""
+    paths = [str(image(tmp_path / "fox.png").path), str(trap(tmp_path / "slow.png", "HANG").path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
     with subprocess.Popen([sys.executable, "-c", PARENT, *paths, how], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -324,17 +324,17 @@ def test_readers_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "utils").mkdir()
     (tmp_path / "utils" / "__init__.py").write_text("raise ImportError('not this one')")
     (tmp_path / "elsewhere").mkdir()
-    picture(tmp_path / "fox.png")
+    image(tmp_path / "fox.png")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     with Readers(1) as pool:
-        assert pool.sizes([PictureFile(Path("fox.png"))]).result() == [(200, 150)]
+        assert pool.sizes([ImageFile(Path("fox.png"))]).result() == [(200, 150)]
         monkeypatch.chdir(tmp_path / "elsewhere")
-        assert pool.sizes([PictureFile(Path("../fox.png"))]).result() == [(200, 150)]
+        assert pool.sizes([ImageFile(Path("../fox.png"))]).result() == [(200, 150)]
 
 
 def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = picture(tmp_path / "fox.png")
+    file = image(tmp_path / "fox.png")
     broken = tmp_path / "broken" / "utils" / "data" / "sources"
     broken.mkdir(parents=True)
     (broken / "reader_process.py").write_text("import a_module_that_is_not_there")
@@ -350,7 +350,7 @@ def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_reader_imports_no_torch() -> None:
-    """It takes as long to import as reading twenty pictures, and as much memory."""
+    """It takes as long to import as reading twenty images, and as much memory."""
     module = "utils.data.sources.reader_process"
     code = f"import sys, {module}; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

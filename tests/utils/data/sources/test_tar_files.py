@@ -44,7 +44,7 @@ def write_tar(
 def captions_in(path: Path, *, caption_per_line: bool = False) -> dict[str, list[str] | None]:
     found, bad, others = list_tar(path, caption_per_line=caption_per_line)
     assert not bad and not others
-    return {picture.name: picture.captions for picture in found}
+    return {image.name: image.captions for image in found}
 
 
 def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
@@ -106,7 +106,7 @@ def test_lines_of_a_text_are_captions_if_asked_for(tmp_path: Path) -> None:
     assert captions_in(path)["a.jpg"] == ["one\n\ntwo"]
 
 
-def test_members_of_no_picture_are_named_and_those_of_one_are_not(tmp_path: Path) -> None:
+def test_members_of_no_image_are_named_and_those_of_one_are_not(tmp_path: Path) -> None:
     names = ["a.jpg", "a.cls", "a.emb.npy", "b.txt", "c/a.cls", "README", ".hidden.jpg", "d/._a.jpg", "e.json"]
     found, bad, others = list_tar(write_tar(tmp_path / "a.tar", names), caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"] and not bad
@@ -132,7 +132,7 @@ def test_members_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path) -
     found, bad, others = list_tar(path, caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"] and not others
     assert reasons(bad, path) == {
-        "a.seg.png": "shares its name up to the first dot with 'a.jpg': one sample, one picture",
+        "a.seg.png": "shares its name up to the first dot with 'a.jpg': one sample, one image",
         "b.txt": "is not UTF-8: byte 3 is 0xe9",
         "c.json": "is not JSON: Expecting property name enclosed in double quotes (line 1, column 2)",
         "d.txt": "has 1048577 bytes: a caption's file may have 1048576",
@@ -167,7 +167,7 @@ def test_members_that_are_no_plain_files_are_refused(tmp_path: Path, kind: bytes
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
 @pytest.mark.parametrize("version", ["gnu", *(f"pax --sparse-version={number}" for number in ("0.0", "0.1", "1.0"))])
-def test_pictures_that_tar_stored_sparse_are_refused_and_those_behind_found(tmp_path: Path, version: str) -> None:
+def test_images_that_tar_stored_sparse_are_refused_and_those_behind_found(tmp_path: Path, version: str) -> None:
     with (tmp_path / "a.jpg").open("wb") as file:
         for place in (0, 2**20, 2**22):
             file.seek(place)
@@ -186,7 +186,7 @@ def test_folders_are_no_members_to_name(tmp_path: Path) -> None:
     assert list_tar(path, caption_per_line=False) == ([], [], [])
 
 
-def test_wherever_a_tar_is_cut_the_pictures_before_are_used(tmp_path: Path) -> None:
+def test_wherever_a_tar_is_cut_the_images_before_are_used(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{index}/{LONG}": b"x" * 700 for index in range(4)}, tarfile.PAX_FORMAT)
     expected, whole = list_tar(path, caption_per_line=False)[0], path.read_bytes()
     end = max(one.start + one.length for one in expected)
@@ -196,7 +196,7 @@ def test_wherever_a_tar_is_cut_the_pictures_before_are_used(tmp_path: Path) -> N
         there = [one for one in expected if one.start + one.length <= cut]
         assert found == there, cut
         has_end_mark = cut >= -(-end // 512) * 512 + 512
-        assert [one.reason for one in bad] == ([] if has_end_mark else [f"is cut off after {len(there)} pictures"]), cut
+        assert [one.reason for one in bad] == ([] if has_end_mark else [f"is cut off after {len(there)} images"]), cut
         assert all(one.path == path for one in bad)
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_header_is_told_of(tmp_path: Path) -> None:
     path.write_bytes(damaged)
     found, bad, _ = list_tar(path, caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"]
-    assert [one.reason for one in bad] == [f"is damaged at byte {place} after 1 pictures"]
+    assert [one.reason for one in bad] == [f"is damaged at byte {place} after 1 images"]
 
 
 def test_what_stands_behind_the_end_mark_is_told_of(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_what_stands_behind_the_end_mark_is_told_of(tmp_path: Path) -> None:
     found, bad, _ = list_tar(first, caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"]
     assert [one.reason for one in bad] == [
-        f"has an end mark at byte {end} and more behind it, which is not read (joined by cat?), after 1 pictures"
+        f"has an end mark at byte {end} and more behind it, which is not read (joined by cat?), after 1 images"
     ]
 
 
@@ -241,7 +241,7 @@ def test_endless_headers_of_headers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(header_of(0) + header_of(0, tarfile.GNUTYPE_LONGNAME) * 20_000 + bytes(1024))
     _, bad, _ = list_tar(path, caption_per_line=False)
-    assert [one.reason for one in bad] == ["is damaged at byte 512 after 1 pictures"]
+    assert [one.reason for one in bad] == ["is damaged at byte 512 after 1 images"]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_an_archive_of_nothing_holds_nothing(tmp_path: Path) -> None:
     assert list_tar(write_tar(tmp_path / "a.tar", []), caption_per_line=False) == ([], [], [])
 
 
-def test_listing_reads_headers_and_captions_and_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_reads_headers_and_captions_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     num_samples, size = 1000, 50 * 2**20  # 50 GB, as holes
     path = tmp_path / "a.tar"
     with path.open("wb") as file:
