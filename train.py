@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.family import PipelineLayer
+from models.streams import SampleShape
 from utils.checkpoint import save as checkpoint
 from utils.config.load import TRAINING, ConfigError, ErrorDetail, dump_toml
 from utils.data.batches import BatchOrder
@@ -33,16 +34,20 @@ from utils.distributed import group as distributed
 from utils.export import weights as export
 from utils.files.atomic import write_text
 from utils.objective.objective import LossTarget, Objective
-from utils.optim.registry import ema_decay, learning_rate, make_optimizer
+from utils.optim.ema import ema_decay
+from utils.optim.registry import make_optimizer
+from utils.optim.schedules import schedule_of
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
 from utils.pipeline.feed import EMPTY_CAPTION, Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
+from utils.pipeline.stage import StagePlan
 from utils.report.dataset_gather import MAX_SHOWN_IN_LOG, Gatherer, write_bad_files, write_page
 from utils.run.banner import describe
 from utils.run.events import Observer
 from utils.run.prepare import BAD_FILE_ADVICE, CHECKPOINTS, Experiment, eval_set_names, num_readers, prepare, run_files
 from utils.tracking.metrics import RunLog, StepMetrics, say
 from utils.trainable import lora
+from utils.trainable.base import ParameterGroup
 
 EXIT_BAD_INPUT = 1
 FOLLOWER_PATIENCE_SECONDS = 10.0
@@ -231,9 +236,11 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
         if start is not None:
             lora.load_start(module, layer.prefix, start)
 
-    def loss(output: Tensor, target: tuple[Tensor, ...]) -> Tensor:
-        wanted = LossTarget(*target)
-        return objective.loss(experiment.family.velocity(output, *wanted.output.shape[-2:]), wanted)
+    def loss(output: Tensor, target: tuple[Tensor, ...], shape: SampleShape) -> Tensor:
+        return objective.loss(experiment.family.velocity(output, shape), LossTarget(*target))
+
+    def groups(named: Mapping[str, nn.Parameter]) -> list[ParameterGroup]:
+        return [ParameterGroup("all", named, schedule_of(config.optimizer), None)]
 
     settings = EngineSettings(
         micro_batch_size=config.pipeline.micro_batch_size_per_gpu,
@@ -242,11 +249,11 @@ def build_pipeline(experiment: Experiment) -> Pipeline:
         dtype=config.model.torch_dtype,
     )
     pipeline = Pipeline(
-        experiment.family.layers,
-        experiment.bounds,
+        StagePlan(experiment.family.layers, experiment.family.input_names, experiment.bounds),
         settings,
         loss=loss,
         prepare=prepare_layer,
+        groups=groups,
         make_optimizer=partial(make_optimizer, config.optimizer),
     )
     if start is not None:
@@ -309,10 +316,10 @@ def train(experiment: Experiment, folder: Path, pipeline: Pipeline, data: Encode
             observer.look(0)
         for step, micro_batches in zip(steps, batches, strict=True):
             log.start_clock()
-            rate = learning_rate(config.optimizer, step, num_steps)
+            rate = schedule_of(config.optimizer).at(step, num_steps)
             done = step + 1
             decay = ema_decay(config.ema, done) if config.ema is not None else None
-            result = pipeline.train_step(micro_batches, rate, decay)
+            result = pipeline.train_step(micro_batches, feed.shapes(step), {"all": rate}, decay)
             stop_if_not_finite(result, step, order)
             log.write(StepMetrics(done, step // order.steps_per_epoch, result.loss, rate, result.grad_norm))
             # The checkpoint comes last: going on from it, nothing that belongs to its step is missing.

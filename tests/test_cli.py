@@ -186,9 +186,9 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.type": "Muon"}, "optimizer.type: = 'Muon': cannot be used here: its update depends on"),
     (
         {"optimizer.args": {"weight_decoy": 0.1}},
-        "optimizer.args.weight_decoy: AdamW takes no such argument; it takes betas",
+        "optimizer.args.weight_decoy: not an argument of AdamW; its arguments are betas",
     ),
-    ({"optimizer.args": {"weight_decay": -1.0}}, "optimizer.args: AdamW refuses them: Invalid weight_decay value: -1.0"),
+    ({"optimizer.args": {"weight_decay": -1.0}}, "optimizer.args: AdamW rejects them: Invalid weight_decay value: -1.0"),
     (
         {"adapter": {"type": "lora", "targets": ["no_such_.*"]}},
         "adapter.targets[0]: = 'no_such_.*': matches no module; groups are attn, ",
