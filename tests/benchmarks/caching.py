@@ -85,7 +85,7 @@ def main() -> None:
 
 def _encode_alone(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    experiment = prepare(folder / "experiment.toml", [], None, World(0, 0, 1, 1), only_look=True)
+    experiment = prepare(folder / "experiment.toml", [], None, World(0, 0, 1, 1), check_only=True)
     adapter, table = experiment.family, experiment.dataset.examples
     examples = [table[row] for row in range(rank, len(table), RANKS)]
     pixels = [torch.from_numpy(read_pixels(example.image, example.box)) for example in examples]

@@ -38,7 +38,7 @@ def stored(entry: dict[str, Tensor], dtype: TextCacheDtype | None) -> dict[str, 
 @torch.no_grad()
 def main() -> None:
     dataset = load_config(CONFIG).dataset_path
-    experiment = prepare(CONFIG, [f"dataset={dataset}"], None, World(0, 0, 1, 1), only_look=True)
+    experiment = prepare(CONFIG, [f"dataset={dataset}"], None, World(0, 0, 1, 1), check_only=True)
     adapter = experiment.family
     assert isinstance(adapter, SD3Family)
     table = experiment.dataset.examples

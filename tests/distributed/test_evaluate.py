@@ -85,7 +85,7 @@ def file_of(run: Run) -> str:
 
 def panel_of(run: Run, *overrides: str) -> tuple[ModelFamily, EncodedData, list[PanelEntry]]:
     """The run's network, or another with overrides; its cache; its panel."""
-    experiment = prepare(run.experiment, overrides, None, World(0, 0, 1, 1), only_look=True)
+    experiment = prepare(run.experiment, overrides, None, World(0, 0, 1, 1), check_only=True)
     config = experiment.config.experiment
     tables = list(experiment.eval_sets.values())
     assert not any(table.num_unhashed() for table in tables), "the run remembers them"

@@ -25,7 +25,8 @@ from tests.models.sd3.diffusers_reference import diffusers_network
 from utils import randomness
 from utils.config.load import ConfigError
 from utils.distributed.group import World
-from utils.run.prepare import Experiment, prepare
+from utils.run.experiment import Experiment
+from utils.run.prepare import prepare
 
 pytestmark = pytest.mark.distributed
 

@@ -19,7 +19,8 @@ from utils.checkpoint.save import find_checkpoints
 from utils.config.load import ConfigError
 from utils.data.cache.shards import KEYS
 from utils.distributed.group import World
-from utils.run.prepare import Experiment, prepare
+from utils.run.experiment import Experiment
+from utils.run.prepare import prepare
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ from utils.data.batches import BatchOrder
 from utils.data.encoding.plan import room_for
 from utils.objective.objective import keys_in_use, unread_keys
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
-from utils.run.prepare import Experiment
+from utils.run.experiment import Experiment
 from utils.tracking.metrics import bytes_in_words, table
 from utils.trainable.targets import some
 

@@ -1,126 +1,280 @@
-"""Looking at a run while it trains: evaluation, the best weights so far, previews, the report."""
+"""What happens around the optimizer steps of a run: an event for each, with a schedule of its own.
+
+The loop runs the events that are due, in the order of `make_events`, on all ranks together. None of them changes what is
+trained. The checkpoint comes last, so that nothing that belongs to its step is missing after a resume.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from utils.data.batches import BatchOrder
-from utils.data.encoding.encoded import EncodedData
+from utils.checkpoint import save as checkpoint
 from utils.distributed import group as distributed
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.points import make_panel
 from utils.export import weights as export
-from utils.objective.objective import Objective
 from utils.objective.rectified_flow import shift_time
-from utils.pipeline.engine import Pipeline
+from utils.pipeline.engine import StepResult
 from utils.previews.sampling import Previews
 from utils.report.run_page import write_report
 from utils.run.banner import objective_rows, summary
-from utils.run.prepare import Experiment
-from utils.tracking.metrics import RunLog
+from utils.run.build import Run
+from utils.run.folder import BEST_WEIGHTS, CHECKPOINTS, SAMPLES, WEIGHTS
+from utils.run.schedule import EVERY_STEP, Clock, Schedule
+from utils.tracking.metrics import RunLog, StepMetrics
 
-BEST = "best"
 NUM_TIME_BINS = 64
+DEFAULT_GROUP = "default"
 
 
-class Observer:
-    """Looks when it is due. All ranks together; nothing of it is left in training."""
+@dataclass
+class TrainingState:
+    """The run at one point of its loop: before the first step, or after a step."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        folder: Path,
-        pipeline: Pipeline,
-        data: EncodedData,
-        order: BatchOrder,
-        log: RunLog,
-        start_step: int,
-    ) -> None:
-        self._experiment, self._folder, self._pipeline, self._order = experiment, folder, pipeline, order
+    clock: Clock
+    result: StepResult | None = None
+    """None before the first step."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """Parameter group -> learning rate of the step."""
+    past: list[str] = field(default_factory=list)
+    """Names of the events that have run at this point."""
+
+
+class Event:
+    """One kind of thing that happens now and then. Subclasses implement `run`."""
+
+    name: str
+    schedule: Schedule
+
+    def is_due(self, state: TrainingState) -> bool:
+        """Whether the event happens now; the same on every rank."""
+        return self.schedule.due(state.clock)
+
+    def run(self, state: TrainingState) -> None:
+        """Called on all ranks together."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to know of earlier events; saved as JSON with every checkpoint."""
+        return {}
+
+
+def run_due(events: Sequence[Event], state: TrainingState) -> None:
+    """Runs the events that are due, in order."""
+    for event in events:
+        if event.is_due(state):
+            event.run(state)
+            state.past.append(event.name)
+
+
+def make_events(run: Run, log: RunLog) -> list[Event]:
+    """The events of a run, in the order in which they run at one step. All ranks together."""
+    config = run.experiment.config.experiment
+    write_timestep_density(run, log)
+    if distributed.world().is_main:
+        export.drop_weights_after(run.folder / BEST_WEIGHTS, run.clock.step)
+    events: list[Event] = [StopIfNotFinite(run), LogStep(log)]
+    if config.eval is not None:
+        evaluate = Evaluate(run, log)
+        events.append(evaluate)
+        if config.eval.keep_best:
+            events.append(ExportBest(run, evaluate))
+    if run.experiment.prompts:
+        events.append(Preview(run))
+    events.append(Report(run))
+    events.append(Export(run))
+    events.append(SaveCheckpoint(run, events))
+    return events
+
+
+# --- every step --------------------------------------------------------------------------------------------------------
+
+
+class StopIfNotFinite(Event):
+    """A non-finite loss or gradient norm ends the run with an error before anything of the step is logged or saved."""
+
+    name = "stop if not finite"
+    schedule = EVERY_STEP
+
+    def __init__(self, run: Run) -> None:
+        self._order = run.order
+
+    def run(self, state: TrainingState) -> None:
+        """Raises FloatingPointError with the keys of the step's examples."""
+        result, step = state.result, state.clock.step
+        assert result is not None
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            names = ", ".join(draw.example.key for draw in self._order.global_batch(step - 1))
+            raise FloatingPointError(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the batch was {names}. "
+                "Nothing of this step was saved."
+            )
+
+
+class LogStep(Event):
+    """Writes the metrics of the step."""
+
+    name = "log"
+    schedule = EVERY_STEP
+
+    def __init__(self, log: RunLog) -> None:
         self._log = log
-        self._config = experiment.config.experiment
-        self._num_steps = experiment.num_steps(order)
-        self._objective = Objective(self._config.objective)
-        self._write_times(start_step)
-        if distributed.world().is_main:
-            export.drop_weights_after(folder / BEST, start_step)
-        self._evaluation = self._make_evaluation(data, start_step)
-        self._previews = self._make_previews(data)
 
-    def _write_times(self, step: int) -> None:
-        """How often each t and each sigma is trained from this step on, for TensorBoard; over images of all sizes."""
-        edges = torch.linspace(0, 1, NUM_TIME_BINS + 1, dtype=torch.float64)
-        counts = self._experiment.dataset.bucket_counts()
-        shares = torch.zeros(2, NUM_TIME_BINS, dtype=torch.float64)
-        for bucket, count in counts.items():
-            shift = self._objective.shift_at(bucket.width * bucket.height)
-            sampler = self._objective.sampler(shift)
-            both = [sampler.share_below(times).diff() for times in (edges, shift_time(edges, 1 / shift))]
-            shares += count / sum(counts.values()) * torch.stack(both)
-        for name, part in zip(("t", "sigma"), shares, strict=True):
-            self._log.write_distribution(f"objective/{name}", step, part.tolist())
+    def run(self, state: TrainingState) -> None:
+        result, clock = state.result, state.clock
+        assert result is not None
+        others = {name: rate for name, rate in state.learning_rates.items() if name != DEFAULT_GROUP}
+        metrics = StepMetrics(clock.step, clock.epoch, result.loss, state.learning_rates[DEFAULT_GROUP], result.grad_norm)
+        self._log.write(metrics, clock.seconds_of_step, others)
 
-    def _make_evaluation(self, data: EncodedData, start_step: int) -> Evaluation | None:
-        config, experiment = self._config, self._experiment
-        if config.eval is None:
-            return None
-        panel = make_panel(experiment.eval_sets, config.eval.num_t_bands, config.seed, self._objective.shift_at)
-        return Evaluation(
-            experiment.family,
-            data,
-            self._pipeline,
+
+def write_timestep_density(run: Run, log: RunLog) -> None:
+    """Writes the density of t and of sigma from this step on, averaged over buckets, to TensorBoard."""
+    edges = torch.linspace(0, 1, NUM_TIME_BINS + 1, dtype=torch.float64)
+    counts = run.experiment.dataset.bucket_counts()
+    densities = torch.zeros(2, NUM_TIME_BINS, dtype=torch.float64)
+    for bucket, count in counts.items():
+        shift = run.objective.shift_at(bucket.width * bucket.height)
+        sampler = run.objective.sampler(shift)
+        both = [sampler.share_below(times).diff() for times in (edges, shift_time(edges, 1 / shift))]
+        densities += count / sum(counts.values()) * torch.stack(both)
+    for name, part in zip(("t", "sigma"), densities, strict=True):
+        log.write_distribution(f"objective/{name}", run.clock.step, part.tolist())
+
+
+# --- now and then ------------------------------------------------------------------------------------------------------
+
+
+class Evaluate(Event):
+    """Evaluates at the start, at the end and every `eval.every_n_steps`, and when the run folder has no evaluation yet."""
+
+    name = "evaluate"
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        config = run.experiment.config.experiment
+        assert config.eval is not None
+        panel = make_panel(run.experiment.eval_sets, config.eval.num_t_bands, config.seed, run.objective.shift_at)
+        self.schedule = Schedule(config.eval.every_n_steps, at_start=True, at_end=True)
+        self.is_best = False
+        """Whether the last evaluation had the lowest loss so far."""
+        self._log = log
+        self._evaluation = Evaluation(
+            run.experiment.family,
+            run.data,
+            run.pipeline,
             config.eval,
             panel,
-            prediction_type=self._objective.prediction_type,
+            prediction_type=run.objective.prediction_type,
             dtype=config.model.torch_dtype,
-            folder=self._folder,
+            folder=run.folder,
             seed=config.seed,
-            num_replicas=experiment.num_replicas,
-            start_step=start_step,
+            num_replicas=run.experiment.num_replicas,
+            start_step=run.clock.step,
         )
 
-    def _make_previews(self, data: EncodedData) -> Previews:
-        shift = self._config.sampling.shift
-        return Previews(
-            self._experiment.family,
-            data,
-            self._pipeline,
-            self._config.sampling,
-            self._experiment.prompts,
-            shift_at=self._objective.shift_at if shift is None else lambda _num_pixels: shift,
-            prediction_type=self._objective.prediction_type,
-            dtype=self._config.model.torch_dtype,
-            num_replicas=self._experiment.num_replicas,
-            folder=self._folder / "samples",
+    def is_due(self, state: TrainingState) -> bool:
+        return super().is_due(state) or not self._evaluation._has_begun
+
+    def run(self, state: TrainingState) -> None:
+        result = self._evaluation.run(state.clock.step)
+        self.is_best = result.is_best
+        self._log.write_evaluation(state.clock.step, result.scalars())
+
+
+class ExportBest(Event):
+    """Exports the weights after an evaluation with the lowest loss so far; the initial weights are never exported."""
+
+    name = "export best"
+
+    def __init__(self, run: Run, evaluate: Evaluate) -> None:
+        self._run, self._evaluate = run, evaluate
+
+    def is_due(self, state: TrainingState) -> bool:
+        return self._evaluate.name in state.past and self._evaluate.is_best and not state.clock.is_start
+
+    def run(self, state: TrainingState) -> None:
+        _export(self._run, BEST_WEIGHTS, state.clock.step)
+
+
+class Preview(Event):
+    """Generates preview images at the start, at the end and every `sampling.every_n_steps`."""
+
+    name = "preview"
+
+    def __init__(self, run: Run) -> None:
+        config = run.experiment.config.experiment
+        shift = config.sampling.shift
+        self.schedule = Schedule(config.sampling.every_n_steps, at_start=True, at_end=True)
+        self._previews = Previews(
+            run.experiment.family,
+            run.data,
+            run.pipeline,
+            config.sampling,
+            run.experiment.prompts,
+            shift_at=run.objective.shift_at if shift is None else lambda _num_pixels: shift,
+            prediction_type=run.objective.prediction_type,
+            dtype=config.model.torch_dtype,
+            num_replicas=run.experiment.num_replicas,
+            folder=run.folder / SAMPLES,
         )
 
-    def look(self, step: int) -> None:
-        """At the weights after `step` steps."""
-        looked = False
-        if self._evaluation is not None and self._evaluation.due(step, self._num_steps):
-            self._evaluate(self._evaluation, step)
-            looked = True
-        if self._previews.due(step, self._num_steps):
-            self._previews.draw(step)
-            looked = True
-        if looked or step in (0, self._num_steps):
-            self._report()
+    def run(self, state: TrainingState) -> None:
+        self._previews.draw(state.clock.step)
 
-    def _evaluate(self, evaluation: Evaluation, step: int) -> None:
-        result = evaluation.run(step)
-        self._log.write_evaluation(step, result.scalars())
-        wants_best = self._config.eval is not None and self._config.eval.keep_best
-        if wants_best and result.is_best and step > 0:  # the start's weights are where they came from
-            export.write_weights(self._pipeline, self._experiment.family, self._config, self._folder / BEST, step)
 
-    def saved(self) -> None:
-        """A checkpoint has been written. No run will go on from before it, so of the best weights the newest are enough."""
+class Report(Event):
+    """Writes report.html at the start and at the end, and after every evaluation and preview."""
+
+    name = "report"
+    schedule = Schedule(at_start=True, at_end=True)
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def is_due(self, state: TrainingState) -> bool:
+        return super().is_due(state) or not {Evaluate.name, Preview.name}.isdisjoint(state.past)
+
+    def run(self, state: TrainingState) -> None:
         if distributed.world().is_main:
-            export.keep_newest_weights(self._folder / BEST)
+            experiment = self._run.experiment
+            rows = summary(experiment, self._run.order)
+            write_report(self._run.folder, rows, objective_rows(experiment.config.experiment.objective), self._run.objective)
 
-    def _report(self) -> None:
-        if distributed.world().is_main:
-            rows = summary(self._experiment, self._order)
-            write_report(self._folder, rows, objective_rows(self._config.objective), self._objective)
+
+class Export(Event):
+    """Exports public weights at the end and every `save.export_every_n_steps`."""
+
+    name = "export"
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.schedule = Schedule(run.experiment.config.experiment.save.export_every_n_steps, at_end=True)
+
+    def run(self, state: TrainingState) -> None:
+        _export(self._run, WEIGHTS, state.clock.step)
+
+
+def _export(run: Run, folder: str, step: int) -> None:
+    export.write_weights(run.pipeline, run.experiment.family, run.experiment.config.experiment, run.folder / folder, step)
+
+
+class SaveCheckpoint(Event):
+    """Saves a checkpoint at the end and every `save.checkpoint_every_n_steps`; then older best weights can go."""
+
+    name = "checkpoint"
+
+    def __init__(self, run: Run, events: Sequence[Event]) -> None:
+        save = run.experiment.config.experiment.save
+        self.schedule = Schedule(save.checkpoint_every_n_steps, at_end=True)
+        self._run, self._events, self._keep_last = run, events, save.keep_last
+
+    def run(self, state: TrainingState) -> None:
+        run = self._run
+        checkpoint.save(run.pipeline, run.folder / CHECKPOINTS, state.clock.step, run.experiment.identity, self._keep_last)
+        if distributed.world().is_main:  # no run resumes from an earlier step, so the newest best weights are enough
+            export.keep_newest_weights(run.folder / BEST_WEIGHTS)

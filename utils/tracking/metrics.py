@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +42,6 @@ class RunLog:
         self._is_main = is_main
         self._global_batch = global_batch
         self._smoothed, self._weight = 0.0, 0.0
-        self._step_began = time.monotonic()
         self._bar = tqdm(
             total=num_steps,
             initial=start_step,
@@ -95,12 +93,17 @@ class RunLog:
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         return self._smoothed / self._weight
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Record one optimizer step."""
+    def write(self, metrics: StepMetrics, seconds: float, group_rates: Mapping[str, float] | None = None) -> None:
+        """Records one optimizer step of that duration. `group_rates`: learning rates of further parameter groups."""
         if not self._is_main:
             return
-        images_per_second = self._global_batch / max(1e-9, time.monotonic() - self._step_began)
-        entry = {**asdict(metrics), "loss_smoothed": self._smooth(metrics.loss), "images_per_second": images_per_second}
+        images_per_second = self._global_batch / max(1e-9, seconds)
+        entry = {
+            **asdict(metrics),
+            **{f"learning_rate_{name}": rate for name, rate in (group_rates or {}).items()},
+            "loss_smoothed": self._smooth(metrics.loss),
+            "images_per_second": images_per_second,
+        }
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -137,10 +140,6 @@ class RunLog:
             bucket_counts=list(shares),
             global_step=step,
         )
-
-    def start_clock(self) -> None:
-        """A step begins: what came since the last one, previews or saving, does not count in images/s."""
-        self._step_began = time.monotonic()
 
 
 def bar_seconds() -> float:

@@ -15,7 +15,8 @@ from utils.config.load import ConfigError
 from utils.distributed.group import World
 from utils.export.metadata import training_config
 from utils.export.weights import Exported, _rounded, wanted_formats
-from utils.run.prepare import Experiment, prepare
+from utils.run.experiment import Experiment
+from utils.run.prepare import prepare
 
 
 def opened(folder: Path, model: Path, dataset: Path, **changes: Any) -> Experiment:

@@ -45,7 +45,7 @@ def page_of(folder: Path, objective: Objective = DEFAULT) -> ReportPage:
 def add_losses(folder: Path, losses: list[float]) -> None:
     with RunLog(folder, start_step=0, num_steps=len(losses), global_batch=4, tensorboard=False, is_main=True) as log:
         for index, loss in enumerate(losses):
-            log.write(StepMetrics(step=index + 1, epoch=0, loss=loss, learning_rate=1e-4, grad_norm=0.5))
+            log.write(StepMetrics(step=index + 1, epoch=0, loss=loss, learning_rate=1e-4, grad_norm=0.5), 0.5)
 
 
 def add_evaluations(folder: Path, steps: list[int], num_images: int = 8, panel: str = "one") -> None:

@@ -17,7 +17,8 @@ from utils.config.load import ConfigError
 from utils.data.batches import BatchOrder
 from utils.distributed.group import World
 from utils.run.banner import describe
-from utils.run.prepare import Experiment, prepare
+from utils.run.experiment import Experiment
+from utils.run.prepare import prepare
 from utils.trainable import lora
 
 ALL = {

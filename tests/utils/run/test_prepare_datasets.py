@@ -17,9 +17,11 @@ from utils.data.batches import BatchOrder
 from utils.data.sources.readers import Readers
 from utils.distributed.group import World
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
-from utils.run import prepare as preflight
+from utils.run import datasets
 from utils.run.banner import describe
-from utils.run.prepare import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_IMAGE_ADVICE, Experiment, num_readers, prepare
+from utils.run.datasets import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_IMAGE_ADVICE, num_readers
+from utils.run.experiment import Experiment
+from utils.run.prepare import prepare
 
 ALONE = World(0, 0, 1, 1)
 
@@ -31,9 +33,9 @@ class Desk:
         self.folder, self._model = folder, model
         self.images = make_tiny_dataset(folder / "images", 6)
 
-    def prepare(self, world: World = ALONE, *, only_look: bool = False, **changes: Any) -> Experiment:
+    def prepare(self, world: World = ALONE, *, check_only: bool = False, **changes: Any) -> Experiment:
         file = write_experiment(self.folder / "experiment", self._model, self.images, **changes)
-        return prepare(file, [], None, world, only_look=only_look)
+        return prepare(file, [], None, world, check_only=check_only)
 
     def errors(self, **changes: Any) -> list[tuple[str, str, str]]:
         """(Name of the file, key, message) of each."""
@@ -44,7 +46,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.setattr(preflight, "Readers", lambda _: nullcontext(readers))  # one for all tests
+    monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # one for all tests
     return Desk(tmp_path, tiny_model)
 
 
@@ -126,7 +128,7 @@ def test_the_banner_shows_the_first_of_the_files_left_out(desk: Desk, num_bad: i
 
 def test_a_check_that_finds_bad_files_writes_nothing(desk: Desk) -> None:
     spoil(desk.images)
-    desk.errors(only_look=True)
+    desk.errors(check_only=True)
     assert not (desk.folder / "experiment" / "output").exists()
 
 
@@ -179,7 +181,7 @@ def test_a_dataset_of_which_everything_is_left_out_is_refused(desk: Desk) -> Non
 
 
 def test_other_ranks_do_not_look_at_images(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read images"))
+    monkeypatch.setattr(datasets, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read images"))
     experiment = desk.prepare(World(1, 1, 2, 2), pipeline={"pipeline_stages": 1})
     assert (len(experiment.dataset.examples), experiment.memories) == (0, [])
 
@@ -192,7 +194,7 @@ def test_a_second_start_opens_no_image(desk: Desk, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_check_writes_nothing(desk: Desk) -> None:
-    desk.prepare(only_look=True)
+    desk.prepare(check_only=True)
     assert {path.name for path in (desk.folder / "experiment").iterdir()} == {"experiment.toml", "dataset.toml"}
 
 

@@ -23,7 +23,7 @@ def metrics(step: int, loss: float = 1.0) -> StepMetrics:
 def write_steps(folder: Path, first: int, last: int) -> None:
     with open_log(folder, start_step=first - 1) as log:
         for step in range(first, last + 1):
-            log.write(metrics(step, loss=1 / step))
+            log.write(metrics(step, loss=1 / step), 0.5)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def test_a_line_for_each_step_with_every_number(tmp_path: Path) -> None:
 
 def test_a_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
-        log.write(metrics(1))
+        log.write(metrics(1), 0.5)
         assert len(lines(tmp_path)) == 1
 
 
@@ -86,8 +86,8 @@ def test_starting_anew_in_a_used_folder_keeps_nothing(tmp_path: Path) -> None:
 
 def test_smoothed_loss_is_unbiased_from_the_first_step_on(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
-        log.write(metrics(1, loss=3.0))
-        log.write(metrics(2, loss=1.0))
+        log.write(metrics(1, loss=3.0), 0.5)
+        log.write(metrics(2, loss=1.0), 0.5)
     first, second = (line["loss_smoothed"] for line in lines(tmp_path))
     assert first == pytest.approx(3.0)
     assert second == pytest.approx((SMOOTHING * 3.0 + 1.0) / (SMOOTHING + 1))
@@ -95,27 +95,27 @@ def test_smoothed_loss_is_unbiased_from_the_first_step_on(tmp_path: Path) -> Non
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with open_log(tmp_path, is_main=False, tensorboard=True) as log:
-        log.start_clock()
-        log.write(metrics(1))
+        log.write(metrics(1), 0.5)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path, tensorboard: bool) -> None:
     with open_log(tmp_path, tensorboard=tensorboard) as log:
-        log.write(metrics(1))
+        log.write(metrics(1), 0.5)
     assert bool(list(tmp_path.glob("events.out.tfevents.*"))) == tensorboard
 
 
-def test_the_clock_starts_anew_with_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("utils.tracking.metrics.time.monotonic", lambda: now[0])
+def test_throughput_is_that_of_the_step_alone(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
-        now[0] = 150.0  # previews
-        log.start_clock()
-        now[0] = 152.0
-        log.write(metrics(1))
+        log.write(metrics(1), 2.0)
     assert lines(tmp_path)[0]["images_per_second"] == pytest.approx(4 / 2.0)
+
+
+def test_learning_rates_of_further_groups_have_entries_of_their_own(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.write(metrics(1), 2.0, {"norms": 3e-5})
+    assert lines(tmp_path)[0]["learning_rate_norms"] == 3e-5
 
 
 def test_two_columns_are_aligned() -> None:

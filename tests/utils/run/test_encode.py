@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import toml
 
-import train
 from tests.tiny_model import make_tiny_dataset, write_experiment
 from utils.config.load import ConfigError
 from utils.data.encoding.precompute import Cached, Unusable
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
 from utils.distributed.group import World
-from utils.run import prepare as preflight
-from utils.run.prepare import BAD_FILE_ADVICE, Experiment, prepare
+from utils.run import datasets
+from utils.run.datasets import BAD_FILE_ADVICE
+from utils.run.encode import without_unusable
+from utils.run.experiment import Experiment
+from utils.run.prepare import prepare
 
 
 class Desk:
@@ -43,7 +45,7 @@ class Desk:
         chosen = [np.array([example.key in keys for example in table]) for table in tables]
         unusable = Unusable(chosen, [BadFile(Path(key), "is bad") for key in keys])
         any_data: Any = None
-        return train.leave_out(self.experiment, Cached(any_data, tables, unusable, True))
+        return without_unusable(self.experiment, Cached(any_data, tables, unusable, True))
 
     def errors(self, *keys: str) -> list[tuple[str, str, str]]:
         """(Name of the file, key, message) of each."""
@@ -54,7 +56,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.setattr(preflight, "Readers", lambda _: nullcontext(readers))  # one for all tests
+    monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # one for all tests
     return Desk(tmp_path, tiny_model)
 
 

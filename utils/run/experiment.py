@@ -1,0 +1,68 @@
+"""A run that has been checked completely, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.family import LoraFile, ModelFamily
+from utils.checkpoint.save import SavedState
+from utils.config.load import Config
+from utils.data.batches import BatchOrder
+from utils.data.dataset import ContentMemory, Dataset
+from utils.data.encoding.plan import CacheSettings
+from utils.data.examples import ExampleTable
+from utils.previews.prompt_list import Prompt
+from utils.trainable.lora import LoraTargets
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A valid configuration with everything that was read and derived from it."""
+
+    config: Config
+    family: ModelFamily
+    dataset: Dataset
+    eval_sets: dict[str, ExampleTable]
+    """Name -> held-out examples. Empty tables on every rank but 0 until the cache is filled, as is `dataset`."""
+    memories: list[ContentMemory]
+    """The stores of content hashes of the dataset's files."""
+    prompts: list[Prompt]
+    num_stages: int
+    num_replicas: int
+    global_batch: int
+    bounds: list[int]
+    """Stage i consists of layers bounds[i] to bounds[i + 1] - 1."""
+    adapter_plan: LoraTargets | None
+    """None: the whole network is trained."""
+    adapter_start: LoraFile | None
+    """The file with the adapter's initial weights; None for fresh ones."""
+    resume_run: Path | None
+    """The run folder to resume in; None for a new one."""
+    resume_from: SavedState | None
+    """The checkpoint to resume from; None to begin at step 0."""
+    changed_keys: list[str]
+    """One line for each key that differs from the configuration with which `resume_run` was last started."""
+    identity: dict[str, Any]
+    """What a run must share with a checkpoint to resume from it."""
+
+    @property
+    def cache_settings(self) -> CacheSettings:
+        config = self.config.experiment
+        return CacheSettings(config.cache_folder, config.cache_posterior, config.text_cache_dtype)
+
+    @property
+    def start_step(self) -> int:
+        """Optimizer steps already done."""
+        return self.resume_from.step if self.resume_from is not None else 0
+
+    def batch_order(self) -> BatchOrder:
+        """A new order of the training examples; each user that advances it independently needs its own."""
+        return BatchOrder(self.dataset.examples, self.global_batch, self.config.experiment.seed)
+
+    def num_steps(self, order: BatchOrder) -> int:
+        """Optimizer steps of the whole run."""
+        experiment = self.config.experiment
+        limits = [experiment.max_steps, experiment.epochs and experiment.epochs * order.steps_per_epoch]
+        return min(limit for limit in limits if limit is not None)
