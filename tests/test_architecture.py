@@ -120,7 +120,10 @@ LEVELS = {
 DEEPSPEED_FILES = {"utils/distributed/group.py", "utils/pipeline/engine.py"}
 MAX_FUNCTION_LINES = 60
 JUNK_DRAWERS = {"common", "misc", "helpers", "helper", "util", "train_util", "stuff"}
-FIELD_FILES = ("utils/config/schema/tables.py", "models/sd3/settings.py")
+FIELD_FILES = (
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "utils/config/schema").glob("*.py")),
+    "models/sd3/settings.py",
+)
 
 
 def python_files(*places: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from docs.draw_plots import PLOTS
 from utils.config.presets import PRESETS
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.objective.rectified_flow import LossType, PredictionType, shift_time
 from utils.objective.timestep_sampling import (
     Density,

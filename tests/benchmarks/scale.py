@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from models.family import LENGTH
-from utils.config.schema.tables import DatasetConfig
+from utils.config.schema.dataset import DatasetConfig
 from utils.data.batches import BatchOrder
 from utils.data.cache.shards import ShardWriter
 from utils.data.columns import Texts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.family import PipelineLayer
-from utils.config.schema.tables import OptimizerConfig
+from utils.config.schema.optimizer import OptimizerConfig
 from utils.distributed import group as distributed
 from utils.optim.registry import make_optimizer
 from utils.pipeline.engine import EngineSettings, Pipeline

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.lab import Lab
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.evaluation.comparison import read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
 from utils.objective.objective import Objective

@@ -14,7 +14,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import models
-from utils.config.schema.tables import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
+from utils.config.schema.base import inner_tables
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.experiment import ExperimentConfig
+from utils.config.schema.model import experiment_class
 
 _INTRODUCTION = """# Every key
 

@@ -19,7 +19,10 @@ from pydantic import BaseModel, ValidationError
 
 import models
 from utils.config.lines import line_of
-from utils.config.schema.tables import DatasetConfig, ExperimentConfig, experiment_class, inner_tables
+from utils.config.schema.base import inner_tables
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.experiment import ExperimentConfig
+from utils.config.schema.model import experiment_class
 
 TableT = TypeVar("TableT", bound=BaseModel)
 TRAINING = ""

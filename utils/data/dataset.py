@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from models.family import LatentSpec
-from utils.config.schema.tables import DatasetConfig, DirectoryConfig, ImageConfig
+from utils.config.schema.dataset import DatasetConfig, DirectoryConfig, ImageConfig
 from utils.data.buckets import Bucket, make_buckets
 from utils.data.examples import ExampleTable, empty_table
 from utils.data.sources.decoding import BadFile

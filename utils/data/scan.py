@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.config.schema.tables import DatasetConfig, DirectoryConfig
+from utils.config.schema.dataset import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, nearest_buckets
 from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_errors
 from utils.data.examples import ExampleTable

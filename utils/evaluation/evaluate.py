@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.family import ModelFamily
-from utils.config.schema.tables import EvalConfig
+from utils.config.schema.evaluation import EvalConfig
 from utils.data.encoding.encoded import EncodedData
 from utils.distributed import group as distributed
 from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line

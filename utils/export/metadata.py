@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from models.family import ModelFamily
-from utils.config.schema.tables import AdapterConfig, ExperimentConfig
+from utils.config.schema.adapter import AdapterConfig
+from utils.config.schema.experiment import ExperimentConfig
 
 TRAINING_TABLES = ("seed", "model", "objective", "adapter", "ema", "optimizer", "pipeline")
 """Of the configuration, what made the weights."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.family import FileTensor, ModelFamily, ModelFilesError
 from utils.checkpoint.save import step_folder
-from utils.config.schema.tables import ExperimentConfig
+from utils.config.schema.experiment import ExperimentConfig
 from utils.distributed import group as distributed
 from utils.export.metadata import kohya_metadata, run_metadata
 from utils.files.atomic import remove_folder, sync_folder, write_text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.config.presets import PRESETS
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.objective import rectified_flow
 from utils.objective import timestep_sampling as timesteps
 from utils.objective.timestep_sampling import Density, TimeSampler, Weighting

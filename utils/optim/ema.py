@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.config.schema.tables import EmaConfig
+from utils.config.schema.optimizer import EmaConfig
 
 
 def ema_decay(config: EmaConfig, step: int) -> float:

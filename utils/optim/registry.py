@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config.schema.tables import OptimizerConfig
+from utils.config.schema.optimizer import OptimizerConfig
 
 # DeepSpeed's ZeRO-1 passes each parameter group to the optimizer as one flat vector, partitioned over the replicas.
 _UNSUITABLE = {

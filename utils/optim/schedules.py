@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.config.schema.tables import OptimizerConfig
+from utils.config.schema.optimizer import OptimizerConfig
 
 Course = Literal["constant", "linear", "cosine"]
 

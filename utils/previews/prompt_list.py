@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.family import LatentSpec
 from utils.config.load import ErrorDetail, check_table
-from utils.config.schema.tables import PromptConfig, SamplingConfig, SkipLayerConfig
+from utils.config.schema.sampling import PromptConfig, SamplingConfig, SkipLayerConfig
 from utils.previews.prompts import FLAGS, parse_prompt
 from utils.previews.samplers import skips_layers
 

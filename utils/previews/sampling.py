@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from models.family import ModelFamily
 from utils import randomness
-from utils.config.schema.tables import SamplingConfig
+from utils.config.schema.sampling import SamplingConfig
 from utils.data.encoding.encoded import EncodedData
 from utils.distributed import group as distributed
 from utils.files.atomic import remove_folder, sync_folder, write_text

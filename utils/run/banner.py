@@ -6,7 +6,7 @@ import itertools
 
 from models.family import PipelineLayer
 from utils.config.presets import PRESETS
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.data.batches import BatchOrder
 from utils.data.encoding.plan import room_for
 from utils.objective.objective import keys_in_use, unread_keys

@@ -11,7 +11,8 @@ import numpy as np
 
 from models.family import ModelFamily
 from utils.config.load import TRAINING, Config, ErrorDetail
-from utils.config.schema.tables import HOLDOUT, DatasetConfig
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.evaluation import HOLDOUT
 from utils.data.dataset import ContentMemory, Dataset, directory_errors, hold_out, resolution_errors
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from models.family import LoraFile, ModelFamily
-from utils.config.schema.tables import AdapterConfig, TargetConfig
+from utils.config.schema.adapter import AdapterConfig, TargetConfig
 from utils.trainable.lora import LoraTarget, LoraTargets, Shape
 
 MAX_NAMES_SHOWN = 3

@@ -11,7 +11,7 @@ import toml
 from tests.tiny_model import write_experiment
 from tests.utils.config.test_load import NOWHERE, load, only_error, write
 from utils.config.load import ConfigError, dump_toml, load_config
-from utils.config.schema.tables import DatasetConfig, ImageConfig
+from utils.config.schema.dataset import DatasetConfig, ImageConfig
 
 OTHER: dict[str, Any] = {
     "resolutions": [64, 96],

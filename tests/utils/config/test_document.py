@@ -6,7 +6,8 @@ from pathlib import Path
 
 from utils.config.document import document
 from utils.config.load import known_keys
-from utils.config.schema.tables import DatasetConfig, experiment_class
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.model import experiment_class
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
 

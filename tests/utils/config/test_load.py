@@ -11,7 +11,9 @@ import toml
 
 from tests.tiny_model import write_experiment
 from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml, load_config, parse_override
-from utils.config.schema.tables import DatasetConfig, EmaConfig, SamplingConfig
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.optimizer import EmaConfig
+from utils.config.schema.sampling import SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))

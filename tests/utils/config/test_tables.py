@@ -10,7 +10,9 @@ import toml
 
 from tests.utils.config.test_load import errors_of, load, only_error, write
 from utils.config.load import dump_toml
-from utils.config.schema.tables import DatasetConfig, EvalConfig, SamplingConfig
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.evaluation import EvalConfig
+from utils.config.schema.sampling import SamplingConfig
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.family import LatentSpec
-from utils.config.schema.tables import DatasetConfig
+from utils.config.schema.dataset import DatasetConfig
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
 from utils.data.sources.listing import Lister

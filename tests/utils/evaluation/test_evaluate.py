@@ -15,7 +15,8 @@ from torch import Tensor
 
 from models.family import LatentSpec
 from utils import randomness
-from utils.config.schema.tables import DatasetConfig, EvalConfig
+from utils.config.schema.dataset import DatasetConfig
+from utils.config.schema.evaluation import EvalConfig
 from utils.data.examples import Example
 from utils.data.scan import scan
 from utils.data.sources.image_files import ImageFile

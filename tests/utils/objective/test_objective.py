@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from utils.config.presets import PRESETS
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.objective import rectified_flow
 from utils.objective.objective import LossTarget, NoiseLevel, Objective, objective_errors, unread_keys
 

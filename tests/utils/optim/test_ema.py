@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.config.schema.tables import EmaConfig
+from utils.config.schema.optimizer import EmaConfig
 from utils.optim.ema import ema_decay
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.config.schema.tables import OptimizerConfig
+from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.registry import make_optimizer, optimizer_errors, optimizer_names
 
 RATE = 1e-3

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from utils.config.schema.tables import OptimizerConfig
+from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.schedules import LearningRateSchedule, schedule_of
 
 RATE = 1e-3

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.utils.data.tables import DIRECTORY, Shown, table_of
 from utils import randomness
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.data.batches import BatchOrder, SampleDraw
 from utils.data.examples import Example
 from utils.data.sources.tags import TagShuffle

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.family import LatentSpec
-from utils.config.schema.tables import SamplingConfig
+from utils.config.schema.sampling import SamplingConfig
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)

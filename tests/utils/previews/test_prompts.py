@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from utils.config.schema.tables import PromptConfig
+from utils.config.schema.sampling import PromptConfig
 from utils.previews.prompts import FLAGS, parse_prompt
 
 ALL_FLAGS = "--w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)"

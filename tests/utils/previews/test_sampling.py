@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.config.schema.tables import SamplingConfig
+from utils.config.schema.sampling import SamplingConfig
 from utils.previews.prompt_list import Prompt
 from utils.previews.sampling import Group, listing_entry, make_batches, write_images
 

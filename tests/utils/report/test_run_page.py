@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.utils.report.html_elements import Page
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.evaluation import evaluate
 from utils.evaluation.comparison import Group, Measured, compare, to_line
 from utils.objective.objective import Objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from utils.config.presets import PRESETS
-from utils.config.schema.tables import ObjectiveConfig
+from utils.config.schema.objective import ObjectiveConfig
 from utils.run.banner import objective_notes, objective_rows
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from models.family import LoraFile, ModelFamily
-from utils.config.schema.tables import AdapterConfig
+from utils.config.schema.adapter import AdapterConfig
 from utils.trainable.lora import LoraTargets, Shape
 from utils.trainable.targets import choose_modules, parse_blocks, start_errors
 
