@@ -158,7 +158,7 @@ def check_table(
                 message = _unknown_key_message(str(item["loc"][-1]), item["loc"][:-1], table, elsewhere)
             elif item["type"] == "missing":
                 message = "is missing"
-            elif item["type"] == "value_error" and isinstance(item["input"], dict):  # of keys that do not go together
+            elif item["type"] == "value_error" and _is_table_or_list_of_tables(item["input"]):  # too long to be repeated
                 message = _plain(item["msg"])
             else:
                 message = f"= {item['input']!r}: {_plain(item['msg'])}"
@@ -166,6 +166,10 @@ def check_table(
             if error not in errors:
                 errors.append(error)
         return None
+
+
+def _is_table_or_list_of_tables(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
 
 
 def _plain(message: str) -> str:

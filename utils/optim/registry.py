@@ -53,7 +53,16 @@ def optimizer_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
         make_optimizer(config, [nn.Parameter(torch.zeros(1))])
     except Exception as error:  # some classes check their arguments, others fail on them with any exception
         return [("optimizer.args", f"{config.type} rejects them: {error if isinstance(error, ValueError) else repr(error)}")]
-    return []
+    if "weight_decay" in allowed:
+        return []
+    return [
+        (
+            f"optimizer.groups[{index}].weight_decay",
+            f"= {group.weight_decay}: {config.type} has no weight decay; remove the key",
+        )
+        for index, group in enumerate(config.groups or [])
+        if group.weight_decay is not None
+    ]
 
 
 def make_optimizer(

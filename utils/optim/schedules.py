@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from utils.config.schema.optimizer import OptimizerConfig
-
-Course = Literal["constant", "linear", "cosine"]
+from utils.config.schema.optimizer import Course, OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,123 @@
-"""The `[optimizer]` and `[ema]` tables."""
+"""The `[optimizer]` table with its parameter groups, and the `[ema]` table."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from utils.config.schema.base import Bool, Float, Int, Table
 
+DEFAULT_GROUP = "default"
+"""Name of the group of all parameters that no pattern matches."""
+
+Course = Literal["constant", "linear", "cosine"]
+"""Course of the learning rate after the warm-up."""
+
+
+class OptimizerGroupConfig(Table):
+    """A group of trained parameters with its own learning rate or weight decay. Keys that are not set have the values of
+    `[optimizer]`. A parameter that several patterns match belongs to the last of these groups."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
+        description="Name of the group in logs: letters, digits, `_` and `-`. Unique; `default` is the group of all "
+        "parameters that no pattern matches."
+    )
+    pattern: str = Field(description="Regular expression that must match the whole native name of a parameter.")
+    learning_rate: Float | None = Field(
+        None, gt=0, description="Peak learning rate of this group. Default: `learning_rate` of `[optimizer]`."
+    )
+    weight_decay: Float | None = Field(
+        None,
+        ge=0,
+        description="Weight decay of this group; only for optimizers that have the argument `weight_decay`. Default: "
+        "`args.weight_decay` of `[optimizer]`, or the optimizer's own default.",
+    )
+    lr_scheduler: Course | None = Field(
+        None, description="Course of the learning rate after the warm-up. Default: `lr_scheduler` of `[optimizer]`."
+    )
+    lr_warmup_steps: Int | None = Field(
+        None, ge=0, description="Warm-up of this group in steps. Default: `lr_warmup_steps` of `[optimizer]`."
+    )
+    lr_min_ratio: Float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Learning rate of the last step, as a fraction of this group's peak. Default: `lr_min_ratio` of "
+        "`[optimizer]`.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_reserved(cls, value: str) -> str:
+        if value == DEFAULT_GROUP:
+            raise ValueError("is reserved for the parameters that no pattern matches; choose another name")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, OverflowError) as error:
+            raise ValueError(f"is not a regular expression: {error}") from error
+        return value
+
 
 class OptimizerConfig(Table):
-    """How weights follow gradients."""
+    """How weights are updated from gradients."""
 
-    type: str = Field("AdamW", description="Name of a class in torch.optim.")
-    learning_rate: Float = Field(gt=0, description="Highest learning rate.")
+    type: str = Field("AdamW", description="Name of a class in `torch.optim`.")
+    learning_rate: Float = Field(gt=0, description="Peak learning rate: its value after the warm-up.")
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of that class, such as `weight_decay` or `betas`."
     )
     gradient_clipping: Float = Field(
-        1.0, ge=0, description="Largest norm of the gradient over all stages; larger ones are scaled down. 0: off."
+        1.0,
+        ge=0,
+        description="Largest norm of the gradient over all stages. Gradients with a larger norm are scaled down to it. "
+        "0: no clipping.",
     )
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Course of the learning rate after the warm-up; linear and cosine end at the last step."
+    lr_scheduler: Course = Field(
+        "constant",
+        description="Course of the learning rate after the warm-up. `linear` and `cosine` reach `lr_min_ratio` times the "
+        "peak at the last step.",
     )
-    lr_warmup_steps: Int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from near 0.")
-    lr_min_ratio: Float = Field(0.0, ge=0, le=1, description="Learning rate of the last step, as a share of the highest.")
+    lr_warmup_steps: Int = Field(
+        0, ge=0, description="Number of first steps over which the learning rate rises linearly from near 0 to its peak."
+    )
+    lr_min_ratio: Float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Learning rate of the last step, as a fraction of the peak; for `linear` and `cosine`.",
+    )
+    groups: list[OptimizerGroupConfig] | None = Field(
+        None, min_length=1, description="Groups of parameters with other settings. Unset: all parameters share these."
+    )
+
+    @field_validator("groups")
+    @classmethod
+    def _have_unique_names(cls, value: list[OptimizerGroupConfig] | None) -> list[OptimizerGroupConfig] | None:
+        counts = Counter(group.name for group in value or [])
+        repeated = [repr(name) for name, count in counts.items() if count > 1]
+        if repeated:
+            raise ValueError(f"each group needs a unique name; used more than once: {', '.join(repeated)}")
+        return value
 
 
 class EmaConfig(Table):
-    """Keep an exponential moving average (EMA) of the trained weights; without this table there is none."""
+    """Keeps an exponential moving average (EMA) of the trained weights. Without this table there is none."""
 
     decay: Float = Field(
-        0.9999, gt=0, lt=1, description="Share of the average that one step leaves; the rest is new weights."
+        0.9999,
+        gt=0,
+        lt=1,
+        description="Factor of the previous average in each step; the new weights have the factor 1 - `decay`.",
     )
     warmup: Bool = Field(
-        True, description="Leave less at first: (1 + n) / (10 + n) after step n, until that is more than `decay`."
+        True,
+        description="Use the smaller of `decay` and (1 + n) / (10 + n) after step n, so that early weights fade sooner.",
     )
