@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.streams import Sample, SampleShape, StreamSpec
+
 EncodedItem = dict[str, Tensor]
 EncodeFunction = Callable[[Sequence[Any]], list[EncodedItem]]
 DecodeFunction = Callable[[Tensor], Tensor]
@@ -108,6 +110,8 @@ class PipelineLayer:
     """Shape of each parameter, by its name within the layer."""
     build: Callable[[], nn.Module]
     """Builds the layer on the CPU with this layer's weights, reading no other layer's."""
+    outputs: tuple[StreamSpec, ...] = ()
+    """The streams the layer returns; none for the last layer, which returns one tensor."""
     block: int | None = None
     """Its number among the repeated blocks, if it is one; `build` then gives a BlockLayer."""
 
@@ -155,6 +159,8 @@ class ModelFamily(ABC):
     image_encoder: ImageEncoder
     text_encoders: tuple[TextEncoder, ...]
     layers: tuple[PipelineLayer, ...]
+    input_names: tuple[str, ...]
+    """Names of the tensors the first layer takes."""
     adaptable_modules: Mapping[str, tuple[int, ...]]
     """Native name of every module that an adapter can be put on -> shape of its weight."""
     lora_target_groups: Mapping[str, str]
@@ -182,16 +188,25 @@ class ModelFamily(ABC):
         """The variant and its size in one line, for the start banner."""
 
     @abstractmethod
-    def network_inputs(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the first layer takes.
+    def sample_shape(self, batch: int, height: int, width: int) -> SampleShape:
+        """The shape of what `sample` returns for `batch` latents of these sizes in latent pixels."""
+
+    @abstractmethod
+    def sample(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> Sample:
+        """The inputs of the first layer for one micro-batch.
 
         noisy_latents (B, C, H, W) in the training dtype, sigma (B,) float32 in [0, 1], text: cached tensors stacked over
         the batch, keyed "encoder.tensor".
         """
 
+    @staticmethod
     @abstractmethod
-    def velocity(self, output: Tensor, height: int, width: int) -> Tensor:
-        """The last layer's output as a velocity (B, C, height, width), sizes in latent pixels."""
+    def shift_at(shift: float, base_pixels: int, num_pixels: int) -> float:
+        """The timestep shift of an image of `num_pixels`, where `shift` is that of an image of `base_pixels`."""
+
+    @abstractmethod
+    def velocity(self, output: Tensor, shape: SampleShape) -> Tensor:
+        """The last layer's output as a velocity (B, C, H, W)."""
 
     @abstractmethod
     def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -23,11 +24,12 @@ from models.family import (
 )
 from models.sd3 import diffusers_names, text_encoders, vae, weights
 from models.sd3 import lora_files as adapter_files
-from models.sd3.layers import LAYER_LIST_VERSION, layer_cost, layer_prefix, num_layers
+from models.sd3.layers import INPUT_NAMES, LAYER_LIST_VERSION, layer_cost, layer_outputs, layer_prefix, num_layers
 from models.sd3.mmdit import unpatchify
 from models.sd3.settings import SD3Settings
 from models.sd3.sources import TEXT_ENCODERS, Part, find_parts
 from models.sd3.tokenizers import find_tokenizers
+from models.streams import Sample, SampleShape
 from models.tensor_files import TensorFiles
 
 TIMESTEP_SCALE = 1000.0
@@ -40,6 +42,7 @@ class SD3Family(ModelFamily):
     """
 
     layer_list_version = LAYER_LIST_VERSION
+    input_names = INPUT_NAMES
     native_prefix = weights.CHECKPOINT_PREFIX
     lora_target_groups = {
         "attn": r"joint_blocks\.\d+\.(x_block|context_block)\.attn\.(qkv|proj)",
@@ -94,8 +97,9 @@ class SD3Family(ModelFamily):
             name=prefix.rstrip(".") or "embedders",
             prefix=prefix,
             cost=layer_cost(self.config, index),
-            shapes=network.layer_shapes(index, self.settings.context_length),
-            build=partial(network.load_layer, index, self.settings.context_length, self.settings.torch_dtype),
+            shapes=network.layer_shapes(index),
+            build=partial(network.load_layer, index, self.settings.torch_dtype),
+            outputs=layer_outputs(self.config, index),
             block=self.block_of(prefix),
         )
 
@@ -109,13 +113,28 @@ class SD3Family(ModelFamily):
 
     # --- what the network takes and gives ----------------------------------------------------------------------------
 
-    def network_inputs(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        context, pooled = text_encoders.join_text(text, self.settings, self.config)
-        dtype = noisy_latents.dtype
-        return noisy_latents, TIMESTEP_SCALE * sigma.float(), context.to(dtype), pooled.to(dtype)
+    def sample_shape(self, batch: int, height: int, width: int) -> SampleShape:
+        return SampleShape(batch, height, width, num_text_tokens=self.settings.context_length)
 
-    def velocity(self, output: Tensor, height: int, width: int) -> Tensor:
-        return unpatchify(output, height, width, self.config.patch_size)
+    def sample(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> Sample:
+        context, pooled = text_encoders.join_text(text, self.settings, self.config)
+        batch, _, height, width = noisy_latents.shape
+        dtype = noisy_latents.dtype
+        tensors = {
+            "noisy_latents": noisy_latents,
+            "timestep": TIMESTEP_SCALE * sigma.float(),
+            "context": context.to(dtype),
+            "pooled": pooled.to(dtype),
+        }
+        return Sample(tensors, SampleShape(batch, height, width, num_text_tokens=context.shape[1]))
+
+    @staticmethod
+    def shift_at(shift: float, base_pixels: int, num_pixels: int) -> float:
+        """sqrt(num_pixels / base_pixels) times the shift at base_pixels (SD3 paper, eq. 23)."""
+        return shift * math.sqrt(num_pixels / base_pixels)
+
+    def velocity(self, output: Tensor, shape: SampleShape) -> Tensor:
+        return unpatchify(output, shape.height, shape.width, self.config.patch_size)
 
     def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
         return vae.load_decoder(self.vae_part, device, tile_pixels)

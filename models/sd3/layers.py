@@ -1,87 +1,94 @@
-"""The MMDiT as a flat list of stage layers: each takes what the layer before returned, on whichever device that was.
+"""The MMDiT as a list of pipeline layers: embedders, joint blocks, output layer.
 
-What travels between stages is one float tensor with the three things a block needs, one after the other along the token
-axis: text tokens, image tokens, conditioning row: (B, L + S + 1, D). One tensor and not a tuple, because DeepSpeed's
-engine runs backward once per float tensor it receives. `pack` and `unpack` are the only code that knows this layout.
+Three streams travel between them: "text" tokens (B, L, D), "image" tokens (B, S, D) and the "conditioning" row (B, 1, D)
+that modulates every block. The last block returns no text, because nothing after it reads any.
 
-The layer classes subclass the network's parts, so parameter names stay native, and each adds only the unpacking.
+The layer classes subclass the network's parts, so parameter names stay native; each adds only the naming of its streams.
+Shapes as in mmdit.py.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from models.family import BlockLayer
 from models.sd3.mmdit import Embedders, FinalLayer, JointBlock, MMDiTConfig
+from models.streams import SampleShape, Streams, StreamSpec
 
 LAYER_LIST_VERSION = 1
-"""The layer list is a file format: training checkpoints name layers by their place in it."""
-
-
-def pack(tokens: Tensor, context: Tensor | None, conditioning: Tensor) -> Tensor:
-    """tokens (B, S, D), context (B, L, D) or None, conditioning (B, D) -> (B, L + S + 1, D)."""
-    parts = [] if context is None else [context]
-    return torch.cat([*parts, tokens, conditioning[:, None]], dim=1)
-
-
-def unpack(packed: Tensor, context_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L + S + 1, D) -> tokens (B, S, D), context (B, L, D), conditioning (B, D)."""
-    context, tokens, conditioning = packed.split([context_length, packed.shape[1] - context_length - 1, 1], dim=1)
-    return tokens.contiguous(), context.contiguous(), conditioning[:, 0]
+"""The pipeline layers are a file format: training checkpoints name layers by their index."""
+INPUT_NAMES = ("noisy_latents", "timestep", "context", "pooled")
+"""(B, C, H, W), (B,) in [0, 1000] float32, (B, L, context_dim), (B, pooled_dim)."""
 
 
 class EmbedLayer(Embedders):
-    """(latents (B, C, H, W), timestep (B,), context (B, L, context_dim), pooled (B, pooled_dim)) -> packed."""
+    """The inputs of INPUT_NAMES -> the streams text, image and conditioning."""
 
-    def forward(self, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        return pack(*self.embed(*inputs))
+    def forward(self, inputs: Streams) -> Streams:
+        tokens, context, conditioning = self.embed(*(inputs[name] for name in INPUT_NAMES))
+        # The tokens come transposed out of the patch convolution. They are made contiguous here, as they are after a stage
+        # boundary, so that sums over them run in the same order on any number of stages.
+        return {"text": context, "image": tokens.contiguous(), "conditioning": conditioning[:, None]}
 
 
 class JointBlockLayer(JointBlock, BlockLayer):
-    """packed -> packed; the last block's result has no text tokens, so it cannot be skipped."""
+    """The streams text, image and conditioning -> the same; the last block returns no text, so it cannot be skipped."""
 
-    def __init__(self, config: MMDiTConfig, index: int, context_length: int) -> None:
-        super().__init__(config, index)
-        self.context_length = context_length
-
-    def forward(self, packed: Tensor) -> Tensor:
+    def forward(self, streams: Streams) -> Streams:
         if self.skipped:
-            return packed
-        tokens, context, conditioning = unpack(packed, self.context_length)
-        return pack(*self.mix(tokens, context, conditioning), conditioning)
+            return streams
+        conditioning = streams["conditioning"][:, 0]
+        tokens, context = self.mix(streams["image"], streams["text"], conditioning)
+        # The block passes on its own view of the conditioning row, not the stream it was given. Its gradient is then summed
+        # as ((later blocks + this block's text) + this block's image) wherever the stages are cut, with the same rounding.
+        passed_on = {"image": tokens, "conditioning": conditioning[:, None]}
+        return passed_on if context is None else {"text": context, **passed_on}
 
 
 class OutputLayer(FinalLayer):
-    """packed without text tokens -> patches of velocity (B, S, p*p*C)."""
+    """The streams image and conditioning -> velocity patches (B, S, p*p*C)."""
 
-    def forward(self, packed: Tensor) -> Tensor:
-        tokens, _, conditioning = unpack(packed, 0)
-        return self.project(tokens, conditioning)
+    def forward(self, streams: Streams) -> Tensor:
+        return self.project(streams["image"], streams["conditioning"][:, 0])
 
 
-def make_layer(config: MMDiTConfig, index: int, context_length: int) -> nn.Module:
+def make_layer(config: MMDiTConfig, index: int) -> nn.Module:
     """Layer `index` of the list: embedders, the blocks, the output layer."""
     if index == 0:
         return EmbedLayer(config)
     if index <= config.depth:
-        return JointBlockLayer(config, index - 1, context_length)
+        return JointBlockLayer(config, index - 1)
     return OutputLayer(config)
 
 
+def layer_outputs(config: MMDiTConfig, index: int) -> tuple[StreamSpec, ...]:
+    """The streams that layer `index` returns, in the order in which they are packed; none for the output layer."""
+
+    def num_image_tokens(shape: SampleShape) -> int:
+        return (shape.height // config.patch_size) * (shape.width // config.patch_size)
+
+    text = StreamSpec("text", lambda shape: shape.num_text_tokens)
+    image = StreamSpec("image", num_image_tokens)
+    conditioning = StreamSpec("conditioning", lambda shape: 1)
+    if index < config.depth:
+        return (text, image, conditioning)
+    return (image, conditioning) if index == config.depth else ()
+
+
 def layer_prefix(config: MMDiTConfig, index: int) -> str:
-    """What turns a parameter name of layer `index` into the native name."""
+    """The prefix that turns a parameter name within layer `index` into the native name."""
     if index == 0:
         return ""
     return f"joint_blocks.{index - 1}." if index <= config.depth else "final_layer."
 
 
 def num_layers(config: MMDiTConfig) -> int:
+    """The number of pipeline layers."""
     return config.depth + 2
 
 
 def layer_cost(config: MMDiTConfig, index: int) -> float:
-    """Relative forward cost: multiply-adds of the linears an image token, with a third as many text tokens."""
+    """Relative forward cost: multiply-adds of the linear layers for one image token and a third of a text token."""
     width = config.hidden_size
     if index == 0:
         return float(width * (config.context_dim + config.patch_size**2 * config.in_channels))

@@ -142,19 +142,19 @@ class NetworkFiles:
         """Have every layer read from now on carry this adapter."""
         self._merge.append((file, strength))
 
-    def layer_shapes(self, index: int, context_length: int) -> dict[str, Shape]:
+    def layer_shapes(self, index: int) -> dict[str, Shape]:
         """Parameter name within layer `index` -> shape."""
         with torch.device("meta"):
-            layer = make_layer(self.config, index, context_length)
+            layer = make_layer(self.config, index)
         return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
-    def load_layer(self, index: int, context_length: int, dtype: torch.dtype) -> nn.Module:
+    def load_layer(self, index: int, dtype: torch.dtype) -> nn.Module:
         """Layer `index` of layers.py with its weights in `dtype`, on the CPU; reads only this layer's tensors.
 
         The position table stays in float32: it is a constant, and two bytes cannot tell its neighbouring rows apart.
         """
         with torch.device("meta"):
-            layer = make_layer(self.config, index, context_length)
+            layer = make_layer(self.config, index)
         prefix = layer_prefix(self.config, index)
         buffers = {name for name, _ in layer.named_buffers()}
         state = {name: self._read(prefix + name, torch.float32 if name in buffers else dtype) for name in layer.state_dict()}

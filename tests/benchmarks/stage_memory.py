@@ -27,18 +27,20 @@ from torch import nn
 from models.family import PipelineLayer
 from models.sd3 import weights
 from models.sd3.family import SD3Family
-from models.sd3.layers import layer_cost, layer_prefix, num_layers
+from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, num_layers
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes
 from utils.distributed import group as distributed
 from utils.export import weights as export
 from utils.files.safetensors_writer import Entry, create_file, plan_file
+from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.partition import balanced_bounds
+from utils.pipeline.stage import StagePlan
+from utils.trainable.base import ParameterGroup
 
 WIDTH, CONTEXT_DIM, POOLED_DIM, POSITIONS = 2432, 4096, 2048, 192
-CONTEXT_LENGTH = 77 + 256
 ALLOWED_SHARE, ALLOWED_MEGABYTES = 1.15, 600
 
 
@@ -72,8 +74,9 @@ def make_layers(path: Path) -> list[PipelineLayer]:
             name=f"layer {index}",
             prefix=layer_prefix(network.config, index),
             cost=layer_cost(network.config, index),
-            shapes=network.layer_shapes(index, CONTEXT_LENGTH),
-            build=lambda index=index: network.load_layer(index, CONTEXT_LENGTH, torch.bfloat16),  # type: ignore[misc]
+            outputs=layer_outputs(network.config, index),
+            shapes=network.layer_shapes(index),
+            build=lambda index=index: network.load_layer(index, torch.bfloat16),  # type: ignore[misc]
         )
         for index in range(num_layers(network.config))
     ]
@@ -91,12 +94,12 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     reset_peak()
     started = time.monotonic()
     pipeline = Pipeline(
-        layers,
-        balanced_bounds([layer.cost for layer in layers], num_stages),
+        StagePlan(layers, INPUT_NAMES, balanced_bounds([layer.cost for layer in layers], num_stages)),
         EngineSettings(micro_batch_size=1, num_micro_batches=num_stages, gradient_clipping=1.0, dtype=torch.bfloat16),
-        loss=torch.nn.functional.mse_loss,
+        loss=lambda output, _target, _shape: output.mean(),
         prepare=lambda _layer, module: None if trained else freeze(module),
-        make_optimizer=lambda parameters: torch.optim.AdamW(parameters),
+        groups=lambda named: [ParameterGroup("all", named, LearningRateSchedule(1e-3, "constant", 0, 1.0), None)],
+        make_optimizer=torch.optim.AdamW,
     )
     load_seconds = time.monotonic() - started
     loaded = megabytes("VmHWM")

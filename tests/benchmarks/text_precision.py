@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,11 +67,11 @@ def main() -> None:
         given = []
         for sigma, one in zip(sigmas, noise, strict=True):
             noisy = rectified_flow.add_noise(latents, one, sigma.expand(len(examples)))
-            carried: tuple[Tensor, ...] | Tensor = adapter.network_inputs(noisy, sigma.expand(len(examples)), text)
+            sample = adapter.sample(noisy, sigma.expand(len(examples)), text)
+            value: Any = sample.tensors
             for layer in layers:
-                carried = layer(carried)
-            assert isinstance(carried, Tensor)
-            given.append(adapter.velocity(carried, *latents.shape[-2:]))
+                value = layer(value)
+            given.append(adapter.velocity(value, sample.shape))
         return torch.stack(given)
 
     exact = answers(lambda name, index: entries[name][index])

@@ -107,10 +107,11 @@ def direct_losses(run: Run, network: Path, seed: int = 7, additive: bool = False
         sigma = torch.tensor([entry.sigma])
         noisy = rectified_flow.add_noise(latents, noise, sigma)
         text = {name: tensor[None] for name, tensor in data.text(entry.example.caption()).items()}
-        carried: Any = adapter.network_inputs(noisy, sigma, text)
+        sample = adapter.sample(noisy, sigma, text)
+        value: Any = sample.tensors
         for layer in layers:
-            carried = layer(carried)
-        velocity = adapter.velocity(carried, *latents.shape[-2:]) + (noisy if additive else 0)
+            value = layer(value)
+        velocity = adapter.velocity(value, sample.shape) + (noisy if additive else 0)
         found.append(float((velocity - (noise - latents)).double().square().mean()))
     return found
 

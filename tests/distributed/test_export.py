@@ -76,15 +76,15 @@ def trained_velocity(run: Run) -> Tensor:
     """Of the run's own layers, given the weights of its checkpoint."""
     experiment = opened(run)
     states = checkpointed(run)
-    tensors: Any = network_inputs()
+    value: Any = dict(zip(experiment.family.input_names, network_inputs(), strict=True))
     for index, layer in enumerate(experiment.family.layers):
         module: nn.Module = layer.build()
         if experiment.adapter_plan is not None:
             lora.inject(module, layer.prefix, experiment.adapter_plan, seed=0)
         unknown = module.load_state_dict(states.get(index, {}), strict=False).unexpected_keys
         assert not unknown
-        tensors = module(tensors)
-    return experiment.family.velocity(tensors, 4, 6)
+        value = module(value)
+    return experiment.family.velocity(value, experiment.family.sample_shape(2, 4, 6))
 
 
 def base_network(lab: Lab) -> Any:

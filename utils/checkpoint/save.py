@@ -22,8 +22,9 @@ from torch import nn
 
 from utils.distributed import group as distributed
 from utils.files.atomic import remove_folder, replace_file, sync_folder, write_text
-from utils.pipeline.engine import LocalLayer, Pipeline
+from utils.pipeline.engine import Pipeline
 from utils.pipeline.optimizer_state import MASTER
+from utils.pipeline.stage import LocalLayer
 
 FORMAT_VERSION = 2
 NETWORK_FILES = "network files"

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.family import ModelFamily
+from models.streams import Sample, SampleShape
 from utils.config.schema.evaluation import EvalConfig
 from utils.data.encoding.encoded import EncodedData
 from utils.distributed import group as distributed
@@ -38,7 +39,7 @@ MAX_BATCHES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Sample:
+class EntryBatch:
     """What the two ends of the pipeline know of a batch of entries."""
 
     noisy: Tensor
@@ -153,40 +154,41 @@ class Evaluation:
         # Without work of its own a replica repeats a batch, and nobody looks at the result.
         passed = [*mine, *[batches[0]] * (num_passes - len(mine))]
         is_first, is_last = self._pipeline.stage == 0, self._pipeline.stage == self._pipeline.num_stages - 1
-        samples = [self._sample(batch) for batch in passed] if is_first or is_last else []
-        inputs: list[tuple[Tensor, ...]] = [() for _ in passed]
-        if is_first:
-            inputs = [self._inputs(batch, sample) for batch, sample in zip(passed, samples, strict=True)]
-        outputs = self._pipeline.predict(inputs)
+        entry_batches = [self._entry_batch(batch) for batch in passed] if is_first or is_last else []
+        samples = [self._sample(*pair) for pair in zip(passed, entry_batches, strict=True)] if is_first else []
+        outputs = self._pipeline.predict([self._shape(batch) for batch in passed], samples)
         losses: dict[int, float] = {}
-        for batch, sample, output in zip(mine, samples, outputs or [], strict=False):
-            losses.update(zip(batch, self._losses(output, sample), strict=True))
+        for batch, entry_batch, output in zip(mine, entry_batches, outputs or [], strict=False):
+            losses.update(zip(batch, self._losses(output, entry_batch, self._shape(batch)), strict=True))
         return losses
 
-    def _sample(self, batch: Sequence[int]) -> Sample:
+    def _shape(self, batch: Sequence[int]) -> SampleShape:
+        bucket, downscale = self._panel[batch[0]].example.bucket, self._family.latent.downscale
+        return self._family.sample_shape(len(batch), bucket.height // downscale, bucket.width // downscale)
+
+    def _entry_batch(self, batch: Sequence[int]) -> EntryBatch:
         entries = [self._panel[index] for index in batch]
         latents = torch.stack([self._data.latents(entry.example) for entry in entries])
         noise = torch.stack([noise_of(entry, tuple(latents.shape[1:]), self._seed) for entry in entries])
         sigma = torch.tensor([entry.sigma for entry in entries])
-        return Sample(
+        return EntryBatch(
             noisy=rectified_flow.add_noise(latents, noise, sigma),
             sigma=sigma,
             velocity=rectified_flow.velocity_target(latents, noise),
             masks=[self._data.mask(entry.example) for entry in entries],
         )
 
-    def _inputs(self, batch: Sequence[int], sample: Sample) -> tuple[Tensor, ...]:
+    def _sample(self, batch: Sequence[int], entries: EntryBatch) -> Sample:
         text = stack_text([self._data.text(self._panel[index].example.caption()) for index in batch])
-        return self._family.network_inputs(sample.noisy.to(self._dtype), sample.sigma, text)
+        return self._family.sample(entries.noisy.to(self._dtype), entries.sigma, text)
 
-    def _losses(self, output: Tensor, sample: Sample) -> list[float]:
+    def _losses(self, output: Tensor, entries: EntryBatch, shape: SampleShape) -> list[float]:
         """Mean squared error of each row's velocity."""
-        height, width = sample.noisy.shape[-2:]
-        answer = self._family.velocity(output.float(), height, width)
-        velocity = rectified_flow.velocity_of(answer, sample.noisy.to(answer.device), self._prediction_type)
-        squares = (velocity - sample.velocity.to(velocity.device)).square()
+        prediction = self._family.velocity(output.float(), shape)
+        velocity = rectified_flow.velocity_of(prediction, entries.noisy.to(prediction.device), self._prediction_type)
+        squares = (velocity - entries.velocity.to(velocity.device)).square()
         masked = [
-            row if mask is None else row * mask.to(row.device) for row, mask in zip(squares, sample.masks, strict=True)
+            row if mask is None else row * mask.to(row.device) for row, mask in zip(squares, entries.masks, strict=True)
         ]
         return [float(row.mean(dtype=torch.float64)) for row in masked]
 

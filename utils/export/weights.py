@@ -25,7 +25,8 @@ from utils.distributed import group as distributed
 from utils.export.metadata import kohya_metadata, run_metadata
 from utils.files.atomic import remove_folder, sync_folder, write_text
 from utils.files.safetensors_writer import Entry, FileLayout, create_file, plan_file, write_tensors
-from utils.pipeline.engine import LocalLayer, Pipeline
+from utils.pipeline.engine import Pipeline
+from utils.pipeline.stage import LocalLayer
 from utils.tracking.metrics import say
 from utils.trainable import lora
 

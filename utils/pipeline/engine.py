@@ -1,19 +1,17 @@
-"""The network cut over processes, on DeepSpeed's pipeline engine. One of the two files that import it.
+"""Training the network over all processes with DeepSpeed's pipeline engine.
 
-What this file adds to the engine, and why (DeepSpeed 0.19.8):
-* each rank builds and reads its own layers only (`_StageSpec`), at boundaries given from outside;
-* a stage in which nothing is trained gets an anchor, a parameter that is multiplied by zero: the engine needs something
-  to run backward through and the optimizer something to hold;
-* the norm that clips is summed in float64 over all stages before it is rounded once, so that the number of stages does
-  not change its last bits and with them the run;
-* shapes are announced anew in every step, because steps differ in bucket.
+What this package adds to the engine, and why (DeepSpeed 0.19.8):
+* each rank builds and reads the layers of its own stage only (stage.py), cut where partition.py says;
+* a stage in which nothing is trained gets an anchor, a parameter that is multiplied by zero;
+* the norm that clips has the same bits on any number of stages (gradient_norm.py);
+* the engine's record of activation shapes is reset before every step, because steps differ in resolution.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +19,20 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 import utils.distributed.group  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
-from models.family import BlockLayer, PipelineLayer
-from utils.pipeline.feed import MicroBatch
-from utils.pipeline.optimizer_state import flat_partitions, read_state, read_weights, update_ema, write_states
+from models.streams import Sample, SampleShape
+from utils.pipeline.gradient_norm import use_exact_norm
+from utils.pipeline.optimizer_state import link_states, read_state, read_weights, update_ema, write_states
+from utils.pipeline.stage import LocalLayer, MicroBatch, PrepareLayer, Stage, StagePlan
+from utils.trainable.base import ParameterGroup
 
-LossFunction = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
-PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
-MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+LossFunction = Callable[[Tensor, tuple[Tensor, ...], SampleShape], Tensor]
+"""(output of the last layer, target of the micro-batch, its shape) -> loss."""
+MakeGroups = Callable[[Mapping[str, nn.Parameter]], list[ParameterGroup]]
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""torch's dictionaries of parameter groups -> optimizer."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class EngineSettings:
     micro_batch_size: int
     num_micro_batches: int
     gradient_clipping: float
+    """Largest norm of the gradients; 0: no clipping."""
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, the same on every rank."""
+    """Loss and gradient norm of one optimizer step, identical on every rank."""
 
     loss: float
     """Mean over the global batch."""
@@ -54,61 +56,15 @@ class StepResult:
     """Over all stages, before clipping."""
 
 
-@dataclass(frozen=True)
-class LocalLayer:
-    """A layer of this rank's stage."""
-
-    index: int
-    layer: PipelineLayer
-    module: nn.Module
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameter name within the layer -> parameter; the anchor is none of the network's."""
-        return {
-            name: parameter
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad and name != _ANCHOR
-        }
-
-
-_ANCHOR = "anchor"
-
-
-def add_anchor(layer: nn.Module) -> nn.Parameter:
-    """Give a frozen layer a parameter that takes part in the output and changes nothing; returns it."""
-    anchor = nn.Parameter(torch.zeros(1, device=next(layer.parameters()).device))
-    layer.register_parameter(_ANCHOR, anchor)
-    layer.register_forward_hook(_add_nothing)
-    return anchor
-
-
-def _add_nothing(layer: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-    return output + layer.get_parameter(_ANCHOR).to(output.dtype) * 0
-
-
 class _StageSpec(LayerSpec):
-    """Builds one layer where the pipeline wants it."""
+    """One stage, which DeepSpeed takes for a layer and builds on the stage's ranks only."""
 
-    def __init__(self, layer: PipelineLayer, prepare: PrepareLayer) -> None:
+    def __init__(self, plan: StagePlan, index: int, prepare: PrepareLayer) -> None:
         super().__init__(nn.Module)
-        self._layer, self._prepare = layer, prepare
+        self._plan, self._index, self._prepare = plan, index, prepare
 
     def build(self, log: bool = False) -> nn.Module:
-        module = self._layer.build()
-        self._prepare(self._layer, module)
-        return module
-
-
-class _StagedModule(PipelineModule):
-    """A PipelineModule cut at given bounds."""
-
-    def __init__(self, bounds: Sequence[int], **arguments: Any) -> None:
-        self._given_bounds = list(bounds)
-        super().__init__(**arguments)
-
-    def _partition_layers(self, method: str = "") -> None:
-        self.parts = self._given_bounds
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+        return Stage(self._plan, self._index, self._prepare)
 
 
 class Pipeline:
@@ -116,40 +72,47 @@ class Pipeline:
 
     def __init__(
         self,
-        layers: Sequence[PipelineLayer],
-        bounds: Sequence[int],
+        plan: StagePlan,
         settings: EngineSettings,
         *,
         loss: LossFunction,
         prepare: PrepareLayer,
+        groups: MakeGroups,
         make_optimizer: MakeOptimizer,
     ) -> None:
-        """`prepare` may freeze and change each layer after it is built; `loss` takes the last layer's output and the
-        micro-batch's target."""
-        self._layers = list(layers)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layer table; the start banner has ours
-            module = _StagedModule(
-                bounds,
-                layers=[_StageSpec(layer, prepare) for layer in layers],
-                num_stages=len(bounds) - 1,
-                loss_fn=loss,
+        """`prepare` may freeze and change each layer after it is built; `groups` sorts a stage's trainable parameters."""
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a layer table; the start banner has ours
+            module = PipelineModule(
+                layers=[_StageSpec(plan, index, prepare) for index in range(plan.num_stages)],
+                num_stages=plan.num_stages,
+                partition_method="uniform",
+                loss_fn=lambda output, target: loss(output, target, self._stage.current_shape),
             )
-            self._bounds = (bounds[module.stage_id], bounds[module.stage_id + 1])
-            self._module = module
-            parameters = self._trainable_or_anchor()
-            self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=make_optimizer(parameters), config=_deepspeed_config(settings)
-            )
-        _use_exact_norm(self._engine, settings.gradient_clipping)
+            (stage,) = module.forward_funcs
+            assert isinstance(stage, Stage)
+            self._stage = stage
+            trainable = stage.named_trainable()
+            self.groups = groups(trainable) if trainable else []
+            """The parameter groups of this stage; other stages may have others."""
+            _check_groups(self.groups, trainable)
+            optimizer = make_optimizer(self._optimizer_groups())
+            torch_groups = optimizer.param_groups
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
+        # DeepSpeed 0.19.8 replaces an Adagrad by one with default settings and a single group for all partitions.
+        self._engine.optimizer.optimizer.param_groups = torch_groups
+        self._states_are_linked = False
+        use_exact_norm(self._engine, settings.gradient_clipping)
 
-    def _trainable_or_anchor(self) -> list[nn.Parameter]:
-        """What this stage's optimizer gets; marked so that DeepSpeed counts every stage in the gradient norm."""
-        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
-        if not parameters:
-            parameters = [add_anchor(self.local_layers()[-1].module)]
-        for parameter in parameters:
-            parameter.model_parallel = True
-        return parameters
+    def _optimizer_groups(self) -> list[dict[str, Any]]:
+        """The groups as the optimizer takes them; the anchor's where there are none."""
+        entries: list[dict[str, Any]] = []
+        for group in self.groups:
+            decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+            entries.append({"params": list(group.parameters.values()), "lr": group.schedule.peak, **decay})
+        entries = entries or [{"params": [self._stage.add_anchor()]}]
+        for parameter in (parameter for entry in entries for parameter in entry["params"]):
+            parameter.model_parallel = True  # else DeepSpeed leaves all stages but the first out of the gradient norm
+        return entries
 
     @property
     def stage(self) -> int:
@@ -169,40 +132,61 @@ class Pipeline:
 
     def local_layers(self) -> list[LocalLayer]:
         """This rank's layers, in order."""
-        start, stop = self._bounds
-        modules = self._module.forward_funcs
-        return [LocalLayer(index, self._layers[index], modules[index - start]) for index in range(start, stop)]
+        return self._stage.layers
 
-    def train_step(self, micro_batches: Iterator[MicroBatch], learning_rate: float, ema_decay: float | None) -> StepResult:
+    # --- training and prediction -------------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        shapes: Sequence[SampleShape],
+        learning_rates: Mapping[str, float],
+        ema_decay: float | None,
+    ) -> StepResult:
         """Forward, backward and one optimizer step over one global batch.
 
-        `ema_decay`: what is left of the average when the new weights go into it, in all steps of a run; None: no average.
+        `shapes`: one for each micro-batch of this replica, on every stage. `learning_rates`: by group name, for the groups
+        of this stage at least. `ema_decay`: the fraction of the average that is kept when the new weights are added, given
+        in all steps of a run or in none; None: no average is kept.
         """
-        for group in self._engine.optimizer.optimizer.param_groups:
-            group["lr"] = learning_rate
+        if self.groups:
+            for group, entry in zip(self.groups, self._engine.optimizer.optimizer.param_groups, strict=True):
+                entry["lr"] = learning_rates[group.name]
         self._engine.reset_activation_shape()
-        loss = self._engine.train_batch(micro_batches)
+        pairs = zip(micro_batches, shapes, strict=False)  # lazily: micro-batches are prepared while earlier ones are used
+        with self._stage.expecting(shapes):
+            loss = self._engine.train_batch((self._stage.input_tuple(one.sample, shape), one.target) for one, shape in pairs)
+        if not self._states_are_linked:
+            link_states(self._engine.optimizer)
+            self._states_are_linked = True
         if ema_decay is not None:
             update_ema(self._engine.optimizer, ema_decay)
         return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
 
     def predict(
-        self, inputs: Sequence[tuple[Tensor, ...]], skipped_blocks: frozenset[int] = frozenset()
+        self,
+        shapes: Sequence[SampleShape],
+        samples: Iterable[Sample],
+        skipped_blocks: frozenset[int] = frozenset(),
     ) -> list[Tensor] | None:
-        """The last layer's output of each micro-batch of equal shape, without gradients; None off the last stage.
+        """The last layer's output of each micro-batch, without gradients; None off the last stage.
 
-        Only the first stage looks at `inputs`, the others at how many there are. `skipped_blocks` are left out this time.
+        `shapes`: of all micro-batches, on every stage; they must be equal. `samples`: one for each shape on the first
+        stage, not read on others. `skipped_blocks` are skipped in this pass.
         """
         self._engine.reset_activation_shape()
         self._engine.total_loss = None  # eval_batch adds to what the last training step left
         no_target = torch.empty(0)
-        with self._skipping(skipped_blocks):
+        inputs: list[tuple[Tensor, ...]] = [() for _ in shapes]
+        if self.stage == 0:
+            inputs = [self._stage.input_tuple(sample, shape) for sample, shape in zip(samples, shapes, strict=True)]
+        with self._stage.skipping(skipped_blocks), self._stage.expecting(shapes):
             outputs = self._engine.eval_batch(
                 iter([(entry, no_target) for entry in inputs]),
                 compute_loss=False,
                 reduce_output=None,
                 bcast_loss=False,
-                num_micro_batches=len(inputs),
+                num_micro_batches=len(shapes),
             )
         self._engine.total_loss = None
         self._engine.fwd_outputs = []
@@ -210,41 +194,31 @@ class Pipeline:
         return outputs if self._engine.is_last_stage() else None
 
     @contextlib.contextmanager
-    def _skipping(self, blocks: frozenset[int]) -> Iterator[None]:
-        """Each rank looks after its own layers; nobody else needs to know."""
-        chosen = [layer.module for layer in self.local_layers() if layer.layer.block in blocks]
-        skipped = [module for module in chosen if isinstance(module, BlockLayer)]
-        assert len(skipped) == len(chosen)
-        try:
-            for module in skipped:
-                module.skipped = True
-            yield
-        finally:
-            for module in skipped:
-                module.skipped = False
-
-    @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """While it lasts, the network computes with the weights' average; afterwards, bit for bit with what it had.
+        """Within it, the network computes with the average of the weights; afterwards with the same weights as before.
 
-        For looking, not for training: in between, no step and no `write_states`. There must be an average, see
-        `read_weights`. The weights in use are always the optimizer's float32 ones, rounded, so no copy is kept.
+        For evaluation and previews: no training step and no `write_states` within it. An average must exist, see
+        `read_weights`. The working weights are always the optimizer's float32 weights, rounded, so no copy is kept.
         """
         with torch.no_grad():
             for layer in self.local_layers():
                 for parameter in layer.trainable().values():
                     parameter.copy_(read_weights(parameter, ema=True))
         yield
-        # Not in a `finally`: ranks wait for each other in it, and where one has failed the others never come.
+        # Not in a `finally`: ranks wait for each other here, and where one has failed the others would wait for ever.
         self._engine.optimizer.update_lp_params()
 
     def from_last_stage(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
-        """The last stage's float32 tensor, on every rank of this replica."""
-        box = torch.empty(tuple(shape), dtype=torch.float32, device=self.device) if tensor is None else tensor.contiguous()
+        """The last stage's float32 tensor of this shape, on every rank of this replica."""
+        buffer = (
+            torch.empty(tuple(shape), dtype=torch.float32, device=self.device) if tensor is None else tensor.contiguous()
+        )
         if self.num_stages > 1:
             source = self._engine.grid.stage_to_global(self.num_stages - 1)
-            dist.broadcast(box, src=source, group=self._engine.grid.get_pipe_parallel_group())
-        return box
+            dist.broadcast(buffer, src=source, group=self._engine.grid.get_pipe_parallel_group())
+        return buffer
+
+    # --- training state ----------------------------------------------------------------------------------------------
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Float32 weights and optimizer state of one parameter, on the CPU; all replicas in the same order."""
@@ -253,14 +227,21 @@ class Pipeline:
     def read_weights(self, parameter: nn.Parameter, *, ema: bool = False) -> Tensor:
         """Float32 weights of one parameter, or their average, on the CPU; all replicas in the same order.
 
-        There is an average once a step was made with `ema_decay`, or a checkpoint of such a run was loaded.
+        An average exists after a step with `ema_decay`, or once a checkpoint of such a run was loaded.
         """
         return read_weights(parameter, ema=ema).cpu()
 
     def write_states(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
-        """Set what `read_state` gave, for every trainable parameter of this rank."""
+        """Sets what `read_state` returned, for every trainable parameter of this rank; of `master` alone, for any."""
         if states:
             write_states(self._engine.optimizer, states)
+
+
+def _check_groups(groups: Sequence[ParameterGroup], trainable: Mapping[str, nn.Parameter]) -> None:
+    names = [name for group in groups for name in group.parameters]
+    assert sorted(names) == sorted(trainable), "the groups must hold each trainable parameter exactly once"
+    assert all(group.parameters for group in groups), "a group without parameters"
+    assert len({group.name for group in groups}) == len(groups), "two groups of one name"
 
 
 def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
@@ -269,62 +250,13 @@ def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         "gradient_accumulation_steps": settings.num_micro_batches,
         "gradient_clipping": settings.gradient_clipping,
         "steps_per_print": None,
-        # Under ZeRO-1 alone does DeepSpeed count every stage's gradients in the norm.
+        # The only mode with correct norms on several stages, and with optimizer state that can be read by parameter.
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
     }
     if settings.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Else the accumulated gradients are rounded to bfloat16 on their way between replicas, even if there is one.
+        # Else accumulated gradients are rounded to bfloat16 when they are sent between replicas, even with one replica.
         config["communication_data_type"] = "fp32"
     return config
-
-
-def _use_exact_norm(engine: Any, max_norm: float) -> None:
-    """Clip by squares summed in float64 over parameters, replicas and stages, and rounded once at the end.
-
-    DeepSpeed rounds each stage's sum to float32 first, so its norm, and with clipping the run, would depend on the stages.
-    """
-    optimizer = engine.optimizer
-    assert len(flat_partitions(optimizer)) == 1
-    if isinstance(optimizer, BF16_Optimizer):
-        _clip_before_step(optimizer, max_norm, engine.grid.get_pipe_parallel_group())
-    else:
-        _replace_norm(optimizer)
-
-
-def _exact_norm(gradients: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
-    """The norm over the gradients of every rank in the group (None: all ranks), a float32 scalar."""
-    squares = [gradient.double().square().sum() for gradient in gradients]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
-    dist.all_reduce(total, group=group)
-    return total.sqrt().float()
-
-
-def _replace_norm(optimizer: Any) -> None:
-    """Of the float32 optimizer, whose gradients are cut over the replicas: the norm it clips by."""
-
-    def scaled_global_norm(norm_type: int = 2) -> Tensor:
-        own = [part for part in optimizer.averaged_gradients[0] if not getattr(part, "_zero_padding", False)]
-        return _exact_norm(own, optimizer.single_partition_of_fp32_groups[0].device, None)
-
-    optimizer.scaled_global_norm = scaled_global_norm
-
-
-def _clip_before_step(optimizer: Any, max_norm: float, pipe_group: dist.ProcessGroup) -> None:
-    """Of the bfloat16 optimizer, where each replica has whole float32 gradients: clip them ourselves, then let it step."""
-    deepspeeds_step = optimizer.step
-    optimizer.clip_grad = 0.0
-
-    def step(closure: None = None) -> None:
-        gradients = optimizer.get_grads_for_norm(for_clipping=True)
-        norm = _exact_norm(gradients, optimizer.fp32_groups_flat_partition[0].device, pipe_group)
-        if max_norm > 0:
-            share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in gradients:
-                gradient.mul_(share)
-        deepspeeds_step()
-        optimizer._global_grad_norm = norm
-
-    optimizer.step = step

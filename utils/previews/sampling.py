@@ -182,20 +182,23 @@ class Previews:
     ) -> Tensor | None:
         """What the network answers to batches of latents and texts at sigma, one after the other in float32; None off the
         last stage."""
-        inputs: list[tuple[Tensor, ...]] = [() for _ in texts]
+        shapes = [self._family.sample_shape(len(noisy), *noisy.shape[-2:]) for noisy in latents]
+        samples = []
         if self._pipeline.stage == 0:
-            inputs = [
-                self._family.network_inputs(noisy.to("cpu", self._dtype), torch.full((len(noisy),), sigma), text)
+            samples = [
+                self._family.sample(noisy.to("cpu", self._dtype), torch.full((len(noisy),), sigma), text)
                 for noisy, text in zip(latents, texts, strict=True)
             ]
-        outputs = self._pipeline.predict(inputs, skipped_blocks)
+        outputs = self._pipeline.predict(shapes, samples, skipped_blocks)
         if outputs is None:
             return None
-        answers = [
-            (self._family.velocity(output.float(), *noisy.shape[-2:]), noisy)
-            for noisy, output in zip(latents, outputs, strict=True)
+        predictions = [
+            (self._family.velocity(output.float(), shape), noisy)
+            for noisy, output, shape in zip(latents, outputs, shapes, strict=True)
         ]
-        return torch.cat([rectified_flow.velocity_of(answer, noisy, self._prediction_type) for answer, noisy in answers])
+        return torch.cat(
+            [rectified_flow.velocity_of(prediction, noisy, self._prediction_type) for prediction, noisy in predictions]
+        )
 
     def _guide(self, answers: Tensor, skipped: Tensor | None, cfg: Tensor) -> Tensor:
         """One velocity for each image."""

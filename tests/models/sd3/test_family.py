@@ -20,7 +20,7 @@ from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, DEPTH, POO
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_model: Path) -> SD3Family:
+def family(tiny_model: Path) -> SD3Family:
     return SD3Family(settings_for(tiny_model))
 
 
@@ -61,7 +61,10 @@ def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(family
         for name, width in (("clip_l", CLIP_L_WIDTH), ("clip_g", CLIP_G_WIDTH))
     }
     latents = torch.randn(2, 16, 4, 4).to(torch.bfloat16)
-    noisy, timestep, context, pooled = family.network_inputs(latents, torch.tensor([0.999, 0.5131]), text)
+    sample = family.sample(latents, torch.tensor([0.999, 0.5131]), text)
+    assert sample.shape == family.sample_shape(2, 4, 4)
+    assert sample.tensors.keys() == set(family.input_names)
+    noisy, timestep, context, pooled = (sample.tensors[name] for name in family.input_names)
     assert timestep.dtype == torch.float32
     torch.testing.assert_close(timestep, torch.tensor([999.0, 513.1]))
     assert torch.equal(noisy, latents)

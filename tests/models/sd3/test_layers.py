@@ -1,4 +1,4 @@
-"""The network as a row of layers."""
+"""The network as pipeline layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.family import BlockLayer
-from models.sd3.layers import layer_cost, layer_prefix, make_layer, num_layers, pack, unpack
+from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, make_layer, num_layers
 from models.sd3.mmdit import MMDiT, unpatchify
 from models.sd3.weights import NetworkFiles
+from models.streams import SampleShape, pack, unpack
 from models.tensor_files import open_file
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import CONTEXT_DIM, POOLED_DIM, tiny_shapes
@@ -23,6 +24,7 @@ TOLERANCE = 1e-5
 
 
 def make_inputs(height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of INPUT_NAMES."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(3, 16, height, width, generator=generator).to(dtype)
     context = torch.randn(3, CONTEXT_LENGTH, CONTEXT_DIM, generator=generator).to(dtype)
@@ -39,21 +41,40 @@ def whole_network(tiny_model: Path, dtype: torch.dtype) -> MMDiT:
     return network
 
 
-def row_of_layers(tiny_model: Path, dtype: torch.dtype) -> list[nn.Module]:
+def layers_of(tiny_model: Path, dtype: torch.dtype) -> list[nn.Module]:
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
-    return [file.load_layer(index, CONTEXT_LENGTH, dtype) for index in range(num_layers(file.config))]
+    return [file.load_layer(index, dtype) for index in range(num_layers(file.config))]
 
 
+def run(
+    layers: list[nn.Module], inputs: tuple[Tensor, ...], skipped_blocks: tuple[int, ...] = (), packed: bool = False
+) -> Tensor:
+    """The velocity that layers compute one after the other; `packed`: with a stage boundary between any two."""
+    (batch, _, height, width), config = inputs[0].shape, layers[0].config
+    shape = SampleShape(batch, height, width, CONTEXT_LENGTH)
+    value: Any = dict(zip(INPUT_NAMES, inputs, strict=True))
+    for index, layer in enumerate(layers):
+        if index - 1 in skipped_blocks:
+            assert isinstance(layer, BlockLayer)
+            layer.skipped = True
+        value = layer(value)
+        specs = layer_outputs(config, index)  # type: ignore[arg-type]
+        assert isinstance(value, dict if specs else Tensor)
+        if packed and specs:
+            value = unpack(pack(value, specs), specs, shape)
+    return unpatchify(value, height, width, 2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12)])
-def test_layers_in_a_row_equal_the_whole_network(tiny_model: Path, dtype: torch.dtype, height: int, width: int) -> None:
+def test_layers_one_after_the_other_equal_the_whole_network(
+    tiny_model: Path, dtype: torch.dtype, height: int, width: int, packed: bool
+) -> None:
     inputs = make_inputs(height, width, dtype)
     with torch.no_grad():
         expected = whole_network(tiny_model, dtype)(*inputs)
-        value = inputs
-        for layer in row_of_layers(tiny_model, dtype):
-            value = layer(value)
-    assert torch.equal(unpatchify(value, height, width, 2), expected)
+        assert torch.equal(run(layers_of(tiny_model, dtype), inputs, packed=packed), expected)
 
 
 @pytest.mark.parametrize("skipped", [(0,), (1,), (0, 1)])
@@ -65,23 +86,13 @@ def test_skipped_blocks_are_left_out_as_in_diffusers(tiny_model: Path, skipped: 
     with torch.no_grad():
         expected = reference(latents, context, pooled, timestep, skip_layers=list(skipped), return_dict=False)[0]
         whole = reference(latents, context, pooled, timestep, return_dict=False)[0]
-        for value, left_out in ((expected, skipped), (whole, ())):
-            assert relative_error(run(row_of_layers(tiny_model, torch.float32), inputs, left_out), value) <= TOLERANCE
+        for value, skipped_blocks in ((expected, skipped), (whole, ())):
+            assert relative_error(run(layers_of(tiny_model, torch.float32), inputs, skipped_blocks), value) <= TOLERANCE
     assert relative_error(expected, whole) > 0.01
 
 
-def run(layers: list[nn.Module], inputs: tuple[Tensor, ...], skipped_blocks: tuple[int, ...]) -> Tensor:
-    value: Any = inputs
-    for index, layer in enumerate(layers):
-        if index - 1 in skipped_blocks:
-            assert isinstance(layer, BlockLayer)
-            layer.skipped = True
-        value = layer(value)
-    return unpatchify(value, *inputs[0].shape[-2:], 2)
-
-
-def test_blocks_are_not_skipped_unless_told(tiny_model: Path) -> None:
-    layers = row_of_layers(tiny_model, torch.float32)
+def test_blocks_are_not_skipped_unless_set(tiny_model: Path) -> None:
+    layers = layers_of(tiny_model, torch.float32)
     blocks = [layer for layer in layers if isinstance(layer, BlockLayer)]
     assert layers[1:-1] == blocks
     assert not any(block.skipped for block in blocks)
@@ -90,14 +101,14 @@ def test_blocks_are_not_skipped_unless_told(tiny_model: Path) -> None:
     assert "skipped" not in blocks[0].state_dict()
 
 
-def test_gradients_through_layers_equal_the_whole_network(tiny_model: Path) -> None:
-    inputs = make_inputs(4, 12, torch.float32)
-    network, layers = whole_network(tiny_model, torch.float32), row_of_layers(tiny_model, torch.float32)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_through_layers_equal_the_whole_network(tiny_model: Path, dtype: torch.dtype, packed: bool) -> None:
+    """Also in bfloat16, where every change in the order of a sum shows."""
+    inputs = make_inputs(4, 12, dtype)
+    network, layers = whole_network(tiny_model, dtype), layers_of(tiny_model, dtype)
     network(*inputs).square().mean().backward()
-    value = inputs
-    for layer in layers:
-        value = layer(value)
-    unpatchify(value, 4, 12, 2).square().mean().backward()
+    run(layers, inputs, packed=packed).square().mean().backward()
     config = network.config
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
@@ -105,26 +116,16 @@ def test_gradients_through_layers_equal_the_whole_network(tiny_model: Path) -> N
             assert torch.equal(parameter.grad, expected), layer_prefix(config, index) + name
 
 
-def test_only_one_tensor_travels_between_layers(tiny_model: Path) -> None:
-    value = make_inputs(4, 4, torch.float32)
-    for layer in row_of_layers(tiny_model, torch.float32):
+def test_declared_lengths_are_those_of_the_streams(tiny_model: Path) -> None:
+    layers, inputs = layers_of(tiny_model, torch.float32), make_inputs(4, 12, torch.float32)
+    shape = SampleShape(3, 4, 12, CONTEXT_LENGTH)
+    value: Any = dict(zip(INPUT_NAMES, inputs, strict=True))
+    for index, layer in enumerate(layers[:-1]):
         value = layer(value)
-        assert isinstance(value, Tensor)
-        assert value.is_floating_point()
-
-
-@pytest.mark.parametrize("length", [0, 1, 7])
-def test_unpack_is_the_inverse_of_pack(length: int) -> None:
-    tokens, context, conditioning = torch.randn(2, 5, 4), torch.randn(2, length, 4), torch.randn(2, 4)
-    packed = pack(tokens, context, conditioning)
-    assert packed.shape == (2, length + 5 + 1, 4)
-    parts = unpack(packed, length)
-    assert all(torch.equal(part, given) for part, given in zip(parts, (tokens, context, conditioning), strict=True))
-
-
-def test_no_context_packs_like_an_empty_one() -> None:
-    tokens, conditioning = torch.randn(2, 5, 4), torch.randn(2, 4)
-    assert torch.equal(pack(tokens, None, conditioning), pack(tokens, torch.empty(2, 0, 4), conditioning))
+        specs = layer_outputs(layers[0].config, index)  # type: ignore[arg-type]
+        lengths = {name: tensor.shape[1] for name, tensor in value.items()}
+        assert lengths == {spec.name: spec.length(shape) for spec in specs}
+        assert lengths == {"image": 12, "conditioning": 1, **({"text": CONTEXT_LENGTH} if index < len(layers) - 2 else {})}
 
 
 def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Path) -> None:
@@ -132,7 +133,7 @@ def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Pat
     names = [
         layer_prefix(config, index) + name
         for index in range(num_layers(config))
-        for name in make_layer(config, index, CONTEXT_LENGTH).state_dict()
+        for name in make_layer(config, index).state_dict()
     ]
     assert len(names) == len(set(names))
     assert set(names) == set(tiny_shapes())
@@ -141,7 +142,7 @@ def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Pat
 def test_cost_counts_the_multiply_adds_of_an_image_token_and_a_third_of_a_text_token(tiny_model: Path) -> None:
     config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     for index in range(1, config.depth + 1):
-        layer = make_layer(config, index, CONTEXT_LENGTH)
+        layer = make_layer(config, index)
         linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
         work = {stream: 0 for stream in ("x_block", "context_block")}
         for name, module in linears:

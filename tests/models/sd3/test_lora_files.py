@@ -611,7 +611,7 @@ def layers_read(network: weights.NetworkFiles, dtype: torch.dtype) -> dict[str, 
     return {
         layer_prefix(CONFIG, index) + name: tensor
         for index in range(num_layers(CONFIG))
-        for name, tensor in network.load_layer(index, 6, dtype).state_dict().items()
+        for name, tensor in network.load_layer(index, dtype).state_dict().items()
     }
 
 

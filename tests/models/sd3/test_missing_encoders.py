@@ -66,16 +66,17 @@ def test_context_and_pooled_are_what_the_other_programs_feed(tiny_model: Path, o
     assert tuple(encoder.name for encoder in adapter.text_encoders) == tuple(name for name in WIDTHS if name not in off)
     text = random_text(off)
     latents = torch.randn(2, 16, 4, 4)
-    inputs = adapter.network_inputs(latents, torch.tensor([0.9, 0.1]), text)
+    sample = adapter.sample(latents, torch.tensor([0.9, 0.1]), text)
     context, pooled = expected_inputs(text, missing)
-    assert torch.equal(inputs[2], context)
-    assert torch.equal(inputs[3], pooled)
-    assert adapter.settings.context_length == context.shape[1]
-    value: Any = inputs
+    assert torch.equal(sample.tensors["context"], context)
+    assert torch.equal(sample.tensors["pooled"], pooled)
+    assert sample.shape == adapter.sample_shape(2, 4, 4)
+    assert sample.shape.num_text_tokens == context.shape[1]
+    value: Any = sample.tensors
     with torch.no_grad():
-        for layer in adapter.layers:  # the layers know the length too
+        for layer in adapter.layers:
             value = layer.build()(value)
-    assert adapter.velocity(value, 4, 4).shape == latents.shape
+    assert adapter.velocity(value, sample.shape).shape == latents.shape
 
 
 @pytest.mark.parametrize("off", SOME_OFF, ids="+".join)
@@ -91,9 +92,10 @@ def test_what_is_off_is_told(tiny_model: Path, off: tuple[str, ...]) -> None:
 def test_with_all_encoders_the_setting_changes_nothing(tiny_model: Path) -> None:
     text, latents, sigma = random_text(()), torch.randn(2, 16, 4, 4), torch.tensor([0.9, 0.1])
     zeros, absent = (adapter_without(tiny_model, (), missing) for missing in ("zeros", "absent"))
-    pairs = zip(zeros.network_inputs(latents, sigma, text), absent.network_inputs(latents, sigma, text), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
-    assert torch.equal(zeros.network_inputs(latents, sigma, text)[2], expected_inputs(text, "zeros")[0])
+    one, other = zeros.sample(latents, sigma, text), absent.sample(latents, sigma, text)
+    assert one.shape == other.shape
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in zeros.input_names)
+    assert torch.equal(one.tensors["context"], expected_inputs(text, "zeros")[0])
     assert zeros.notes == ()
 
 
@@ -123,10 +125,10 @@ def test_without_t5_zeros_are_what_diffusers_feeds(tiny_model: Path) -> None:
         for encoder in adapter.text_encoders
         for key, value in encoder.load(CPU)([caption])[0].items()
     }
-    inputs = adapter.network_inputs(torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), text)
+    inputs = adapter.sample(torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), text).tensors
     assert context.shape == (1, 77 + T5_TOKENS, CONTEXT_DIM)
-    assert torch.equal(inputs[2], context)
-    assert torch.equal(inputs[3], pooled)
+    assert torch.equal(inputs["context"], context)
+    assert torch.equal(inputs["pooled"], pooled)
 
 
 def test_an_encoder_that_is_off_needs_no_files(tiny_model: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_layer_holds_the_file_s_values(tiny_model: Path, dtype: torch.dtype) -
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     written = load_file(tiny_model / "mmdit.safetensors")
     for index in range(num_layers(file.config)):
-        for name, value in file.load_layer(index, 6, dtype).state_dict().items():
+        for name, value in file.load_layer(index, dtype).state_dict().items():
             assert value.device.type == "cpu"
             native = layer_prefix(file.config, index) + name
             assert torch.equal(value, written[native].to(torch.float32 if native == "pos_embed" else dtype)), native
@@ -148,8 +148,8 @@ def test_a_layer_holds_the_file_s_values(tiny_model: Path, dtype: torch.dtype) -
 def test_shapes_of_a_layer_are_those_of_its_parameters(tiny_model: Path) -> None:
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     for index in range(num_layers(file.config)):
-        parameters = file.load_layer(index, 6, torch.float32).named_parameters()
-        assert file.layer_shapes(index, 6) == {name: tuple(parameter.shape) for name, parameter in parameters}
+        parameters = file.load_layer(index, torch.float32).named_parameters()
+        assert file.layer_shapes(index) == {name: tuple(parameter.shape) for name, parameter in parameters}
 
 
 def test_loading_a_layer_reads_its_own_tensors_only(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,10 @@ def test_loading_a_layer_reads_its_own_tensors_only(tiny_model: Path, monkeypatc
 
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     monkeypatch.setattr(tensor_files, "safe_open", Recorder)
-    file.load_layer(2, 6, torch.float32)
+    file.load_layer(2, torch.float32)
     assert sorted(read) == sorted(name for name in tiny_shapes() if name.startswith("joint_blocks.1."))
     read.clear()
-    file.load_layer(num_layers(file.config) - 1, 6, torch.float32)
+    file.load_layer(num_layers(file.config) - 1, torch.float32)
     assert sorted(read) == sorted(name for name in tiny_shapes() if name.startswith("final_layer."))
 
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_with_prefix_and_other_networks_reads_like_a_plain_one(tiny
     save_file({**prefixed, "first_stage_model.decoder.conv_in.weight": torch.zeros(1)}, path)
     file = NetworkFiles(open_file(path))
     assert file.config == NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
-    layer = file.load_layer(1, 6, torch.float32)
+    layer = file.load_layer(1, torch.float32)
     assert torch.equal(layer.state_dict()["x_block.mlp.fc1.weight"], plain["joint_blocks.0.x_block.mlp.fc1.weight"])
 
 

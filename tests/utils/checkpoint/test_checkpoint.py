@@ -20,7 +20,7 @@ from utils.checkpoint.save import (
     save,
     step_folder,
 )
-from utils.pipeline.engine import LocalLayer
+from utils.pipeline.stage import LocalLayer
 
 IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, "adapter": "none"}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.family import LatentSpec
+from models.streams import Sample, SampleShape
 from utils import randomness
 from utils.config.schema.dataset import DatasetConfig
 from utils.config.schema.evaluation import EvalConfig
@@ -422,11 +423,16 @@ class OneLineAdapter:
 
     latent = LatentSpec(channels=CHANNELS, downscale=8, patch=2, max_side_pixels=512)
 
-    def network_inputs(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return noisy_latents, sigma, text["encoder.context"]
+    def sample_shape(self, batch: int, height: int, width: int) -> SampleShape:
+        return SampleShape(batch, height, width, num_text_tokens=0)
 
-    def velocity(self, output: Tensor, height: int, width: int) -> Tensor:
-        return output.unflatten(-1, (height, width))
+    def sample(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> Sample:
+        tensors = {"noisy": noisy_latents, "sigma": sigma, "context": text["encoder.context"]}
+        batch, _, height, width = noisy_latents.shape
+        return Sample(tensors, self.sample_shape(batch, height, width))
+
+    def velocity(self, output: Tensor, shape: SampleShape) -> Tensor:
+        return output.unflatten(-1, (shape.height, shape.width))
 
 
 class MadeUpData:
@@ -465,9 +471,10 @@ class OneProcess:
         self.weight, self.average = 0.5, 0.25
         self.shapes: list[list[tuple[int, ...]]] = []
 
-    def predict(self, inputs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-        self.shapes.append([tuple(entry[0].shape) for entry in inputs])
-        return [network(self.weight, *entry) for entry in inputs]
+    def predict(self, shapes: Sequence[SampleShape], samples: Sequence[Sample]) -> list[Tensor]:
+        assert [sample.shape for sample in samples] == list(shapes)
+        self.shapes.append([tuple(sample.tensors["noisy"].shape) for sample in samples])
+        return [network(self.weight, **sample.tensors) for sample in samples]
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
