@@ -146,9 +146,23 @@ class LoraFile:
     """Keys for other networks, such as text encoders."""
 
 
+@dataclass(frozen=True)
+class ExportNames:
+    """File and folder names of exports of the whole network."""
+
+    network_file: str
+    """The network alone, with native keys."""
+    complete_file: str
+    """The network with the frozen encoders and decoder in one file."""
+    diffusers_folder: str
+    diffusers_stem: str
+    """Beginning of the shards' and the index's file names in the diffusers folder."""
+
+
 class ModelFamily(ABC):
     """A model family, ready to be encoded with, cut into stages, trained and exported."""
 
+    export_names: ExportNames
     latent: LatentSpec
     layer_list_version: int
     """Changes with what `layers` means: training checkpoints name layers by their place in it."""
@@ -242,6 +256,13 @@ class ModelFamily(ABC):
     @abstractmethod
     def export_metadata(self) -> dict[str, str]:
         """Standard safetensors header entries that name the architecture."""
+
+    @abstractmethod
+    def adapter_metadata(self, is_plain_lora: bool) -> dict[str, str]:
+        """Returns the header entries of a native adapter file that name the program module which reads it.
+
+        is_plain_lora: True for LoRA, False for DoRA and LoKr.
+        """
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.family import (
     DecodeFunction,
+    ExportNames,
     FileTensor,
     LatentSpec,
     LoraFile,
@@ -41,6 +42,12 @@ class SD3Family(ModelFamily):
     Raises ModelFilesError with every error of every file.
     """
 
+    export_names = ExportNames(
+        network_file="mmdit.safetensors",
+        complete_file="complete.safetensors",
+        diffusers_folder="transformer",
+        diffusers_stem="diffusion_pytorch_model",
+    )
     layer_list_version = LAYER_LIST_VERSION
     input_names = INPUT_NAMES
     native_prefix = weights.CHECKPOINT_PREFIX
@@ -170,6 +177,10 @@ class SD3Family(ModelFamily):
 
     def export_metadata(self) -> dict[str, str]:
         return {"modelspec.architecture": weights.architecture_id(self.config)}
+
+    def adapter_metadata(self, is_plain_lora: bool) -> dict[str, str]:
+        """sd-scripts' LoRA module for SD3, or LyCORIS, which reads DoRA and LoKr."""
+        return {"ss_network_module": "networks.lora_sd3" if is_plain_lora else "lycoris.kohya"}
 
 
 def _check(
