@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +52,37 @@ class StreamSpec:
     """False: a constant for the layers after it, whatever it was computed from."""
 
 
-def select(streams: Streams, specs: Sequence[StreamSpec]) -> Streams:
-    """The declared streams, without the gradient of those that carry none. All of them must be there, and no other."""
+class _Contiguous(torch.autograd.Function):
+    """The identity, contiguous in both directions. Its node sums the gradients of all later uses before passing them on."""
+
+    @staticmethod
+    def forward(_context: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor) if tensor.is_contiguous() else tensor.contiguous()
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()
+
+
+def passed_on(streams: Streams, specs: Sequence[StreamSpec]) -> Streams:
+    """What a layer returned, as the layers after it receive it. It must be exactly the declared streams.
+
+    Applied after every layer, whether or not a stage ends there: memory layout and order of summation, and so the last
+    bits of outputs and gradients, must not depend on where the network is cut.
+    """
     names = {spec.name for spec in specs}
     assert streams.keys() == names, f"a layer declares the streams {sorted(names)} and returns {sorted(streams)}"
-    return {spec.name: streams[spec.name] if spec.carries_gradient else streams[spec.name].detach() for spec in specs}
+    return {
+        spec.name: _Contiguous.apply(streams[spec.name])
+        if spec.carries_gradient
+        else streams[spec.name].detach().contiguous()
+        for spec in specs
+    }
 
 
 def pack(streams: Streams, specs: Sequence[StreamSpec]) -> Tensor:
     """All streams as one contiguous tensor (B, sum of lengths, D), in the order of `specs`. They must share a dtype."""
-    parts = list(select(streams, specs).values())
+    parts = list(passed_on(streams, specs).values())
     assert len({part.dtype for part in parts}) == 1, "streams of several dtypes cannot be packed"
     return torch.cat(parts, dim=1)
 
@@ -76,4 +98,4 @@ def unpack(packed: Tensor, specs: Sequence[StreamSpec], shape: SampleShape) -> S
             f"a packed tensor of shape {tuple(packed.shape)} does not hold streams of {lengths} tokens of {shape}"
         )
     parts = packed.split(lengths, dim=1)
-    return select({spec.name: part.contiguous() for spec, part in zip(specs, parts, strict=True)}, specs)
+    return passed_on({spec.name: part for spec, part in zip(specs, parts, strict=True)}, specs)

@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from models.family import BlockLayer
-from models.sd3.mmdit import Embedders, FinalLayer, JointBlock, MMDiTConfig
+from models.sd3.mmdit import Embedders, FinalLayer, JointBlock
+from models.sd3.variants import MMDiTConfig
 from models.streams import SampleShape, Streams, StreamSpec
 
 LAYER_LIST_VERSION = 1
@@ -26,9 +27,7 @@ class EmbedLayer(Embedders):
 
     def forward(self, inputs: Streams) -> Streams:
         tokens, context, conditioning = self.embed(*(inputs[name] for name in INPUT_NAMES))
-        # The tokens come transposed out of the patch convolution. They are made contiguous here, as they are after a stage
-        # boundary, so that sums over them run in the same order on any number of stages.
-        return {"text": context, "image": tokens.contiguous(), "conditioning": conditioning[:, None]}
+        return {"text": context, "image": tokens, "conditioning": conditioning[:, None]}
 
 
 class JointBlockLayer(JointBlock, BlockLayer):
@@ -41,8 +40,8 @@ class JointBlockLayer(JointBlock, BlockLayer):
         tokens, context = self.mix(streams["image"], streams["text"], conditioning)
         # The block passes on its own view of the conditioning row, not the stream it was given. Its gradient is then summed
         # as ((later blocks + this block's text) + this block's image) wherever the stages are cut, with the same rounding.
-        passed_on = {"image": tokens, "conditioning": conditioning[:, None]}
-        return passed_on if context is None else {"text": context, **passed_on}
+        outputs = {"image": tokens, "conditioning": conditioning[:, None]}
+        return outputs if context is None else {"text": context, **outputs}
 
 
 class OutputLayer(FinalLayer):

@@ -1,4 +1,4 @@
-"""train.py, in which no text encoder can be loaded: what each rank does for test_previews.py."""
+"""What each rank does for test_previews.py: runs train.py with text encoders that cannot be loaded."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.streams import SampleShape, Streams, StreamSpec, pack, select, unpack
+from models.streams import SampleShape, Streams, StreamSpec, pack, passed_on, unpack
 
 WIDTH = 4
 SHAPE = SampleShape(batch=2, height=2, width=3, num_text_tokens=5)
@@ -56,7 +56,7 @@ def test_a_stream_that_carries_no_gradient_has_none_on_either_side() -> None:
     received = unpack(pack(streams, specs), specs, SHAPE)
     assert received["text"].requires_grad
     assert not received["constant"].requires_grad
-    assert not select(streams, specs)["constant"].requires_grad
+    assert not passed_on(streams, specs)["constant"].requires_grad
     pack(streams, specs).sum().backward()
     assert streams["text"].grad is not None
     assert streams["constant"].grad is None

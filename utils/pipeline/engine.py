@@ -24,7 +24,14 @@ from torch import Tensor, nn
 import utils.distributed.group  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
 from models.streams import Sample, SampleShape
 from utils.pipeline.gradient_norm import use_exact_norm
-from utils.pipeline.optimizer_state import link_states, read_state, read_weights, update_ema, write_states
+from utils.pipeline.optimizer_state import (
+    link_states,
+    read_state,
+    read_weights,
+    restore_groups,
+    update_ema,
+    write_states,
+)
 from utils.pipeline.stage import LocalLayer, MicroBatch, PrepareLayer, Stage, StagePlan
 from utils.trainable.base import ParameterGroup
 
@@ -98,8 +105,7 @@ class Pipeline:
             optimizer = make_optimizer(self._optimizer_groups())
             torch_groups = optimizer.param_groups
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
-        # DeepSpeed 0.19.8 replaces an Adagrad by one with default settings and a single group for all partitions.
-        self._engine.optimizer.optimizer.param_groups = torch_groups
+        restore_groups(self._engine.optimizer, torch_groups)
         self._states_are_linked = False
         use_exact_norm(self._engine, settings.gradient_clipping)
 

@@ -51,6 +51,17 @@ def partitions(zero_optimizer: Any) -> list[Partition]:
     raise TypeError(f"{type(zero_optimizer).__name__} is not one of DeepSpeed 0.19.8's ZeRO-1 optimizers")
 
 
+def restore_groups(zero_optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    """Gives a new optimizer the parameter groups back that its torch optimizer had before DeepSpeed wrapped it.
+
+    DeepSpeed replaces an Adagrad by one with default settings and a single group for all partitions, and then finds the
+    weights of the first group only.
+    """
+    if zero_optimizer.optimizer.param_groups is not groups:
+        zero_optimizer.optimizer.param_groups = groups
+        zero_optimizer._link_all_hp_params()
+
+
 def _partition_of(zero_optimizer: Any, parameter: nn.Parameter) -> Partition:
     for partition in partitions(zero_optimizer):
         if any(member is parameter for member in partition.parameters):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.family import BlockLayer, PipelineLayer
-from models.streams import Sample, SampleShape, Streams, StreamSpec, pack, select, unpack
+from models.streams import Sample, SampleShape, Streams, StreamSpec, pack, passed_on, unpack
 
 PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
 
@@ -123,8 +123,8 @@ class Stage(nn.Module):
         outputs: tuple[StreamSpec, ...] = ()
         for local in self.layers:
             value, outputs = local.module(value), local.layer.outputs
-            if outputs:  # also within a stage, so that no gradient depends on where the stages are cut
-                value = select(value, outputs)
+            if outputs:
+                value = passed_on(value, outputs)
         output = value if isinstance(value, Tensor) else pack(value, outputs)
         return output if self.anchor is None else output + self.anchor.to(output.dtype) * 0
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from models.family import BlockLayer
 from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, make_layer, num_layers
-from models.sd3.mmdit import MMDiT, unpatchify
+from models.sd3.mmdit import MMDiT
 from models.sd3.weights import NetworkFiles
+from models.shared.embedders import unpatchify
 from models.streams import SampleShape, pack, unpack
 from models.tensor_files import open_file
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
