@@ -1,9 +1,12 @@
-"""Registry of model families: type name -> where its settings and adapter live. One line a family."""
+"""Registry of model families: type name -> import paths of its settings class and its ModelFamily, one line each."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.family import ModelFamily
 
 _FAMILIES = {
     "sd3": ("models.sd3.settings:SD3Settings", "models.sd3.family:SD3Family"),
@@ -11,7 +14,7 @@ _FAMILIES = {
 
 
 def family_names() -> list[str]:
-    """Every value that `[model] type` may have."""
+    """Returns every allowed value of `[model] type`."""
     return sorted(_FAMILIES)
 
 
@@ -21,10 +24,11 @@ def _load(target: str) -> Any:
 
 
 def settings_class(family: str) -> Any:
-    """The pydantic class of the `[model]` table of this family. Raises KeyError for an unknown family."""
+    """Returns the pydantic class of the `[model]` table of this family. Raises KeyError for an unknown family."""
     return _load(_FAMILIES[family][0])
 
 
-def family_class(family: str) -> Any:
-    """The ModelFamily of this family; imported only when asked for. Raises KeyError for an unknown family."""
-    return _load(_FAMILIES[family][1])
+def family_class(family: str) -> type[ModelFamily]:
+    """Returns the ModelFamily subclass of this family, imported on demand. Raises KeyError for an unknown family."""
+    found: type[ModelFamily] = _load(_FAMILIES[family][1])
+    return found

@@ -1,7 +1,7 @@
-"""The contract between a model family and the trainer.
+"""The interface between the trainer and a model family (other programs call it a model adapter).
 
-The trainer knows latents, encoders and a flat list of layers, and nothing about any one network. A family
-(one folder beside this file) gives it a `ModelFamily`; everything the trainer ever asks of a model is on this page.
+The trainer works with latents, encoders and a flat list of pipeline layers; everything it asks of a model is declared here.
+A family is a folder next to this file with a `ModelFamily`.
 
 Shapes: B batch, C latent channels, H W latent height and width.
 """
@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,20 @@ from models.streams import Sample, SampleShape, StreamSpec
 EncodedItem = dict[str, Tensor]
 EncodeFunction = Callable[[Sequence[Any]], list[EncodedItem]]
 DecodeFunction = Callable[[Tensor], Tensor]
+FileErrors = list[tuple[str, str]]
+"""(key of the [model] table, message) of each error."""
 
 
 class ModelFilesError(ValueError):
-    """The files of a model are missing or do not fit; `errors` holds (key of the [model] table, what is wrong)."""
+    """Files of a model are missing or invalid; `errors` has (key of the [model] table, message) of each error."""
 
     def __init__(self, errors: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in errors))
         self.errors = list(errors)
+
+
+class NoFilesError(RuntimeError):
+    """A family from `from_variant` was used for something that requires the model's files."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class LatentSpec:
     patch: int
     """Latent pixels per token, per side."""
     max_side_pixels: int
-    """Longest width or height the network can place."""
+    """Largest width or height that the network has position embeddings for."""
 
     @property
     def pixel_multiple(self) -> int:
@@ -51,16 +57,18 @@ class LatentSpec:
         return self.downscale * self.patch
 
 
+# --- encoders ----------------------------------------------------------------------------------------------------------
+
 LENGTH = "length"
-"""In a text encoder's items: (2,) int32, the tokens a caption would take if it were not cut, and how many characters of it
-are read."""
+"""Key in a text encoder's items: (2,) int32, the caption's tokens before truncation and the number of its characters that
+the encoder reads."""
 
 
 class FrozenEncoder(ABC):
-    """A network that turns images or captions into cached tensors and is never trained.
+    """A network that encodes images or captions into cached tensors and is never trained.
 
-    `name` is unique in a family. `files` are the weights and tokenizer files, and `settings` everything else the output
-    depends on (precision, token length, class); together they are the encoder's identity in the cache.
+    `name` is unique in a family. `files` are the weights and tokenizer files, `settings` everything else that the output
+    depends on (precision, token length, class); both together identify the encoder in the cache.
     """
 
     name: str
@@ -69,10 +77,10 @@ class FrozenEncoder(ABC):
 
     @abstractmethod
     def load(self, device: torch.device) -> EncodeFunction:
-        """Read the weights and return the function that encodes a list of inputs; dropping it frees the weights.
+        """Reads the weights and returns a function that encodes a list of inputs; deleting the function frees the weights.
 
-        An image encoder takes uint8 tensors (3, height, width) of one size; a text encoder takes strings. One dict of
-        tensors comes back for each input, on the encoder's device. It does not depend on what else was in the list.
+        An image encoder takes uint8 tensors (3, height, width) of one size; a text encoder takes strings. The function
+        returns one dict of tensors per input, on the encoder's device. An item does not depend on the rest of the list.
         """
 
 
@@ -82,51 +90,57 @@ class ImageEncoder(FrozenEncoder):
 
 
 class TextEncoder(FrozenEncoder):
-    """Captions -> tensors of these shapes and this dtype, and LENGTH."""
+    """Captions -> tensors with the names and shapes of `shapes`, in `dtype`, and LENGTH."""
 
     num_tokens: int
-    """Tokens a caption takes; a longer one is cut, a shorter one padded."""
+    """Tokens per caption; longer captions are truncated, shorter ones padded."""
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
 
 
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
 class BlockLayer(nn.Module):
-    """A layer that can be left out: while `skipped`, it returns what it is given. For guidance, never in training."""
+    """A layer that can be skipped: while `skipped` is set it returns its input. For guidance only, never in training."""
 
     skipped: bool = False
 
 
 @dataclass(frozen=True)
 class PipelineLayer:
-    """One indivisible step of the network, as the pipeline sees it."""
+    """One indivisible step of the network: the unit in which the pipeline divides it into stages."""
 
     name: str
-    """For people: in tables and messages."""
+    """For tables and messages."""
     prefix: str
-    """What turns a parameter name of this layer into the family's native name ("joint_blocks.3.")."""
+    """Turns a parameter name within this layer into the family's native name, such as "joint_blocks.3."."""
     cost: float
     """Relative compute cost; only ratios between layers matter."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each parameter, by its name within the layer."""
+    """Parameter name within the layer -> shape."""
     build: Callable[[], nn.Module]
-    """Builds the layer on the CPU with this layer's weights, reading no other layer's."""
+    """Builds the layer on the CPU, reading its own weights only. On the meta device for a family from `from_variant`."""
     outputs: tuple[StreamSpec, ...] = ()
     """The streams the layer returns; none for the last layer, which returns one tensor."""
     block: int | None = None
-    """Its number among the repeated blocks, if it is one; `build` then gives a BlockLayer."""
+    """Index among the repeated blocks, for a layer that is one; `build` then returns a BlockLayer."""
 
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
+# --- adapters ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class ModuleAdapter:
-    """What an adapter holds for one module whose weight is W (out, in) or, of a convolution, (out, in, k, k).
+    """The tensors of an adapter for one module with weight W (out, in), or (out, in, k, k) of a convolution.
 
-    Low rank: `down` (rank, in) and `up` (out, rank), of a convolution (rank, in, k, k) and (out, rank, 1, 1); the update is
-    scale * up @ down. With `magnitude` (out,) too (DoRA), each row of W + update is brought to that length.
-    Kronecker (LoKr): the update is scale * kron(w1, w2); either factor may be a product, `w1_a` @ `w1_b`.
+    Low rank: `down` (rank, in) and `up` (out, rank), for a convolution (rank, in, k, k) and (out, rank, 1, 1); the update is
+    scale * up @ down. With `magnitude` (out,) (DoRA), each row of W + update is scaled to that norm.
+    Kronecker (LoKr): the update is scale * kron(w1, w2); each factor may be given as a product, `w1_a` @ `w1_b`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -135,15 +149,18 @@ class ModuleAdapter:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A public adapter file, its headers read: which modules of the network it is for, and one module at a time."""
+    """A public LoRA, DoRA or LoKr file whose header has been read and checked; tensors are read module by module."""
 
     path: Path
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     """Native module name -> tensor name of ModuleAdapter -> shape."""
     read: Callable[[str], ModuleAdapter]
-    """The adapter of one of these modules, in float32."""
-    left_out: tuple[str, ...]
-    """Keys for other networks, such as text encoders."""
+    """Native module name -> its adapter, float32."""
+    skipped_keys: tuple[str, ...]
+    """Keys that belong to other networks, such as text encoders."""
+
+
+# --- exports -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -156,106 +173,145 @@ class ExportNames:
     """The network with the frozen encoders and decoder in one file."""
     diffusers_folder: str
     diffusers_stem: str
-    """Beginning of the shards' and the index's file names in the diffusers folder."""
+    """Beginning of the file names of shards and index in the diffusers folder."""
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor to be written into a public file; read only when it is written."""
+
+    key: str
+    shape: tuple[int, ...]
+    read: Callable[[torch.dtype], Tensor]
+    """Returns the tensor on the CPU, rounded once to the given dtype."""
+    dtype: torch.dtype | None = None
+    """Dtype it must be stored in; None: that of the file."""
 
 
 class ModelFamily(ABC):
-    """A model family, ready to be encoded with, cut into stages, trained and exported."""
+    """A model of some family: its encoders, its layers, and the names and formats of its files."""
 
     export_names: ExportNames
     latent: LatentSpec
     layer_list_version: int
-    """Changes with what `layers` means: training checkpoints name layers by their place in it."""
+    """Incremented when the meaning of `layers` changes: training checkpoints name layers by their index."""
     network_files: tuple[Path, ...]
-    """The files the layers are read from, adapters merged into them included."""
+    """The files the layers are read from, including adapters merged into them. Empty for a family from `from_variant`."""
     network_settings: Mapping[str, Any]
-    """What else the network's weights before training depend on."""
-    image_encoder: ImageEncoder
-    text_encoders: tuple[TextEncoder, ...]
+    """Everything else the initial weights of the network depend on."""
     layers: tuple[PipelineLayer, ...]
     input_names: tuple[str, ...]
     """Names of the tensors the first layer takes."""
     adaptable_modules: Mapping[str, tuple[int, ...]]
-    """Native name of every module that an adapter can be put on -> shape of its weight."""
+    """Native name of every module that can have an adapter -> shape of its weight."""
     lora_target_groups: Mapping[str, str]
-    """Names for sets of modules, for people: name -> regular expression over whole native names."""
+    """Name of a group of modules -> regular expression that matches their whole native names."""
     default_lora_targets: tuple[str, ...]
-    """Of these groups, those trained when nothing is said."""
+    """Groups that get an adapter when the configuration names none."""
     num_blocks: int
     native_prefix: str
-    """What stands before native names in a single file that holds more than the network."""
+    """Prefix of the network's native names in a single file that contains other networks too."""
     sources: Mapping[str, Path]
-    """What is read from which file or folder, by the names of the [model] table."""
+    """Key of the [model] table -> file or folder it is read from. Empty for a family from `from_variant`."""
     notes: tuple[str, ...]
-    """What a user should be told of the files before the run."""
+    """Remarks on the files for the start banner."""
 
+    @classmethod
     @abstractmethod
-    def block_of(self, module: str) -> int | None:
-        """The number of the repeated block a module (native name) is in; None outside of them."""
+    def from_files(cls, settings: Any) -> Self:
+        """Opens and checks the files that the [model] table (the family's settings class) names; reads headers only.
 
+        Raises ModelFilesError with every error of every file.
+        """
+
+    @classmethod
     @abstractmethod
-    def open_lora_file(self, path: Path) -> LoraFile:
-        """An adapter for this network in any public format. Raises ModelFilesError, its key empty, when it is none."""
+    def from_variant(cls, name: str) -> Self:
+        """Returns the released variant of that name without any files: shapes, costs, names and layers on the meta device.
+
+        Settings that `from_files` takes from the [model] table have its defaults. What requires files (encoders, decoder,
+        frozen tensors) raises NoFilesError. Raises ValueError for an unknown name.
+        """
+
+    @property
+    @abstractmethod
+    def image_encoder(self) -> ImageEncoder: ...
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> tuple[TextEncoder, ...]: ...
 
     @abstractmethod
     def describe(self) -> str:
-        """The variant and its size in one line, for the start banner."""
+        """Returns variant and precision in one line, for the start banner."""
+
+    # --- the network ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def block_of(self, module: str) -> int | None:
+        """Returns the index of the repeated block that contains a module (native name); None outside of the blocks."""
 
     @abstractmethod
     def sample_shape(self, batch: int, height: int, width: int) -> SampleShape:
-        """The shape of what `sample` returns for `batch` latents of these sizes in latent pixels."""
+        """Returns the shape of what `sample` returns for `batch` latents of these sizes in latent pixels."""
 
     @abstractmethod
     def sample(self, noisy_latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor]) -> Sample:
-        """The inputs of the first layer for one micro-batch.
+        """Returns the inputs of the first layer for one micro-batch.
 
         noisy_latents (B, C, H, W) in the training dtype, sigma (B,) float32 in [0, 1], text: cached tensors stacked over
         the batch, keyed "encoder.tensor".
         """
 
+    @abstractmethod
+    def velocity(self, output: Tensor, shape: SampleShape) -> Tensor:
+        """Returns the output of the last layer as a velocity (B, C, H, W)."""
+
     @staticmethod
     @abstractmethod
     def shift_at(shift: float, base_pixels: int, num_pixels: int) -> float:
-        """The timestep shift of an image of `num_pixels`, where `shift` is that of an image of `base_pixels`."""
-
-    @abstractmethod
-    def velocity(self, output: Tensor, shape: SampleShape) -> Tensor:
-        """The last layer's output as a velocity (B, C, H, W)."""
+        """Returns the timestep shift for images of `num_pixels`, where `shift` is that for images of `base_pixels`."""
 
     @abstractmethod
     def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
-        """Read the image decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, h, w).
+        """Reads the image decoder; the returned function maps latents (B, C, H, W) to uint8 pixels (B, 3, h, w).
 
-        Images with a side longer than `tile_pixels`, a multiple of 4 * downscale, are decoded in tiles of it that
-        overlap by a quarter: slightly other pixels, for the memory of one tile.
+        Images with a side above `tile_pixels`, a multiple of 4 * downscale, are decoded in tiles of that size which overlap
+        by a quarter. This bounds memory to that of one tile and changes the pixels slightly.
         """
+
+    # --- public files --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open_lora_file(self, path: Path) -> LoraFile:
+        """Opens an adapter for this network in any public format. Raises ModelFilesError with empty keys."""
 
     @abstractmethod
     def native_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
-        """Adapters of some modules (native names) under the keys native tools read."""
+        """Returns the tensors of adapters (native module name -> adapter) under the keys of native files."""
 
     @abstractmethod
     def diffusers_adapter(self, modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
-        """Low-rank adapters of some modules (native names) under diffusers' keys, their scale multiplied in."""
+        """Returns the tensors of low-rank adapters (native module name -> adapter) under diffusers' keys, scale included."""
 
     @abstractmethod
     def diffusers_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole modules of the network under native names -> diffusers' names; copies nothing it need not."""
+        """Renames tensors of whole modules from native to diffusers' names; copies only where the layout differs."""
 
     @abstractmethod
     def diffusers_config(self) -> dict[str, Any]:
-        """config.json of the network in diffusers' layout."""
+        """Returns config.json of the network in diffusers' layout."""
 
     @abstractmethod
     def frozen_tensors(self) -> list[FileTensor]:
-        """Autoencoder and text encoders as a complete single file has them beside the network.
+        """Returns the tensors of autoencoder and text encoders that a complete single file has besides the network.
 
-        Raises ModelFilesError when such a file could not say how they are built.
+        Raises ModelFilesError when a single file cannot represent how they are built.
         """
 
     @abstractmethod
     def export_metadata(self) -> dict[str, str]:
-        """Standard safetensors header entries that name the architecture."""
+        """Returns the standard safetensors header entries that name the architecture."""
 
     @abstractmethod
     def adapter_metadata(self, is_plain_lora: bool) -> dict[str, str]:
@@ -263,15 +319,3 @@ class ModelFamily(ABC):
 
         is_plain_lora: True for LoRA, False for DoRA and LoKr.
         """
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor to be written into a public file: read when its turn comes."""
-
-    key: str
-    shape: tuple[int, ...]
-    read: Callable[[torch.dtype], Tensor]
-    """The tensor on the CPU, rounded to a dtype once."""
-    dtype: torch.dtype | None = None
-    """What it must be stored in; None: as the rest of the file."""

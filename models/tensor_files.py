@@ -1,8 +1,8 @@
-"""Named tensors in safetensors files: one file, or a sharded set with its index. Headers first, tensors when asked for.
+"""Named tensors in safetensors files: a single file, or shards with an index. Headers are read first, tensors on request.
 
-Weights of two bytes or four are read as they are. Of eight-bit floats there are two kinds: plain casts, and scaled ones,
-where a weight is its stored value times a scale beside it (`.scale_weight` or `.weight_scale`). Either is read as the number
-it stands for; nobody after this file need know.
+Float64, float32, float16 and bfloat16 are read as stored. Eight-bit floats come in two kinds: plain casts, and scaled ones,
+whose value is the stored value times a scale in a separate tensor (`.scale_weight` or `.weight_scale`). `TensorFiles.read`
+applies the scale, so callers always get the values the file represents.
 """
 
 from __future__ import annotations
@@ -21,152 +21,156 @@ Shape = tuple[int, ...]
 
 READABLE_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-"""A weight's scale, by the name of its module: ComfyUI's older name and its newer one."""
+"""Suffix of a weight's scale after the name of its module: ComfyUI's older and newer spelling."""
 _INFERENCE_ONLY = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
-"""How a program may run the eight-bit weights; not part of what they are."""
+"""Suffixes of tensors that only configure inference with eight-bit weights; they do not change the weights."""
 MAX_ERRORS_SHOWN = 8
 _MAX_HEADER_BYTES = 100_000_000
-"""What safetensors itself accepts."""
+"""The limit of the safetensors library."""
 STANDARD_NAMES = ("diffusion_pytorch_model", "model")
-"""What weights are called in folders of diffusers and transformers."""
+"""Names of the weights file, without its suffix, in folders of diffusers and transformers."""
 
 
 class TensorFilesError(ValueError):
-    """A file or folder that holds no readable weights, and why."""
+    """A file or folder does not contain readable weights; the message says why."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one tensor is."""
+class TensorLocation:
+    """The place of one tensor on disk."""
 
     path: Path
     name: str
-    """In the file."""
+    """The tensor's name in the file."""
     shape: Shape
     dtype: str
-    """As safetensors spells it."""
-    scale: _Place | None = None
-    """What its values are to be multiplied by."""
+    """In safetensors' spelling, such as "BF16"."""
+    scale: TensorLocation | None = None
+    """The tensor that the values are multiplied by."""
 
 
 class TensorFiles:
-    """Tensors by name. Nothing but headers is read until `read` is called."""
+    """Tensors by name. Only headers are read until `read` is called."""
 
-    def __init__(self, places: Mapping[str, _Place], source: Path) -> None:
-        self._places = dict(places)
+    def __init__(self, locations: Mapping[str, TensorLocation], source: Path) -> None:
+        self._locations = dict(locations)
         self.source = source
-        """What the user gave: a file or a folder."""
+        """The file or folder the user configured."""
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {name: place.shape for name, place in self._places.items()}
+        return {name: location.shape for name, location in self._locations.items()}
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files these tensors are in."""
-        return tuple(sorted({place.path for place in self._places.values()}))
+        """The files that contain the tensors."""
+        return tuple(sorted({location.path for location in self._locations.values()}))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._locations
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def within(self, prefix: str) -> TensorFiles:
-        """Those tensors whose names begin with the prefix, under what follows it."""
-        chosen = {name[len(prefix) :]: place for name, place in self._places.items() if name.startswith(prefix)}
+        """Returns the tensors whose names start with the prefix, under their names without it."""
+        chosen = {name[len(prefix) :]: location for name, location in self._locations.items() if name.startswith(prefix)}
         return TensorFiles(chosen, self.source)
 
     def without(self, is_unwanted: Callable[[str], bool]) -> TensorFiles:
-        """All but the tensors of such names."""
-        return TensorFiles({name: place for name, place in self._places.items() if not is_unwanted(name)}, self.source)
+        """Returns all tensors except those whose names are unwanted."""
+        kept = {name: location for name, location in self._locations.items() if not is_unwanted(name)}
+        return TensorFiles(kept, self.source)
 
     def renamed(self, new_name: Callable[[str], str]) -> TensorFiles:
-        """The same tensors under other names."""
-        return TensorFiles({new_name(name): place for name, place in self._places.items()}, self.source)
+        """Returns the same tensors under other names."""
+        return TensorFiles({new_name(name): location for name, location in self._locations.items()}, self.source)
 
-    def said_to_be(self, source: Path) -> TensorFiles:
-        """The same tensors, which in messages come from `source`."""
-        return TensorFiles(self._places, source)
+    def with_source(self, source: Path) -> TensorFiles:
+        """Returns the same tensors with another `source`, which error messages name."""
+        return TensorFiles(self._locations, source)
 
-    def unreadable(self) -> list[str]:
-        """One line for each way of storing weights that cannot be read."""
-        odd = {place.dtype: name for name, place in self._places.items() if place.dtype not in READABLE_DTYPES}
-        lines = [
-            f"stores {name} as {dtype}; readable are {', '.join(sorted(READABLE_DTYPES))}" for dtype, name in odd.items()
-        ]
-        for name, place in self._places.items():
-            if place.scale is not None and not _is_one_or_one_a_row(place.scale.shape, place.shape):
-                return [*lines, f"scales {name} by blocks of {place.scale.shape}; read are one scale a tensor or one a row"]
+    def storage_errors(self) -> list[str]:
+        """Returns one line for each dtype, and for the first layout of scales, that cannot be read."""
+        unreadable = {loc.dtype: name for name, loc in self._locations.items() if loc.dtype not in READABLE_DTYPES}
+        readable = ", ".join(sorted(READABLE_DTYPES))
+        lines = [f"stores {name} as {dtype}; readable are {readable}" for dtype, name in unreadable.items()]
+        for name, location in self._locations.items():
+            if location.scale is not None and not _is_scalar_or_per_row(location.scale.shape, location.shape):
+                shape = location.scale.shape
+                return [*lines, f"scales {name} in blocks of {shape}; readable are one scale per tensor or one per row"]
         return lines
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor in `dtype` on the CPU, in memory of its own, one at a time.
+        """Yields (name, tensor in `dtype` on the CPU), one at a time.
 
-        Copied always: a tensor that shares the file's memory would change with the file, and keep it mapped.
+        Each tensor is a copy: one that shared the file's memory map would change with the file and keep it mapped.
         """
         for path, wanted in self._by_file(names):
             with safe_open(path, "pt") as file:
                 for name in wanted:
-                    place = self._places[name]
-                    value = file.get_tensor(place.name)
-                    if place.scale is not None:
-                        value = value.float() * _read_scale(place.scale, value.dim())
+                    location = self._locations[name]
+                    value = file.get_tensor(location.name)
+                    if location.scale is not None:
+                        value = value.float() * _read_scale(location.scale, value.dim())
                     yield name, value.to(dtype, copy=True)
 
     def read_one(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns one tensor in `dtype` on the CPU."""
         return next(self.read([name], dtype))[1]
 
     def _by_file(self, names: Iterable[str]) -> list[tuple[Path, list[str]]]:
         grouped: dict[Path, list[str]] = {}
         for name in names:
-            grouped.setdefault(self._places[name].path, []).append(name)
+            grouped.setdefault(self._locations[name].path, []).append(name)
         return list(grouped.items())
 
 
-def _is_one_or_one_a_row(scale: Shape, shape: Shape) -> bool:
+def _is_scalar_or_per_row(scale: Shape, shape: Shape) -> bool:
     return math.prod(scale) == 1 or (scale[:1] == shape[:1] and math.prod(scale[1:]) == 1)
 
 
-def _read_scale(place: _Place, num_axes: int) -> Tensor:
-    """One scale, or one a row, in a shape that multiplies a tensor of so many axes."""
-    with safe_open(place.path, "pt") as file:
-        return file.get_tensor(place.name).float().reshape(-1, *[1] * (num_axes - 1))
+def _read_scale(location: TensorLocation, num_axes: int) -> Tensor:
+    """Returns one scale, or one per row, with the axes to broadcast over a tensor of `num_axes`."""
+    with safe_open(location.path, "pt") as file:
+        return file.get_tensor(location.name).float().reshape(-1, *[1] * (num_axes - 1))
 
 
 def open_file(path: Path) -> TensorFiles:
-    """The tensors of one safetensors file. Raises TensorFilesError saying what is there instead."""
+    """Reads the header of one safetensors file. Raises TensorFilesError saying what the file is instead."""
     return TensorFiles(_with_scales(_read_header(path)), path)
 
 
 def open_folder(folder: Path) -> TensorFiles:
-    """The tensors of a folder of diffusers or transformers: one file, or shards listed in an index.
+    """Reads the headers in a folder of diffusers or transformers: one file, or shards listed in an index.
 
     Raises TensorFilesError naming what is missing.
     """
     for standard in STANDARD_NAMES:
         if (folder / f"{standard}.safetensors").is_file():
-            return open_file(folder / f"{standard}.safetensors").said_to_be(folder)
+            return open_file(folder / f"{standard}.safetensors").with_source(folder)
         if (folder / f"{standard}.safetensors.index.json").is_file():
             return _open_shards(folder, folder / f"{standard}.safetensors.index.json")
-    # Otherwise a variant, such as model.fp16.safetensors or model.safetensors.index.fp16.json; only if there is but one.
+    # No standard name: a variant, such as model.fp16.safetensors or model.safetensors.index.fp16.json, if there is only one.
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     files = sorted(folder.glob("*.safetensors"))
     if len(indices) == 1:
         return _open_shards(folder, indices[0])
     if not indices and len(files) == 1:
-        return open_file(files[0]).said_to_be(folder)
+        return open_file(files[0]).with_source(folder)
     if not files:
-        raise TensorFilesError(f"{folder} has no .safetensors file (pickled .bin, .pt and .ckpt weights are not read)")
+        raise TensorFilesError(f"{folder} has no .safetensors file (pickled .bin, .pt and .ckpt weights are not supported)")
     names = ", ".join(path.name for path in (indices or files)[:4])
-    raise TensorFilesError(f"{folder} has several sets of weights ({names}) and none of the standard name; give one file")
+    raise TensorFilesError(
+        f"{folder} has several sets of weights ({names}) and none with a standard name; set the path of one file"
+    )
 
 
 def open_any(path: Path) -> TensorFiles:
-    """A file or a folder. Raises TensorFilesError."""
+    """Reads the headers of a file or folder. Raises TensorFilesError."""
     try:
         return open_folder(path) if path.is_dir() else open_file(path)
-    except OSError as error:  # no name that the system takes, no right to look
+    except OSError as error:  # an invalid path, or no permission
         raise TensorFilesError(f"{path} cannot be read: {error.strerror}") from error
 
 
@@ -174,7 +178,7 @@ def open_any(path: Path) -> TensorFiles:
 
 
 def shape_errors(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
-    """One line for each tensor that is missing, misshapen or not expected."""
+    """Returns one line for each missing, misshapen or unexpected tensor, at most MAX_ERRORS_SHOWN and a count of the rest."""
     errors = [f"misses tensor {name} {expected[name]}" for name in expected if name not in found]
     errors += [
         f"tensor {name} has shape {found[name]}, expected {expected[name]}"
@@ -184,28 +188,29 @@ def shape_errors(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> l
     errors += [f"has tensor {name}, which this network does not have" for name in found if name not in expected]
     if len(errors) > MAX_ERRORS_SHOWN:
         rest = len(errors) - MAX_ERRORS_SHOWN
-        errors = [*errors[:MAX_ERRORS_SHOWN], f"and {rest} more tensors that do not fit"]
+        errors = [*errors[:MAX_ERRORS_SHOWN], f"and {rest} more tensors that do not match"]
     return errors
 
 
 # --- headers -----------------------------------------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> dict[str, _Place]:
+def _read_header(path: Path) -> dict[str, TensorLocation]:
     if not path.is_file():
         raise TensorFilesError(f"{path} does not exist")
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  safe_open is not a dict
             return {
-                name: _Place(path, name, tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()
+                name: TensorLocation(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+                for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise TensorFilesError(f"{path} {_what_it_is_instead(path)} ({error})") from error
+        raise TensorFilesError(f"{path} {_diagnosis(path)} ({error})") from error
 
 
-def _what_it_is_instead(path: Path) -> str:
-    """What a file that safetensors cannot read looks like."""
+def _diagnosis(path: Path) -> str:
+    """Returns what a file that safetensors cannot read appears to be, judging by its first bytes."""
     try:
         with path.open("rb") as file:
             start = file.read(200)
@@ -215,22 +220,23 @@ def _what_it_is_instead(path: Path) -> str:
     if not start:
         return "is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the weights: run `git lfs pull` where it came from, or download the file itself"
+        return "is a git-lfs pointer, not the weights: run `git lfs pull` in its repository, or download the file itself"
     if start.lstrip()[:1] == b"<":
         return "is a web page: the download failed, often because the model's licence was not accepted"
     if start.startswith(b"GGUF"):
-        return "is a GGUF file, which is not read: give the safetensors file it was made from"
+        return "is a GGUF file, which is not supported: use the safetensors file it was made from"
     header_bytes = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:  # before pickles: any byte may be a length's first
+    # Checked before pickles: the header length may start with any byte.
+    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
         if size < 8 + header_bytes + _data_bytes(path, header_bytes):
-            return f"is cut off: it has {size:,} bytes and its header announces more; download it again"
+            return f"is truncated: it has {size:,} bytes, fewer than its header declares; download it again"
     elif start.startswith((b"PK\x03\x04", b"\x80")):
-        return "is a pickled file, which is not read: convert it to safetensors"
-    return "is no readable safetensors file"
+        return "is a pickled file, which is not supported: convert it to safetensors"
+    return "is not a readable safetensors file"
 
 
 def _data_bytes(path: Path, header_bytes: int) -> int:
-    """Bytes of tensors a header announces: 1 or more when the header itself is incomplete, 0 when it makes no sense."""
+    """Returns the bytes of tensor data a header declares; 1 if the header is truncated itself, 0 if it is invalid."""
     with path.open("rb") as file:
         file.seek(8)
         text = file.read(header_bytes)
@@ -243,17 +249,17 @@ def _data_bytes(path: Path, header_bytes: int) -> int:
         return 0
 
 
-def _with_scales(places: Mapping[str, _Place]) -> dict[str, _Place]:
-    """Weights joined with their scales; what only matters to inference left out."""
+def _with_scales(locations: Mapping[str, TensorLocation]) -> dict[str, TensorLocation]:
+    """Attaches each scale to its weight and drops tensors that only matter to inference."""
     scales = {
-        name.removesuffix(suffix) + ".weight": place
-        for name, place in places.items()
+        name.removesuffix(suffix) + ".weight": location
+        for name, location in locations.items()
         for suffix in _SCALE_SUFFIXES
         if name.endswith(suffix)
     }
     return {
-        name: replace(place, scale=scales.get(name))
-        for name, place in places.items()
+        name: replace(location, scale=scales.get(name))
+        for name, location in locations.items()
         if not name.endswith((*_SCALE_SUFFIXES, *_INFERENCE_ONLY))
     }
 
@@ -263,15 +269,17 @@ def _open_shards(folder: Path, index: Path) -> TensorFiles:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): folder / str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TensorFilesError(f"{index} is no index of shards: {error!r}") from error
+        raise TensorFilesError(f"{index} is not an index of shards: {error!r}") from error
     missing = sorted({path.name for path in wanted.values() if not path.is_file()})
     if missing:
         raise TensorFilesError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists")
-    places: dict[str, _Place] = {}
+    locations: dict[str, TensorLocation] = {}
     for path in sorted(set(wanted.values())):
-        # Shards may overlap; whose tensor counts, the index says. What it does not list, such as scales, is taken as it is.
-        places.update({name: place for name, place in _read_header(path).items() if wanted.get(name, path) == path})
-    absent = [name for name in wanted if name not in places]
+        # A tensor may be in several shards; the index decides which one is used. Tensors it does not list, such as scales,
+        # are used from any shard.
+        found = _read_header(path)
+        locations.update({name: location for name, location in found.items() if wanted.get(name, path) == path})
+    absent = [name for name in wanted if name not in locations]
     if absent:
-        raise TensorFilesError(f"{wanted[absent[0]]} has no tensor {absent[0]}, which {index.name} says it has")
-    return TensorFiles(_with_scales(places), folder)
+        raise TensorFilesError(f"{wanted[absent[0]]} has no tensor {absent[0]}, which {index.name} lists for it")
+    return TensorFiles(_with_scales(locations), folder)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from examples.quickstart.folders import make_folder, package_folder
-from models.sd3.mmdit import MMDiT, MMDiTConfig
+from models.sd3.mmdit import MMDiT
+from models.sd3.variants import MMDiTConfig
 
 SEED = 20240305
 VAE_FOLDER = Path(__file__).parent / "vae"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.sd3.mmdit import HEAD_WIDTH, MMDiTConfig
+from models.sd3.variants import HEAD_WIDTH, MMDiTConfig
 
 Shape = tuple[int, ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,18 @@ def _path_or_off(value: object) -> object:
 EncoderPath = Annotated[Path | Literal[False] | None, BeforeValidator(_path_or_off)]
 _IN_MMDIT = "Unset: the one inside `mmdit`. false: trained without it."
 _TOKENIZER = "a folder, or `owner/name` of a model hub. Unset: the encoder's folder, then {folder} beside it, then {hub}."
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The number of text tokens in the network's context: those of the two CLIPs, then those of T5."""
+
+    clip: int
+    t5xxl: int
+
+    @property
+    def total(self) -> int:
+        return self.clip + self.t5xxl
 
 
 class MergedAdapter(BaseModel):
@@ -95,17 +108,11 @@ class SD3Settings(BaseModel):
         return DTYPES[self.dtype]
 
     @property
-    def clip_tokens(self) -> int:
-        """Tokens of the two CLIPs in the network's context."""
-        is_off = self.clip_l is False and self.clip_g is False
-        return 0 if is_off and self.missing_encoders == "absent" else self.clip_max_token_length
-
-    @property
-    def t5xxl_tokens(self) -> int:
-        """T5's tokens in the network's context."""
-        return 0 if self.t5xxl is False and self.missing_encoders == "absent" else self.t5xxl_max_token_length
-
-    @property
-    def context_length(self) -> int:
-        """Text tokens the network reads: CLIP's, then T5's."""
-        return self.clip_tokens + self.t5xxl_tokens
+    def text_tokens(self) -> TextTokens:
+        """The number of text tokens that the network reads."""
+        clips_off = self.clip_l is False and self.clip_g is False
+        is_absent = self.missing_encoders == "absent"
+        return TextTokens(
+            clip=0 if clips_off and is_absent else self.clip_max_token_length,
+            t5xxl=0 if self.t5xxl is False and is_absent else self.t5xxl_max_token_length,
+        )

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from models.sd3.settings import SD3Settings
-from models.sd3.sources import Part
+from models.sd3.sources import Component
 
 FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenizer_3"}
 HUB_NAMES = {
@@ -35,7 +35,7 @@ _READ_BY_TOKENIZERS = (
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
-def find_tokenizers(settings: SD3Settings, parts: dict[str, Part]) -> tuple[dict[str, Path], list[tuple[str, str]]]:
+def find_tokenizers(settings: SD3Settings, parts: dict[str, Component]) -> tuple[dict[str, Path], list[tuple[str, str]]]:
     """Encoder -> folder of its tokenizer, and for those that have none what to do, as (key, message)."""
     given = {
         "clip_l": settings.clip_l_tokenizer,
@@ -103,7 +103,7 @@ def _given(name: str, value: str) -> Path:
         ) from error
 
 
-def _nearby(name: str, part: Part) -> Path:
+def _nearby(name: str, part: Component) -> Path:
     beside = (part.folder if part.config is None else part.folder.parent) / FOLDERS[name]
     for folder in (part.folder, beside):
         if _is_tokenizer(name, folder):

@@ -7,23 +7,17 @@ tensors, so those are SD3's.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.family import DecodeFunction, EncodedItem, EncodeFunction, FileTensor, ImageEncoder
-from models.sd3.sources import PREFIXES, Part, what_it_is
-from models.tensor_files import shape_errors
+from models.family import DecodeFunction, EncodedItem, EncodeFunction, ImageEncoder
+from models.sd3.sources import Component
+from models.sd3.vae_files import SPATIAL_DOWNSCALE, names_in_files, native_config
 
-SPATIAL_DOWNSCALE = 8
-SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
-NATIVE_NORM_GROUPS = 32
 TILE_OVERLAP = 0.25
-Shape = tuple[int, ...]
 
 
 class SD3ImageEncoder(ImageEncoder):
@@ -35,7 +29,7 @@ class SD3ImageEncoder(ImageEncoder):
 
     name = "vae"
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Component) -> None:
         self.part = part
         self.files = part.files
         self.settings = {"class": "AutoencoderKL", "dtype": "float32"}
@@ -56,7 +50,7 @@ class SD3ImageEncoder(ImageEncoder):
         return encode
 
 
-def load_decoder(part: Part, device: torch.device, tile_pixels: int) -> DecodeFunction:
+def load_decoder(part: Component, device: torch.device, tile_pixels: int) -> DecodeFunction:
     """Read the decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU.
 
     Images with a side longer than `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of it, as diffusers
@@ -80,249 +74,16 @@ def load_decoder(part: Part, device: torch.device, tile_pixels: int) -> DecodeFu
     return decode
 
 
-def _load_autoencoder(part: Part, device: torch.device) -> Any:
+def _load_autoencoder(part: Component, device: torch.device) -> Any:
     from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run with a full cache never needs it
 
     config = part.config if part.config is not None else native_config(part.tensors.shapes)
     with torch.device("meta"):
         autoencoder: Any = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    own_names = _own_names(part)
+    own_names = names_in_files(part)
     state = {}
     for name, parameter in autoencoder.state_dict().items():
         own_name = own_names[name]
         state[name] = part.tensors.read_one(own_name, torch.float32).reshape(parameter.shape)
     autoencoder.load_state_dict(state, assign=True)
     return autoencoder.eval().requires_grad_(False).to(device)
-
-
-def _own_names(part: Part) -> dict[str, str]:
-    """AutoencoderKL's name of every tensor -> its name in the files."""
-    if part.config is None:
-        return native_names(native_config(part.tensors.shapes))
-    return {_newer_name(name): name for name in part.tensors.shapes}
-
-
-_OLDER_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-
-def _newer_name(name: str) -> str:
-    """Some folders still name the attention's tensors as diffusers did before version 0.18."""
-    for new, old in _OLDER_ATTENTION.items():
-        name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
-    return name
-
-
-# --- the native file ---------------------------------------------------------------------------------------------------
-
-
-def diffusers_name(name: str, num_levels: int) -> str:
-    """AutoencoderKL's name of a native tensor. Source: CompVis/latent-diffusion, diffusionmodules/model.py."""
-    name = re.sub(r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", name)
-    name = re.sub(r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
-    level = re.match(r"decoder\.up\.(\d+)\.", name)
-    if level:  # counted from the other end
-        up = f"decoder.up_blocks.{num_levels - 1 - int(level.group(1))}."
-        name = up + name[level.end() :].replace("block.", "resnets.").replace("upsample.", "upsamplers.0.")
-    name = name.replace("mid.block_1.", "mid_block.resnets.0.").replace("mid.block_2.", "mid_block.resnets.1.")
-    name = name.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
-    for new, old in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-        name = name.replace(f"mid.attn_1.{old}.", f"mid_block.attentions.0.{new}.")
-    return name
-
-
-def native_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """AutoencoderKL's name of every tensor -> its native name."""
-    full = {**_DEFAULTS, **config}
-    return {diffusers_name(name, len(full["block_out_channels"])): name for name in native_shapes(full)}
-
-
-def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """AutoencoderKL's settings from the shapes of a native file. Raises ValueError when a defining tensor is missing."""
-    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
-        if len(shapes.get(name, ())) != 4:
-            raise ValueError(f"has no {name}")
-    levels = {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.", name))}
-    blocks = {int(m.group(1)) for name in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
-    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(max(levels, default=0) + 1)]
-    missing = [name for name in firsts if len(shapes.get(name, ())) != 4]
-    if missing:
-        raise ValueError(f"has no {missing[0]}")
-    channels = [shapes[name][0] for name in firsts]
-    return {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["encoder.conv_in.weight"][1],
-        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
-        "block_out_channels": channels,
-        "layers_per_block": len(blocks),
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "norm_num_groups": NATIVE_NORM_GROUPS,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "scaling_factor": SCALING_FACTOR,
-        "shift_factor": SHIFT_FACTOR,
-    }
-
-
-class _Shapes(dict[str, Shape]):
-    """Name -> shape, built up of the autoencoder's kinds of modules."""
-
-    def conv(self, name: str, inside: int, outside: int, size: int = 3) -> None:
-        self.update({f"{name}.weight": (outside, inside, size, size), f"{name}.bias": (outside,)})
-
-    def norm(self, name: str, width: int) -> None:
-        self.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
-
-    def resnet(self, name: str, inside: int, outside: int) -> None:
-        self.norm(f"{name}.norm1", inside)
-        self.conv(f"{name}.conv1", inside, outside)
-        self.norm(f"{name}.norm2", outside)
-        self.conv(f"{name}.conv2", outside, outside)
-        if inside != outside:
-            self.conv(f"{name}.nin_shortcut", inside, outside, 1)
-
-    def middle(self, name: str, width: int, has_attention: bool) -> None:
-        for block in ("block_1", "block_2"):
-            self.resnet(f"{name}.{block}", width, width)
-        if has_attention:
-            self.norm(f"{name}.attn_1.norm", width)
-            for part in ("q", "k", "v", "proj_out"):
-                self.conv(f"{name}.attn_1.{part}", width, width, 1)
-
-    def levels(self, name: str, widths: Mapping[int, int], num_blocks: int, step: str) -> None:
-        """widths: level -> width, in the order they are run in; `step` is the change of size between two."""
-        inside = next(iter(widths.values()))
-        for place, (level, width) in enumerate(widths.items()):
-            for index in range(num_blocks):
-                self.resnet(f"{name}.{level}.block.{index}", inside, width)
-                inside = width
-            if place < len(widths) - 1:
-                self.conv(f"{name}.{level}.{step}.conv", width, width)
-
-
-def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Native tensor name -> shape of an autoencoder of these settings."""
-    widths, latent, colours = config["block_out_channels"], config["latent_channels"], config["in_channels"]
-    first, last, num_blocks = widths[0], widths[-1], config["layers_per_block"]
-    shapes = _Shapes()
-    shapes.conv("encoder.conv_in", colours, first)
-    shapes.levels("encoder.down", dict(enumerate(widths)), num_blocks, "downsample")
-    shapes.middle("encoder.mid", last, config["mid_block_add_attention"])
-    shapes.norm("encoder.norm_out", last)
-    shapes.conv("encoder.conv_out", last, 2 * latent)
-    shapes.conv("decoder.conv_in", latent, last)
-    shapes.middle("decoder.mid", last, config["mid_block_add_attention"])
-    shapes.levels("decoder.up", dict(reversed(list(enumerate(widths)))), num_blocks + 1, "upsample")
-    shapes.norm("decoder.norm_out", first)
-    shapes.conv("decoder.conv_out", first, colours)
-    if config["use_quant_conv"]:
-        shapes.conv("quant_conv", 2 * latent, 2 * latent, 1)
-    if config["use_post_quant_conv"]:
-        shapes.conv("post_quant_conv", latent, latent, 1)
-    return dict(shapes)
-
-
-# --- checking and writing ----------------------------------------------------------------------------------------------
-
-
-def check_part(part: Part, num_channels: int | None) -> list[tuple[str, str]]:
-    """What is wrong with the autoencoder's files, as (key, message); reads headers and config.json only.
-
-    num_channels: what the network takes; None when it is not known.
-    """
-    source, shapes = part.tensors.source, part.tensors.shapes
-    config = part.config
-    if config is None:
-        try:
-            config = native_config(shapes)
-        except ValueError as error:
-            what = what_it_is(list(shapes))
-            hint = "; give its folder, which has its config.json" if "in diffusers' layout" in what else ""
-            return [("vae", f"{source} is {what}, not a whole autoencoder with native keys: it {error}{hint}")]
-        misfits = shape_errors(shapes, native_shapes(config)) + part.tensors.unreadable()
-    else:
-        misfits = _folder_errors(part, config)
-    channels, widths = config.get("latent_channels"), config.get("block_out_channels")
-    if num_channels is not None and channels not in (None, num_channels):
-        return [("vae", f"{source} has {channels} latent channels, the network takes {num_channels}")]
-    downscale = SPATIAL_DOWNSCALE if widths is None else 2 ** (len(widths) - 1)
-    if downscale != SPATIAL_DOWNSCALE:
-        return [("vae", f"{source} shrinks images {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
-    return [("vae", f"{source} {line}") for line in misfits]
-
-
-_DEFAULTS = {
-    "in_channels": 3,
-    "layers_per_block": 1,
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-}
-"""What diffusers' class takes for a setting that config.json leaves out."""
-
-
-_OTHER_FAMILIES = {
-    0.3611: "Flux",
-    0.18215: "Stable Diffusion 1 or 2",
-    0.13025: "Stable Diffusion XL",
-}
-"""scaling_factor -> whose it is."""
-
-
-def _folder_errors(part: Part, config: Mapping[str, Any]) -> list[str]:
-    """Settings and tensors of a folder that are not SD3's or do not fit each other."""
-    needed = ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor")
-    missing = [key for key in needed if config.get(key) is None]
-    if missing:
-        return [f"is no autoencoder of SD3: its config.json gives no {' and no '.join(missing)}"]
-    other = _OTHER_FAMILIES.get(config["scaling_factor"])
-    if other is not None:
-        return [f"is the autoencoder of {other}: its scaling_factor is {config['scaling_factor']}, SD3's {SCALING_FACTOR}"]
-    shapes = native_shapes({**_DEFAULTS, **config})
-    expected = {name: shapes[native] for name, native in native_names(config).items()}
-    found = {_newer_name(name): _as_convolution(shape) for name, shape in part.tensors.shapes.items()}
-    return shape_errors(found, expected) + part.tensors.unreadable()
-
-
-def _as_convolution(shape: Shape) -> Shape:
-    """The attention's linears are convolutions of one pixel in native files."""
-    return (*shape, 1, 1) if len(shape) == 2 else shape
-
-
-def scale_notes(part: Part) -> list[str]:
-    """What a user should know of an autoencoder whose latents are scaled otherwise than SD3's, such as Flux's."""
-    released = {"scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
-    config = part.config if part.config is not None else released
-    return [
-        f"{part.tensors.source} has {key} {config.get(key)}; that of SD3 is {value}"
-        for key, value in released.items()
-        if config.get(key) != value
-    ]
-
-
-def file_errors(part: Part) -> list[str]:
-    """Why a single file could not say how this autoencoder is built."""
-    if part.config is None:
-        return []
-    given = {"norm_num_groups": NATIVE_NORM_GROUPS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
-    return [
-        f"{part.tensors.source} has {key} {part.config.get(key)}; a single file cannot say so, it means {value}"
-        for key, value in given.items()
-        if part.config.get(key) != value
-    ]
-
-
-def file_tensors(part: Part) -> list[FileTensor]:
-    """The autoencoder as a complete single file has it, in float32."""
-    native = native_names(part.config if part.config is not None else native_config(part.tensors.shapes))
-    tensors = []
-    for name, own_name in _own_names(part).items():
-        shape = _as_convolution(part.tensors.shapes[own_name])
-        read = partial(_read_as, part, own_name, shape)
-        tensors.append(FileTensor(PREFIXES["vae"][0] + native[name], shape, read, torch.float32))
-    return tensors
-
-
-def _read_as(part: Part, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
-    return part.tensors.read_one(name, dtype).reshape(shape)

@@ -28,6 +28,7 @@ from models.family import PipelineLayer
 from models.sd3 import weights
 from models.sd3.family import SD3Family
 from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, num_layers
+from models.sd3.network_shapes import layer_shapes
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes
@@ -75,7 +76,7 @@ def make_layers(path: Path) -> list[PipelineLayer]:
             prefix=layer_prefix(network.config, index),
             cost=layer_cost(network.config, index),
             outputs=layer_outputs(network.config, index),
-            shapes=network.layer_shapes(index),
+            shapes=layer_shapes(network.config, index),
             build=lambda index=index: network.load_layer(index, torch.bfloat16),  # type: ignore[misc]
         )
         for index in range(num_layers(network.config))

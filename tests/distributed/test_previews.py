@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.sd3 import text_encoders
+from models.sd3.text_conditioning import join_text
 from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
 from tests.distributed.lab import Lab, Run
@@ -207,7 +207,7 @@ def encoded(experiment_path: Path, text: str) -> tuple[Tensor, Tensor]:
     for encoder in adapter.text_encoders:
         (item,) = encoder.load(torch.device("cpu"))([text])
         tensors.update({f"{encoder.name}.{name}": tensor[None] for name, tensor in item.items()})
-    return text_encoders.join_text(tensors, adapter.settings, adapter.config)
+    return join_text(tensors, adapter.text_tokens, adapter.config)
 
 
 def add_its_input(network: Any) -> None:

@@ -16,7 +16,7 @@ from utils.config.load import Config, ConfigError, ErrorDetail, load_config, loc
 from utils.data.dataset import directory_errors
 from utils.distributed.group import World
 from utils.export.weights import export_errors
-from utils.objective.objective import objective_errors
+from utils.objective.validation import objective_errors
 from utils.optim.registry import optimizer_errors
 from utils.pipeline.partition import balanced_bounds
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
@@ -139,7 +139,7 @@ def _check_stages(config: Config, world: World, errors: list[ErrorDetail], check
 def _open_model(config: Config, errors: list[ErrorDetail]) -> ModelFamily | None:
     model = config.experiment.model
     try:
-        family: ModelFamily = family_class(model.type)(model)
+        family: ModelFamily = family_class(model.type).from_files(model)
     except ModelFilesError as error:
         errors += [ErrorDetail(config.path, f"model.{key}", text) for key, text in error.errors]
         return None

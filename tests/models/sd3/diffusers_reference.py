@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.sd3.mmdit import MMDiTConfig
+from models.sd3.variants import MMDiTConfig
 
 
 def convert_module(name: str, depth: int) -> tuple[list[str], bool]:

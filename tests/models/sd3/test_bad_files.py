@@ -27,7 +27,7 @@ Change = Callable[[Tensors], None]
 
 def errors_of(model: Path, **changes: Any) -> list[tuple[str, str]]:
     with pytest.raises(ModelFilesError) as caught:
-        SD3Family(settings_for(model, **changes))
+        SD3Family.from_files(settings_for(model, **changes))
     assert all(text and f"{key}: {text}" in str(caught.value) for key, text in caught.value.errors)
     return caught.value.errors
 
@@ -66,12 +66,12 @@ NOT_SAFETENSORS = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a git-lfs pointer"),
     "page": (b"<!doctype html><html>Access to this model is restricted", "is a web page"),
     "page_after_a_blank_line": (b"\n  <html>", "is a web page"),
-    "zip": (b"PK\x03\x04" + bytes(60), "is a pickled file, which is not read: convert it to safetensors"),
+    "zip": (b"PK\x03\x04" + bytes(60), "is a pickled file, which is not supported: convert it to safetensors"),
     "pickle": (b"\x80\x02}q\x00X\x05\x00\x00\x00" + bytes(60), "is a pickled file"),
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(60), "is a GGUF file"),
-    "noise": (b"\xff" * 64, "is no readable safetensors file"),
-    "noise_with_a_brace": (b"\xff" * 8 + b"{" + b"\xff" * 64, "is no readable safetensors file"),
-    "no_json": (b"\x10" + bytes(7) + b"{" + b"x" * 15, "is no readable safetensors file"),
+    "noise": (b"\xff" * 64, "is not a readable safetensors file"),
+    "noise_with_a_brace": (b"\xff" * 8 + b"{" + b"\xff" * 64, "is not a readable safetensors file"),
+    "no_json": (b"\x10" + bytes(7) + b"{" + b"x" * 15, "is not a readable safetensors file"),
 }
 
 
@@ -96,7 +96,7 @@ def test_a_download_that_was_cut_off_is_told_with_its_size(tiny_model: Path, tmp
     path = tmp_path / "half.safetensors"
     path.write_bytes(content[: int(len(content) * kept)])
     text = only_error("mmdit", tiny_model, mmdit=path)
-    assert f"{path} is cut off: it has {path.stat().st_size:,} bytes" in text
+    assert f"{path} is truncated: it has {path.stat().st_size:,} bytes" in text
     assert "download it again" in text
 
 
@@ -107,7 +107,7 @@ def test_a_cut_off_file_whose_header_s_length_begins_like_a_pickle_is_still_cut_
     path = tmp_path / "half.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
     assert path.read_bytes()[0] == 0x80
-    assert "is cut off" in only_error("mmdit", tiny_model, mmdit=path)
+    assert "is truncated" in only_error("mmdit", tiny_model, mmdit=path)
 
 
 # --- files of something else -------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_scales_by_blocks_are_refused_by_name(
     tensors[LINEAR.removesuffix(".weight") + ".weight_scale"] = torch.ones(shape)
     path = public_files.write_file(tmp_path / "changed.safetensors", tensors)
     text = only_error("mmdit", tiny_model, mmdit=path)
-    assert f"scales {LINEAR} by blocks of {shape}; read are one scale a tensor or one a row" in text
+    assert f"scales {LINEAR} in blocks of {shape}; readable are one scale per tensor or one per row" in text
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_a_folder_with_several_sets_of_weights_asks_for_one_file(tiny_model: Pat
         (tmp_path / name).symlink_to(tiny_model / "mmdit.safetensors")
     text = only_error("mmdit", tiny_model, mmdit=tmp_path)
     assert f"{tmp_path} has several sets of weights (first.safetensors, second.safetensors)" in text
-    assert "give one file" in text
+    assert "set the path of one file" in text
 
 
 @pytest.mark.parametrize("key", ["vae", "clip_l", "clip_g", "t5xxl"])
@@ -492,7 +492,7 @@ def network_only(native: Tensors, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize("key", ["vae", "clip_l", "clip_g", "t5xxl"])
 def test_a_part_that_is_not_in_the_single_file_asks_for_its_path(tiny_model: Path, network_only: Path, key: str) -> None:
     text = only_error(key, tiny_model, mmdit=network_only, **{key: None})
-    assert f"is not given, and {network_only} has none; give {key} = PATH" in text
+    assert f"is not set, and {network_only} does not contain it; set {key} = PATH" in text
     assert (f"{key} = false" in text) == (key != "vae")  # nothing is trained without an autoencoder
 
 
@@ -503,7 +503,7 @@ def test_a_part_that_is_not_in_the_pipeline_s_folder_names_the_folder(
     public_files.diffusers_network(native).save_pretrained(tmp_path / "transformer")
     text = only_error(key, tiny_model, mmdit=tmp_path, **{key: None})
     folder = {**ENCODER_FOLDERS, "vae": "vae"}[key]
-    assert f"{tmp_path} has no folder {folder}; give {key} = PATH" in text
+    assert f"{tmp_path} has no folder {folder}; set {key} = PATH" in text
 
 
 @pytest.mark.parametrize("key", ["clip_l", "clip_g", "t5xxl"])
@@ -548,7 +548,10 @@ def test_files_that_are_whole_are_not_refused(tiny_model: Path, tmp_path: Path) 
     """What this file's changes are made to."""
     path = tmp_path / "whole.safetensors"
     save_file(original_part(tiny_model, "mmdit"), path)
-    assert SD3Family(settings_for(tiny_model, mmdit=path)).config == SD3Family(settings_for(tiny_model)).config
+    assert (
+        SD3Family.from_files(settings_for(tiny_model, mmdit=path)).config
+        == SD3Family.from_files(settings_for(tiny_model)).config
+    )
 
 
 def test_of_shards_that_overlap_the_index_says_whose_tensor_counts(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from models.sd3 import diffusers_names
-from models.sd3.mmdit import MMDiTConfig
-from models.sd3.weights import adaptable_modules, detect_config, expected_shapes
+from models.sd3.network_shapes import adaptable_modules, network_shapes
+from models.sd3.variants import MMDiTConfig, detect_config
 from tests.models.sd3.diffusers_reference import relative_error
 from tests.models.sd3.test_weights import RELEASED
 from tests.public_files import diffusers_tensors
@@ -35,7 +35,7 @@ def network_of(variant: str) -> Any:
 @pytest.mark.parametrize("variant", RELEASED)
 def test_names_and_shapes_are_those_of_diffusers_network(variant: str) -> None:
     config = config_of(variant)
-    native = expected_shapes(config)
+    native = network_shapes(config)
     assert len(native) == RELEASED[variant][1]["keys"]
     ours = {
         diffusers: tuple(part.shape)

@@ -13,7 +13,7 @@ import models
 from models.family import ModelFilesError
 from models.sd3.family import SD3Family
 from models.sd3.settings import MergedAdapter
-from models.sd3.text_encoders import join_text
+from models.sd3.text_conditioning import join_text
 from models.tensor_files import TensorFiles
 from tests.model_copies import linked_copy, rewrite, settings_for
 from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, DEPTH, POOLED_DIM, tiny_shapes
@@ -21,7 +21,7 @@ from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, DEPTH, POO
 
 @pytest.fixture(scope="module")
 def family(tiny_model: Path) -> SD3Family:
-    return SD3Family(settings_for(tiny_model))
+    return SD3Family.from_files(settings_for(tiny_model))
 
 
 def test_the_registry_finds_the_family() -> None:
@@ -43,7 +43,7 @@ def test_layers_hold_every_parameter_of_the_file_once(family: SD3Family) -> None
 
 
 def test_a_layer_is_built_in_the_training_precision(tiny_model: Path) -> None:
-    layer = SD3Family(settings_for(tiny_model, dtype="bfloat16")).layers[1].build()
+    layer = SD3Family.from_files(settings_for(tiny_model, dtype="bfloat16")).layers[1].build()
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
 
 
@@ -68,7 +68,7 @@ def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(family
     assert timestep.dtype == torch.float32
     torch.testing.assert_close(timestep, torch.tensor([999.0, 513.1]))
     assert torch.equal(noisy, latents)
-    assert torch.equal(context, join_text(text, family.settings, family.config)[0])
+    assert torch.equal(context, join_text(text, family.text_tokens, family.config)[0])
     assert context.shape == (2, 16, CONTEXT_DIM)
     assert pooled.shape == (2, POOLED_DIM)
     assert context.dtype == pooled.dtype == torch.bfloat16
@@ -109,7 +109,7 @@ def test_opening_a_model_reads_no_weights(tiny_model: Path, monkeypatch: pytest.
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(TensorFiles, "read", refuse)
-    assert len(SD3Family(settings_for(tiny_model)).layers) == DEPTH + 2
+    assert len(SD3Family.from_files(settings_for(tiny_model)).layers) == DEPTH + 2
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -120,9 +120,9 @@ def change_config(folder: Path, **changes: object) -> None:
 
 def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Path) -> None:
     model = linked_copy(tiny_model, tmp_path / "model")
-    assert not SD3Family(settings_for(model)).notes
+    assert not SD3Family.from_files(settings_for(model)).notes
     change_config(model / "vae", scaling_factor=1.05)
-    (note,) = SD3Family(settings_for(model)).notes
+    (note,) = SD3Family.from_files(settings_for(model)).notes
     assert note == f"{model / 'vae'} has scaling_factor 1.05; that of SD3 is 1.5305"
 
 
@@ -132,12 +132,12 @@ def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Pat
         ("vae", {"scaling_factor": 0.3611, "shift_factor": 0.1159}, "is the autoencoder of Flux"),
         ("vae", {"scaling_factor": 0.13025}, "is the autoencoder of Stable Diffusion XL"),
         ("vae", {"scaling_factor": None, "shift_factor": None}, "gives no scaling_factor and no shift_factor"),
-        ("vae", {"block_out_channels": 5}, "block_out_channels = 5: must be a list of whole numbers"),
-        ("vae", {"block_out_channels": []}, "must be a list of whole numbers"),
-        ("vae", {"layers_per_block": "2"}, "layers_per_block = '2': must be a whole number above 0"),
-        ("text_encoder", {"num_hidden_layers": "2"}, "num_hidden_layers = '2': must be a whole number above 0"),
+        ("vae", {"block_out_channels": 5}, "block_out_channels = 5: must be a list of integers above 0"),
+        ("vae", {"block_out_channels": []}, "must be a list of integers above 0"),
+        ("vae", {"layers_per_block": "2"}, "layers_per_block = '2': must be an integer above 0"),
+        ("text_encoder", {"num_hidden_layers": "2"}, "num_hidden_layers = '2': must be an integer above 0"),
         ("text_encoder", {"text_config": 3}, "text_config = 3: must be a table"),
-        ("text_encoder_3", {"num_heads": 0}, "num_heads = 0: must be a whole number above 0"),
+        ("text_encoder_3", {"num_heads": 0}, "num_heads = 0: must be an integer above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
@@ -146,7 +146,7 @@ def test_settings_that_cannot_be_are_refused(
     model = linked_copy(tiny_model, tmp_path / "model")
     change_config(model / folder, **changes)
     with pytest.raises(ModelFilesError, match=re.escape(message)):
-        SD3Family(settings_for(model))
+        SD3Family.from_files(settings_for(model))
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])

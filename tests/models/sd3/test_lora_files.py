@@ -18,17 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.family import LoraFile, ModelFilesError, ModuleAdapter
-from models.sd3 import weights
 from models.sd3.family import SD3Family
 from models.sd3.layers import layer_prefix, num_layers
-from models.sd3.lora_files import diffusers_adapter, native_adapter, open_lora_file
+from models.sd3.lora_export import diffusers_adapter, native_adapter
+from models.sd3.lora_files import open_lora_file
 from models.sd3.mmdit import MMDiT
+from models.sd3.network_shapes import adaptable_modules
+from models.sd3.variants import detect_config
+from models.sd3.weights import NetworkFiles
 from models.tensor_files import MAX_ERRORS_SHOWN, open_file
 from tests.golden.make_lora_keys import RANK, RELEASED, golden_path, golden_text, read_golden, released_shapes
 from tests.models.sd3.diffusers_reference import convert_module, diffusers_network, relative_error, to_diffusers
 from tests.tiny_model import CONTEXT_DIM, DEPTH, POOLED_DIM, Shape, random_weights, tiny_shapes
 
-CONFIG = weights.detect_config(tiny_shapes())
+CONFIG = detect_config(tiny_shapes())
 WEIGHTS = random_weights(tiny_shapes())
 MODULES: dict[str, Shape] = {
     name.removesuffix(".weight"): shape
@@ -205,7 +208,7 @@ def test_golden_file_is_what_its_script_writes(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_native_file_of_a_released_network_has_the_golden_keys_and_shapes(variant: str) -> None:
-    modules = weights.adaptable_modules(weights.detect_config(released_shapes(variant)))
+    modules = adaptable_modules(detect_config(released_shapes(variant)))
     adapters = {
         name: ModuleAdapter(
             {
@@ -221,7 +224,7 @@ def test_native_file_of_a_released_network_has_the_golden_keys_and_shapes(varian
 
 @pytest.mark.parametrize(("variant", "count"), [("sd3_medium", 237), ("sd35_medium", 263), ("sd35_large", 377)])
 def test_released_networks_have_as_many_modules_in_blocks_as_sd_scripts_finds(variant: str, count: int) -> None:
-    modules = weights.adaptable_modules(weights.detect_config(released_shapes(variant)))
+    modules = adaptable_modules(detect_config(released_shapes(variant)))
     assert sum(name.startswith("joint_blocks.") for name in modules) == count
     assert len(modules) == count + 8
 
@@ -265,7 +268,7 @@ def test_default_targets_are_these() -> None:
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_every_module_is_in_exactly_one_group(variant: str) -> None:
-    modules = weights.adaptable_modules(weights.detect_config(released_shapes(variant)))
+    modules = adaptable_modules(detect_config(released_shapes(variant)))
     for name in modules:
         assert sum(in_group(group, name) for group in SD3Family.lora_target_groups) == 1, name
 
@@ -426,7 +429,7 @@ def test_text_encoders_in_the_file_are_left_out_and_named(tmp_path: Path) -> Non
         "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(1),
     }
     file = opened(tmp_path, {**native_adapter(written), **beside})
-    assert set(file.left_out) == set(beside)
+    assert set(file.skipped_keys) == set(beside)
     assert set(file.shapes) == set(written)
 
 
@@ -600,13 +603,13 @@ def test_adapter_that_lycoris_made_reads_as_lycoris_applies_it(
 # --- merged into the network -------------------------------------------------------------------------------------------
 
 
-def network_files(folder: Path, tensors: Mapping[str, Tensor]) -> weights.NetworkFiles:
+def network_files(folder: Path, tensors: Mapping[str, Tensor]) -> NetworkFiles:
     path = folder / "network.safetensors"
     save_file(dict(tensors), path)
-    return weights.NetworkFiles(open_file(path))
+    return NetworkFiles(open_file(path))
 
 
-def layers_read(network: weights.NetworkFiles, dtype: torch.dtype) -> dict[str, Tensor]:
+def layers_read(network: NetworkFiles, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of every layer by its native name."""
     return {
         layer_prefix(CONFIG, index) + name: tensor
@@ -690,7 +693,7 @@ def low_rank(key: str, rows: int, columns: int, rank: int = 2) -> dict[str, Tens
     ("content", "text"),
     [
         (b"", "FILE is empty"),
-        (b"PK\x03\x04 a pickled adapter", "FILE is a pickled file, which is not read: convert it to safetensors"),
+        (b"PK\x03\x04 a pickled adapter", "FILE is a pickled file, which is not supported: convert it to safetensors"),
         (b"<!DOCTYPE html>", "FILE is a web page: the download failed"),
     ],
 )
@@ -758,8 +761,8 @@ def test_an_adapter_of_a_wider_variant_is_refused_with_a_short_list(tmp_path: Pa
 
 
 def test_an_adapter_of_sd35_large_does_not_fit_sd35_medium(tmp_path: Path) -> None:
-    medium = weights.adaptable_modules(weights.detect_config(released_shapes("sd35_medium")))
-    large = weights.adaptable_modules(weights.detect_config(released_shapes("sd35_large")))
+    medium = adaptable_modules(detect_config(released_shapes("sd35_medium")))
+    large = adaptable_modules(detect_config(released_shapes("sd35_large")))
     tensors: dict[str, Tensor] = {}
     for name, shape in large.items():
         if ".x_block.attn.proj" in name:
@@ -826,7 +829,7 @@ def test_kronecker_adapters_that_cannot_be_applied_are_refused(tmp_path: Path) -
         f"FILE: {TO}q is a Kronecker adapter of a third of a module that is one here; it can be used with native keys only"
     ]
     assert errors_with(tmp_path, factors("lora_unet_x_embedder_proj", (8, 4), (16, 4, 2, 2))) == [
-        "FILE: lora_unet_x_embedder_proj is a Kronecker adapter of a convolution, which is not read"
+        "FILE: lora_unet_x_embedder_proj is a Kronecker adapter of a convolution, which is not supported"
     ]
     assert errors_with(tmp_path, factors("transformer.norm_out.linear", (1, 8), (256, 16))) == [
         "FILE: transformer.norm_out.linear is a Kronecker adapter whose halves cannot change places; "

@@ -28,7 +28,9 @@ SOME_OFF = [
 
 def adapter_without(model: Path, off: tuple[str, ...], missing: str, **changes: Any) -> SD3Family:
     lengths = {"clip_max_token_length": CLIP_TOKENS, "t5xxl_max_token_length": T5_TOKENS}
-    return SD3Family(settings_for(model, **{**lengths, **dict.fromkeys(off, False), "missing_encoders": missing, **changes}))
+    return SD3Family.from_files(
+        settings_for(model, **{**lengths, **dict.fromkeys(off, False), "missing_encoders": missing, **changes})
+    )
 
 
 def random_text(off: tuple[str, ...]) -> dict[str, Tensor]:
@@ -134,12 +136,12 @@ def test_without_t5_zeros_are_what_diffusers_feeds(tiny_model: Path) -> None:
 def test_an_encoder_that_is_off_needs_no_files(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("mmdit.safetensors", "vae", "text_encoder_2", "tokenizer_2"):
         (tmp_path / name).symlink_to(tiny_model / name)
-    assert len(SD3Family(settings_for(tmp_path, clip_l=False, t5xxl=False)).text_encoders) == 1
+    assert len(SD3Family.from_files(settings_for(tmp_path, clip_l=False, t5xxl=False)).text_encoders) == 1
 
 
 def test_all_encoders_off_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ModelFilesError) as caught:
-        SD3Family(settings_for(tiny_model, clip_l=False, clip_g=False, t5xxl=False))
+        SD3Family.from_files(settings_for(tiny_model, clip_l=False, clip_g=False, t5xxl=False))
     ((key, text),) = caught.value.errors
     assert key == "clip_l"
     assert "all three text encoders are off" in text

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.sd3 import mmdit
 from models.sd3.diffusers_names import diffusers_modules, swaps_halves
-from models.sd3.mmdit import MMDiT, MMDiTConfig
+from models.sd3.mmdit import MMDiT
+from models.sd3.variants import MMDiTConfig
+from models.shared import embedders
+from models.shared.attention import Attention
+from models.shared.position_table import crop_position_table
 from tests.models.sd3.diffusers_reference import convert_module, diffusers_network, relative_error, to_diffusers
 from tests.tiny_model import native_shapes, random_weights
 
@@ -118,9 +121,9 @@ def test_second_attention_with_as_many_heads_as_a_head_is_wide_is_another_networ
     assert relative_error(wrong, expected) > 0.05
 
 
-def swapped_heads(attention: mmdit.Attention, tokens: Tensor) -> tuple[Tensor, ...]:
+def swapped_heads(attention: Attention, tokens: Tensor) -> tuple[Tensor, ...]:
     """64 heads as wide as there should be heads."""
-    split = mmdit.Attention.heads(attention, tokens)
+    split = Attention.heads(attention, tokens)
     return tuple(part.transpose(1, 2).flatten(2).unflatten(2, (64, -1)).transpose(1, 2) for part in split)
 
 
@@ -160,23 +163,25 @@ def test_timesteps_survive_a_network_in_bfloat16() -> None:
 
 def test_sinusoids_are_computed_in_float32_for_any_timestep_dtype() -> None:
     whole = torch.tensor([0.0, 1.0, 256.0, 1000.0])  # exact in bfloat16
-    assert torch.equal(mmdit.sinusoidal_embedding(whole.to(torch.bfloat16)), mmdit.sinusoidal_embedding(whole))
-    assert torch.equal(mmdit.sinusoidal_embedding(torch.zeros(1)), torch.tensor([[1.0] * 128 + [0.0] * 128]))
+    assert torch.equal(
+        embedders.sinusoidal_embedding(whole.to(torch.bfloat16), 256), embedders.sinusoidal_embedding(whole, 256)
+    )
+    assert torch.equal(embedders.sinusoidal_embedding(torch.zeros(1), 256), torch.tensor([[1.0] * 128 + [0.0] * 128]))
 
 
 def test_position_table_is_cropped_at_its_centre() -> None:
     table = torch.arange(36.0).view(1, 36, 1)  # 6 x 6, row * 6 + column
-    crop = mmdit.crop_position_table(table, rows=2, columns=4)
+    crop = crop_position_table(table, rows=2, columns=4)
     assert crop.flatten().tolist() == [13, 14, 15, 16, 19, 20, 21, 22]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 2), (2, 7)])
 def test_a_image_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
     with pytest.raises(ValueError, match="6 x 6"):
-        mmdit.crop_position_table(torch.zeros(1, 36, 8), rows, columns)
+        crop_position_table(torch.zeros(1, 36, 8), rows, columns)
 
 
 def test_unpatchify_puts_every_patch_where_it_was() -> None:
     image = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
     patches = image.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 15, 64)  # rows first; (p, q, C)
-    assert torch.equal(mmdit.unpatchify(patches, 6, 10, patch_size=2), image)
+    assert torch.equal(embedders.unpatchify(patches, 6, 10, patch_size=2), image)

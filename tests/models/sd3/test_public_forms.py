@@ -202,7 +202,7 @@ def values_of(model: Path, part: str, storage: str) -> Tensors:
 
 @pytest.fixture(scope="module")
 def original(tiny_model: Path) -> SD3Family:
-    return SD3Family(settings_for(tiny_model))
+    return SD3Family.from_files(settings_for(tiny_model))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -210,7 +210,7 @@ def original(tiny_model: Path) -> SD3Family:
 def test_layers_hold_the_original_s_values_and_the_variant_is_its(
     tiny_model: Path, written: Written, original: SD3Family, form: str, dtype: str
 ) -> None:
-    adapter = SD3Family(settings_for(tiny_model, **written(form), dtype=dtype))
+    adapter = SD3Family.from_files(settings_for(tiny_model, **written(form), dtype=dtype))
     assert adapter.config == original.config
     assert [(one.name, one.shapes) for one in adapter.layers] == [(one.name, one.shapes) for one in original.layers]
     expected = values_of(tiny_model, "mmdit", FORMS[form].storage)
@@ -253,7 +253,7 @@ CAPTION_FORMS = [
 @pytest.mark.parametrize(("part", "form"), CAPTION_FORMS)
 def test_encoded_captions_are_the_original_s(tiny_model: Path, written: Written, part: str, form: str) -> None:
     settings = settings_for(tiny_model, **written(form))
-    encoder = next(encoder for encoder in SD3Family(settings).text_encoders if encoder.name == part)
+    encoder = next(encoder for encoder in SD3Family.from_files(settings).text_encoders if encoder.name == part)
     (item,) = encoder.load(CPU)([CAPTION])
     ids = encoder._token_ids(encoder._load_tokenizer(), CAPTION)
     expected = reference_items(tiny_model, part, FORMS[form].storage, tuple(ids))
@@ -265,7 +265,7 @@ def test_encoded_captions_are_the_original_s(tiny_model: Path, written: Written,
 def test_tokenizers_as_transformers_saves_them_today_give_the_original_s_tokens(
     tiny_model: Path, written: Written, original: SD3Family
 ) -> None:
-    ours = SD3Family(settings_for(tiny_model, **written("pipeline_folder"))).text_encoders
+    ours = SD3Family.from_files(settings_for(tiny_model, **written("pipeline_folder"))).text_encoders
     assert len(ours) == 3
     for encoder, reference in zip(ours, original.text_encoders, strict=True):
         assert encoder.tokenizer_folder != reference.tokenizer_folder
@@ -290,7 +290,7 @@ def reference_autoencoder(model: Path, storage: str) -> Any:
 
 @pytest.mark.parametrize("form", forms_of("vae"))
 def test_latents_and_decoded_images_are_the_original_s(tiny_model: Path, written: Written, form: str) -> None:
-    adapter = SD3Family(settings_for(tiny_model, **written(form)))
+    adapter = SD3Family.from_files(settings_for(tiny_model, **written(form)))
     reference = reference_autoencoder(tiny_model, FORMS[form].storage)
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (3, 32, 16), dtype=torch.uint8, generator=generator)
@@ -311,7 +311,7 @@ def test_latents_and_decoded_images_are_the_original_s(tiny_model: Path, written
 @pytest.mark.parametrize("form", ["complete_float32", "pipeline_folder", "t5xxl_shards", "network_diffusers_shards"])
 def test_every_file_that_was_read_is_in_the_identity(tiny_model: Path, written: Written, form: str) -> None:
     changes = written(form)
-    adapter = SD3Family(settings_for(tiny_model, **changes))
+    adapter = SD3Family.from_files(settings_for(tiny_model, **changes))
     t5xxl = {path.name for path in adapter.text_encoders[2].files if path.suffix == ".safetensors"}
     expected = {
         "complete_float32": ({"complete.safetensors"}, {"complete.safetensors"}),
@@ -331,7 +331,7 @@ def one_scaled_tensor(folder: Path, scale: Tensor, suffix: str) -> tuple[Tensor,
     path = public_files.write_file(folder / "one.safetensors", {"module.weight": weight, f"module.{suffix}": scale})
     files = open_file(path)
     assert set(files.shapes) == {"module.weight"}
-    assert files.unreadable() == []
+    assert files.storage_errors() == []
     return files.read_one("module.weight", torch.float32), weight.float()
 
 

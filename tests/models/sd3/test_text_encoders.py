@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from models.family import LENGTH, EncodedItem
-from models.sd3 import text_encoders
+from models.sd3 import text_encoder_files
 from models.sd3.family import SD3Family
 from models.sd3.settings import SD3Settings
-from models.sd3.sources import Part
-from models.sd3.text_encoders import SD3TextEncoder, join_text
-from models.tensor_files import TensorFiles, _Place
+from models.sd3.sources import Component
+from models.sd3.text_conditioning import join_text
+from models.sd3.text_encoders import SD3TextEncoder
+from models.tensor_files import TensorFiles, TensorLocation
 from tests.model_copies import linked_copy, settings_for
 from tests.public_files import load_encoder
 from tests.tiny_model import CLIP_G_WIDTH, CLIP_L_WIDTH, CONTEXT_DIM, POOLED_DIM
@@ -35,11 +36,11 @@ FOX_T5 = [3, 9, 1202, 13, 3, 9, 1131, 3, 20400]
 
 
 def encoders_of(settings: SD3Settings) -> tuple[SD3TextEncoder, ...]:
-    return SD3Family(settings).text_encoders
+    return SD3Family.from_files(settings).text_encoders
 
 
 def join(text: dict[str, Tensor], settings: SD3Settings) -> tuple[Tensor, Tensor]:
-    return join_text(text, settings, SD3Family(settings).config)
+    return join_text(text, settings.text_tokens, SD3Family.from_files(settings).config)
 
 
 @pytest.fixture(scope="module")
@@ -272,16 +273,16 @@ def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
 
 
-def bare_part(name: str, shapes: dict[str, tuple[int, ...]]) -> Part:
-    places = {key: _Place(Path("file"), key, shape, "F16") for key, shape in shapes.items()}
-    return Part(name, TensorFiles(places, Path("file")), None, Path("."))
+def bare_part(name: str, shapes: dict[str, tuple[int, ...]]) -> Component:
+    places = {key: TensorLocation(Path("file"), key, shape, "F16") for key, shape in shapes.items()}
+    return Component(name, TensorFiles(places, Path("file")), None, Path("."))
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_expected_tensors_are_those_of_the_released_encoder(name: str) -> None:
     shape, rest, millions = RELEASED[name]
     published = released_shapes(name)
-    ours = text_encoders.expected_shapes(name, {**shape, **rest})
+    ours = text_encoder_files.encoder_shapes(name, {**shape, **rest})
     # CLIP-L's projection is an identity, which is not asked for; its 123.65 million count it.
     projection = {"text_projection.weight": (768, 768)} if name == "clip_l" else {}
     assert {**ours, **projection} == published
@@ -292,7 +293,7 @@ def test_expected_tensors_are_those_of_the_released_encoder(name: str) -> None:
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_bare_file_of_a_released_encoder_tells_its_settings(name: str) -> None:
     shape, rest, _ = RELEASED[name]
-    told = text_encoders.encoder_config(bare_part(name, released_shapes(name)))
+    told = text_encoder_files.encoder_config(bare_part(name, released_shapes(name)))
     assert {key: told[key] for key in (*shape, *rest)} == {**shape, **rest}
 
 
@@ -301,4 +302,4 @@ def test_a_table_under_either_or_both_of_t5_s_names_is_one_tensor() -> None:
     table = shapes.pop("shared.weight")
     for names in (("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")):
         part = bare_part("t5xxl", {**shapes, **dict.fromkeys(names, table)})
-        assert text_encoders.weights_of(part).shapes == {**shapes, "shared.weight": table}
+        assert text_encoder_files.encoder_tensors(part).shapes == {**shapes, "shared.weight": table}

@@ -55,7 +55,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 def encoder_of(model: Path, name: str, **changes: Any) -> SD3TextEncoder:
     off = {other: False for other in ENCODERS if other != name}
-    (encoder,) = SD3Family(settings_for(model, **{**off, **changes})).text_encoders
+    (encoder,) = SD3Family.from_files(settings_for(model, **{**off, **changes})).text_encoders
     return encoder
 
 
@@ -288,7 +288,7 @@ def test_a_file_that_is_not_what_its_name_says_makes_no_tokenizer(
     for name in ("vocab.json", "merges.txt", "spiece.model"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    SD3Family(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
+    SD3Family.from_files(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
     (folder / file).write_text(content, encoding="utf-8")
     with pytest.raises(ModelFilesError, match=f"{key}_tokenizer"):
-        SD3Family(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))
+        SD3Family.from_files(settings_for(tiny_model, **{f"{key}_tokenizer": str(folder)}))

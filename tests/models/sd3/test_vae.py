@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.sd3 import vae
-from models.sd3.sources import Part
+from models.sd3 import vae, vae_files
+from models.sd3.sources import Component
 from models.tensor_files import open_folder
 from tests import public_files
 from tests.model_copies import linked_copy, rewrite
@@ -30,8 +30,8 @@ def autoencoder(tiny_model: Path) -> Any:
     return AutoencoderKL.from_pretrained(tiny_model / "vae").eval()
 
 
-def folder_part(folder: Path) -> Part:
-    return Part("vae", open_folder(folder), json.loads((folder / "config.json").read_text()), folder)
+def folder_part(folder: Path) -> Component:
+    return Component("vae", open_folder(folder), json.loads((folder / "config.json").read_text()), folder)
 
 
 def image(height: int, width: int, seed: int = 0) -> Tensor:
@@ -158,7 +158,7 @@ def test_a_image_no_larger_than_a_tile_is_decoded_whole(tiny_model: Path, autoen
 
 
 def test_a_fitting_folder_has_no_errors(tiny_model: Path) -> None:
-    assert vae.check_part(folder_part(tiny_model / "vae"), NUM_CHANNELS) == []
+    assert vae_files.vae_errors(folder_part(tiny_model / "vae"), NUM_CHANNELS) == []
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_an_autoencoder_of_another_model_is_refused(
     config = (folder / "config.json").read_text()
     assert change[0] in config
     rewrite(folder / "config.json", config.replace(*change))
-    ((key, text),) = vae.check_part(folder_part(folder), NUM_CHANNELS)
+    ((key, text),) = vae_files.vae_errors(folder_part(folder), NUM_CHANNELS)
     assert key == "vae"
     assert message in text
 
 
 def test_without_a_network_to_fit_only_the_folder_itself_is_judged(tiny_model: Path) -> None:
-    assert vae.check_part(folder_part(tiny_model / "vae"), None) == []
+    assert vae_files.vae_errors(folder_part(tiny_model / "vae"), None) == []
 
 
 def test_identity_names_weights_and_config(tiny_model: Path) -> None:
@@ -233,17 +233,17 @@ def test_native_names_and_shapes_are_those_diffusers_converts(name: str) -> None
     """By diffusers' own converter, from markers: see tests/public_files.py."""
     config, expected = CONFIGS[name], diffusers_shapes(CONFIGS[name])
     ldm = public_files.ldm_names(config)
-    native = vae.native_shapes(config)
+    native = vae_files.native_shapes(config)
     assert set(native) == {ldm[diffusers] for diffusers in expected}
     for diffusers, shape in expected.items():
         num_levels = len(config["block_out_channels"])
-        assert vae.native_names(config)[diffusers] == ldm[diffusers]
-        assert vae.diffusers_name(ldm[diffusers], num_levels) == diffusers
+        assert vae_files.native_names(config)[diffusers] == ldm[diffusers]
+        assert vae_files.diffusers_name(ldm[diffusers], num_levels) == diffusers
         assert native[ldm[diffusers]] == (shape if len(shape) != 2 else (*shape, 1, 1))
 
 
 def test_the_released_autoencoder_has_its_published_size() -> None:
-    native = vae.native_shapes(RELEASED)
+    native = vae_files.native_shapes(RELEASED)
     assert len(native) == 244
     assert sum(math.prod(shape) for shape in native.values()) == 83_819_683
     assert native["encoder.conv_out.weight"] == (32, 512, 3, 3)
@@ -251,7 +251,7 @@ def test_the_released_autoencoder_has_its_published_size() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_settings_are_told_from_a_native_file_s_shapes(name: str) -> None:
-    assert vae.native_config(vae.native_shapes(CONFIGS[name])) == CONFIGS[name]
+    assert vae_files.native_config(vae_files.native_shapes(CONFIGS[name])) == CONFIGS[name]
 
 
 def test_an_old_folder_s_attention_names_are_read(tiny_model: Path, tmp_path: Path, autoencoder: Any) -> None:
@@ -264,7 +264,7 @@ def test_an_old_folder_s_attention_names_are_read(tiny_model: Path, tmp_path: Pa
     assert any(".proj_attn." in name for name in tensors)
     path.unlink()
     save_file(tensors, path, {"format": "pt"})
-    assert vae.check_part(folder_part(folder), NUM_CHANNELS) == []
+    assert vae_files.vae_errors(folder_part(folder), NUM_CHANNELS) == []
     latents = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     ours, original = (vae.load_decoder(folder_part(one), CPU, 1024)(latents) for one in (folder, tiny_model / "vae"))
     assert torch.equal(ours, original)
@@ -278,7 +278,7 @@ def test_a_folder_whose_tensors_do_not_fit_its_config_is_refused(tiny_model: Pat
     tensors["encoder.conv_in.weight"] = torch.zeros(32, 4, 3, 3)
     path.unlink()
     save_file(tensors, path, {"format": "pt"})
-    found = [text for _, text in vae.check_part(folder_part(folder), NUM_CHANNELS)]
+    found = [text for _, text in vae_files.vae_errors(folder_part(folder), NUM_CHANNELS)]
     assert found == [
         f"{folder} misses tensor decoder.up_blocks.1.upsamplers.0.conv.bias (32,)",
         f"{folder} tensor encoder.conv_in.weight has shape (32, 4, 3, 3), expected (32, 3, 3, 3)",

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from models import tensor_files
 from models.family import ModelFilesError
-from models.sd3 import diffusers_names, weights
+from models.sd3 import diffusers_names
 from models.sd3.layers import layer_prefix, num_layers
-from models.sd3.mmdit import MMDiTConfig
-from models.sd3.weights import NetworkFiles, detect_config, expected_shapes
+from models.sd3.network_shapes import adaptable_modules, layer_shapes, network_shapes
+from models.sd3.variants import MMDiTConfig, architecture_id, detect_config, variant_name
+from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
 from tests.models.sd3.diffusers_reference import to_diffusers
 from tests.tiny_model import native_shapes, random_weights, tiny_shapes
@@ -82,14 +83,14 @@ def test_released_variant_is_told_from_shapes_alone(variant: str) -> None:
         dual_attention_layers=shape.get("dual_attention_layers", ()),
     )
     assert config.num_heads == config.depth
-    assert weights.variant_name(config).startswith(variant)
+    assert variant_name(config).startswith(variant)
 
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_released_variant_has_its_published_tensors(variant: str) -> None:
     shape, counts = RELEASED[variant]
     published = native_shapes(context_dim=4096, pooled_dim=2048, **shape)
-    ours = expected_shapes(detect_config(published))
+    ours = network_shapes(detect_config(published))
     assert ours == published
     assert len(ours) == counts["keys"]
     assert math.prod(ours.pop("pos_embed")) == counts["table"]
@@ -106,20 +107,20 @@ def test_released_variant_has_its_published_tensors(variant: str) -> None:
 )
 def test_architecture_carries_its_standard_name(variant: str, name: str) -> None:
     shape, _ = RELEASED[variant]
-    assert weights.architecture_id(detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))) == name
+    assert architecture_id(detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))) == name
 
 
 def test_adaptable_modules_are_the_file_s_linears_and_the_patch_convolution(tiny_model: Path) -> None:
     config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     expected = {name.removesuffix(".weight"): shape for name, shape in tiny_shapes().items() if len(shape) in (2, 4)}
-    assert weights.adaptable_modules(config) == expected
+    assert adaptable_modules(config) == expected
     assert len(expected["x_embedder.proj"]) == 4
 
 
 def test_large_turbo_is_described_with_large_whose_shapes_it_has() -> None:
     shape, _ = RELEASED["SD3.5-large"]
     config = detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))
-    assert "large-turbo" in weights.variant_name(config)
+    assert "large-turbo" in variant_name(config)
 
 
 @pytest.mark.parametrize("variant", RELEASED)
@@ -149,7 +150,7 @@ def test_shapes_of_a_layer_are_those_of_its_parameters(tiny_model: Path) -> None
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     for index in range(num_layers(file.config)):
         parameters = file.load_layer(index, torch.float32).named_parameters()
-        assert file.layer_shapes(index) == {name: tuple(parameter.shape) for name, parameter in parameters}
+        assert layer_shapes(file.config, index) == {name: tuple(parameter.shape) for name, parameter in parameters}
 
 
 def test_loading_a_layer_reads_its_own_tensors_only(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,5 +246,5 @@ def test_a_defining_tensor_of_the_wrong_rank_is_refused_by_name(tmp_path: Path, 
 
 def test_a_width_of_no_whole_heads_is_refused() -> None:
     shapes = native_shapes(depth=2, width=100, context_dim=8, pooled_dim=8, pos_embed_max_size=4, qk_norm=False)
-    with pytest.raises(ValueError, match="is 100 wide, no multiple of the head width, 64"):
+    with pytest.raises(ValueError, match="has width 100, which is not a multiple of the head width, 64"):
         detect_config(shapes)

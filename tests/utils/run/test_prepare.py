@@ -102,7 +102,7 @@ def output(experiment: Experiment, layers: dict[int, nn.Module]) -> Tensor:
     tensors: Any = (
         torch.randn(1, 16, 4, 4, generator=generator),
         torch.tensor([700.0]),
-        torch.randn(1, network.settings.context_length, network.config.context_dim, generator=generator),
+        torch.randn(1, network.text_tokens.total, network.config.context_dim, generator=generator),
         torch.randn(1, network.config.pooled_dim, generator=generator),
     )
     for index in sorted(layers):
