@@ -12,15 +12,10 @@ import torch
 from docs.draw_plots import PLOTS
 from utils.config.presets import PRESETS
 from utils.config.schema.objective import ObjectiveConfig
-from utils.objective.rectified_flow import LossType, PredictionType, shift_time
-from utils.objective.timestep_sampling import (
-    Density,
-    TimeSampler,
-    TimestepGrid,
-    TimestepSampling,
-    Weighting,
-    WeightingScheme,
-)
+from utils.objective.loss import LossType
+from utils.objective.rectified_flow import PredictionType, shift_time
+from utils.objective.timestep_sampling import Density, TimeSampler, TimestepGrid, TimestepSampling
+from utils.objective.weighting import Weighting, WeightingScheme
 from utils.report.plots import as_svg
 
 ROOT = Path(__file__).resolve().parent.parent

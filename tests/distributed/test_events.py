@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tests.distributed.lab import Lab
-from utils.config.schema.objective import ObjectiveConfig
+from tests.utils.objective.sd3_objective import sd3_objective
 from utils.evaluation.comparison import read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
-from utils.objective.objective import Objective
 
 pytestmark = pytest.mark.distributed
 
@@ -30,7 +29,7 @@ def test_curves_and_report_show_the_density_in_force_and_every_evaluation(lab: L
     run = lab.shared_run(2, changes)
     events = EventAccumulator(str(run.folder), size_guidance={"histograms": 0, "scalars": 0}).Reload()
     (times,) = events.Histograms("objective/t")
-    sampler = Objective(ObjectiveConfig(**OBJECTIVE)).sampler(2.0)
+    sampler = sd3_objective(**OBJECTIVE).sampler(2.0)
     drawn = sampler.draw((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000)
     shares = torch.tensor(times.histogram_value.bucket, dtype=torch.float64)
     torch.testing.assert_close(shares, torch.histc(drawn, len(shares), 0, 1) / 100_000, rtol=0, atol=1e-4)

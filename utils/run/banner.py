@@ -1,4 +1,4 @@
-"""What a user is told before a run: the model, how it is cut, the data, the batch, where output goes."""
+"""The start banner: model, stages, data, batch, objective and output of a run, printed before it starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from utils.config.presets import PRESETS
 from utils.config.schema.objective import ObjectiveConfig
 from utils.data.batches import BatchOrder
 from utils.data.encoding.plan import room_for
-from utils.objective.objective import keys_in_use, unread_keys
+from utils.objective.validation import keys_in_use, unread_keys
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run.experiment import Experiment
 from utils.tracking.metrics import bytes_in_words, table
@@ -19,36 +19,36 @@ MAX_BUCKETS_SHOWN = 12
 
 
 def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
-    """The start banner. `output`: where results go, in words."""
+    """The text of the banner. `output`: a description of where results are written."""
     notes = [f"note: {line}" for line in (*experiment.family.notes, *experiment.dataset.warnings)]
     notes += [f"note: {line}" for line in objective_notes(experiment.config.experiment.objective)]
-    notes += [f"changed since this run was last started: {line}" for line in experiment.changed_keys]
-    notes += _left_out(experiment)
+    notes += [f"changed since the last start of this run: {line}" for line in experiment.changed_keys]
+    notes += _skipped_files(experiment)
     notes += [f"note: {line}" for line in _start_notes(experiment)]
     rows = [*summary(experiment, order), ("output", output)]
     return "\n".join([table(rows), *(f"  {note}" for note in notes)])
 
 
-def _left_out(experiment: Experiment) -> list[str]:
-    """The first of the files that are not used, and how many there are besides."""
+def _skipped_files(experiment: Experiment) -> list[str]:
+    """The first skipped files, and how many more there are."""
     bad_files = experiment.dataset.bad_files
-    lines = [f"left out: {bad}" for bad in bad_files[:MAX_SHOWN_IN_LOG]]
+    lines = [f"skipped: {bad}" for bad in bad_files[:MAX_SHOWN_IN_LOG]]
     rest = len(bad_files) - len(lines)
     if rest:
         path = experiment.config.experiment.output_dir / BAD_FILES
-        lines.append(f"left out: {rest} more files; a run lists all in {path}")
+        lines.append(f"skipped: {rest} more files; a run lists all of them in {path}")
     return lines
 
 
 def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
-    """What will be trained, on what and how, as rows of a table."""
+    """Name and value of each row of the banner's table."""
     config, dataset = experiment.config.experiment, experiment.dataset
     buckets = dataset.bucket_counts()
     shown = [f"{bucket}: {count}" for bucket, count in buckets.items()][:MAX_BUCKETS_SHOWN]
     if len(buckets) > len(shown):
         shown.append(f"and {len(buckets) - len(shown)} more")
     pipeline = config.pipeline
-    fillers = f"; {order.num_fillers} images of an epoch are shown again to fill batches" if order.num_fillers else ""
+    fillers = f"; {order.num_fillers} images per epoch are repeated to fill the last batches of their buckets" if order.num_fillers else ""
     num_steps = experiment.num_steps(order)
     return [
         ("model", experiment.family.describe()),
@@ -61,22 +61,22 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
         ("objective", "; ".join(f"{name} {value}" for name, value in objective_rows(config.objective))),
         (
             "global batch",
-            f"{experiment.global_batch} = {pipeline.micro_batch_size_per_gpu} a micro-batch "
+            f"{experiment.global_batch} = {pipeline.micro_batch_size_per_gpu} per micro-batch "
             f"x {pipeline.gradient_accumulation_steps} micro-batches x {experiment.num_replicas} replicas",
         ),
-        ("steps", f"{num_steps}, {order.steps_per_epoch} an epoch{fillers}"),
-        ("pipeline idle", _bubble(experiment)),
-        ("cache", f"{config.cache_folder}; all of this takes {bytes_in_words(_room(experiment))} at most"),
+        ("steps", f"{num_steps}, {order.steps_per_epoch} per epoch{fillers}"),
+        ("pipeline bubble", _bubble(experiment)),
+        ("cache", f"{config.cache_folder}; at most {bytes_in_words(_cache_bytes(experiment))} for this dataset"),
     ]
 
 
 def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:
-    """The objective in force, in words."""
+    """Name and value of each setting of the objective that is in use."""
     scheme = config.weighting_scheme
     weight = scheme if scheme == "none" else f"{scheme} by {config.weighting_by}"
     shift = f"{config.discrete_flow_shift:g}"
     if config.shift_resolution is not None:
-        shift += f" at {config.shift_resolution}x{config.shift_resolution}, times the root of the pixels elsewhere"
+        shift += f" at {config.shift_resolution}x{config.shift_resolution}, times the square root of the pixel ratio at other sizes"
     rows = [
         ("time density", config.timestep_sampling),
         ("loss weight", weight),
@@ -94,23 +94,23 @@ def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:
         rows.append(("rounding", f"as {config.timestep_grid}"))
     rows += [
         (name, str(values[key]))
-        for name, key in (("captions dropped", "caption_dropout_rate"), ("encoders dropped", "encoder_dropout_rate"))
+        for name, key in (("caption dropout", "caption_dropout_rate"), ("encoder dropout", "encoder_dropout_rate"))
         if values[key]
     ]
     return rows
 
 
 def objective_notes(config: ObjectiveConfig) -> list[str]:
-    """What a preset set, what is written and changes nothing, and what other programs cannot read."""
+    """Remarks: what a preset set, keys without effect, outputs that other programs cannot use."""
     notes = []
     if config.preset is not None:
         preset, values = PRESETS[config.preset], config.model_dump()
         sets = ", ".join(f"{key} = {value!r}" for key, value in preset.items())
         written = ", ".join(f"{key} = {values[key]!r}" for key, value in preset.items() if values[key] != value)
-        notes.append(f"objective.preset = {config.preset!r} is {sets}" + (f"; but written is {written}" if written else ""))
+        notes.append(f"objective.preset = {config.preset!r} sets {sets}" + (f"; overridden by {written}" if written else ""))
     notes += [f"objective.{key} has no effect on this objective" for key in unread_keys(config)]
     if config.model_prediction_type == "additive":
-        notes.append("what is trained with model_prediction_type 'additive' is no velocity: other programs cannot use it")
+        notes.append("with model_prediction_type 'additive' the output is not a velocity: other programs cannot use it")
     return notes
 
 
@@ -132,8 +132,8 @@ def _start_notes(experiment: Experiment) -> list[str]:
         notes.append(
             f"{len(fresh)} of the {len(plan.modules)} modules are not in {start.path} and start fresh: {some(fresh)}"
         )
-    if start.left_out:
-        notes.append(f"left out of {start.path}, as of other networks: {some(start.left_out)}")
+    if start.skipped_keys:
+        notes.append(f"left out of {start.path}, as of other networks: {some(start.skipped_keys)}")
     return notes
 
 
@@ -141,7 +141,7 @@ def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
     ema = experiment.config.experiment.ema
     if ema is None:
         return []
-    return [("averaged weights", f"EMA of decay {ema.decay:g}{', less in the first steps' if ema.warmup else ''}")]
+    return [("averaged weights", f"EMA with decay {ema.decay:g}{', lower in the first steps' if ema.warmup else ''}")]
 
 
 def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
@@ -167,17 +167,17 @@ def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
     return rows
 
 
-def _room(experiment: Experiment) -> int:
+def _cache_bytes(experiment: Experiment) -> int:
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
     return room_for(experiment.family, tables, experiment.cache_settings)
 
 
 def _bubble(experiment: Experiment) -> str:
-    """1F1B's idle share, (P - 1) / (M + P - 1), and what lowers it."""
+    """The idle fraction of a 1F1B schedule, (P - 1) / (M + P - 1) for P stages and M micro-batches, and how to lower it."""
     stages, micro_batches = experiment.num_stages, experiment.config.experiment.pipeline.gradient_accumulation_steps
     idle = (stages - 1) / (micro_batches + stages - 1)
-    advice = f"; more gradient_accumulation_steps (now {micro_batches}) lower it" if idle > 0.2 else ""
-    return f"{idle:.0%} of the time{advice}"
+    advice = f"; raise gradient_accumulation_steps (now {micro_batches}) to lower it" if idle > 0.2 else ""
+    return f"{idle:.0%} of the time idle{advice}"
 
 
 def _millions(count: int) -> str:

@@ -14,7 +14,8 @@ from models.streams import SampleShape
 from utils.checkpoint import save as checkpoint
 from utils.data.batches import BatchOrder
 from utils.data.encoding.encoded import EncodedData
-from utils.objective.objective import LossTarget, Objective
+from utils.objective.loss import LossTarget
+from utils.objective.objective import Objective
 from utils.optim.registry import make_optimizer
 from utils.optim.schedules import LearningRateSchedule, schedule_of
 from utils.pipeline.engine import EngineSettings, Pipeline
@@ -47,7 +48,7 @@ class Run:
 
 def build_run(experiment: Experiment, folder: Path, data: EncodedData) -> Run:
     """Builds the pipeline and loads the checkpoint to resume from. All ranks together."""
-    objective, order = Objective(experiment.config.experiment.objective), experiment.batch_order()
+    objective, order = Objective(experiment.config.experiment.objective, experiment.family.shift_at), experiment.batch_order()
     pipeline = build_pipeline(experiment, objective)
     if experiment.resume_from is not None:
         checkpoint.load(pipeline, experiment.resume_from)

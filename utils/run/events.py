@@ -141,7 +141,7 @@ def write_timestep_density(run: Run, log: RunLog) -> None:
     for bucket, count in counts.items():
         shift = run.objective.shift_at(bucket.width * bucket.height)
         sampler = run.objective.sampler(shift)
-        both = [sampler.share_below(times).diff() for times in (edges, shift_time(edges, 1 / shift))]
+        both = [sampler.cdf(times).diff() for times in (edges, shift_time(edges, 1 / shift))]
         densities += count / sum(counts.values()) * torch.stack(both)
     for name, part in zip(("t", "sigma"), densities, strict=True):
         log.write_distribution(f"objective/{name}", run.clock.step, part.tolist())

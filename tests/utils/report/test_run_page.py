@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.utils.objective.sd3_objective import sd3_objective
 from tests.utils.report.html_elements import Page
-from utils.config.schema.objective import ObjectiveConfig
 from utils.evaluation import evaluate
 from utils.evaluation.comparison import Group, Measured, compare, to_line
 from utils.objective.objective import Objective
@@ -25,7 +25,7 @@ from utils.tracking.metrics import RunLog, StepMetrics
 NASTY = """<script>alert("1")</script> & 'quoted' """
 SUMMARY = [("model", "a tiny one"), ("cache", "/a/b")]
 OBJECTIVE_ROWS = [("shift", "3")]
-DEFAULT = Objective(ObjectiveConfig())
+DEFAULT = sd3_objective()
 
 
 class ReportPage(Page):
@@ -167,7 +167,7 @@ def test_files_have_the_names_that_are_written(tmp_path: Path) -> None:
     ],
 )
 def test_the_objective_is_put_in_words(tmp_path: Path, settings: dict[str, object], sentence: str) -> None:
-    assert sentence in page_of(tmp_path, Objective(ObjectiveConfig.model_validate(settings))).text
+    assert sentence in page_of(tmp_path, sd3_objective(**settings)).text
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_objective_is_put_in_words(tmp_path: Path, settings: dict[str, objec
     ],
 )
 def test_an_extreme_objective_is_drawn_in_numbers(tmp_path: Path, settings: dict[str, object]) -> None:
-    text = render(tmp_path, SUMMARY, OBJECTIVE_ROWS, Objective(ObjectiveConfig.model_validate(settings)))
+    text = render(tmp_path, SUMMARY, OBJECTIVE_ROWS, sd3_objective(**settings))
     ReportPage(text)
     paths = re.findall(r'<path d="([^"]*)"', text)
     assert len(paths) > 5

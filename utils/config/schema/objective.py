@@ -15,74 +15,93 @@ from utils.objective.weighting import WeightingScheme
 
 
 class ObjectiveConfig(Table):
-    """What the network is trained to do. docs/objective.md has every formula, with plots."""
+    """What the network is trained to predict, at which noise levels, and with which loss. docs/objective.md has all formulas,
+    with plots."""
 
     preset: Preset | None = Field(
         None,
-        description="Sets this table to what another program computes: `sd3_paper`, `sd_scripts`, `diffusers` or "
-        "`simpletuner`. Keys that are written too win.",
+        description="Sets the keys of this table to what another program computes by default: `sd3_paper`, `sd_scripts`, "
+        "`diffusers` or `simpletuner`. Keys that are also written override the preset.",
     )
     model_prediction_type: PredictionType = Field(
         "raw",
-        description="`raw`: the output is the velocity. `sigma_scaled`: it is, and errors are those of the clean latents, "
-        "sigma times as large. `additive`: output and noisy latents together are the velocity.",
+        description="What the network's output means. `raw`: the velocity; the loss is the velocity's error. "
+        "`sigma_scaled`: the velocity; the loss is the error of the clean latents, sigma times the velocity's. `additive`: "
+        "the velocity minus the noisy latents; the loss is the velocity's error.",
     )
     timestep_sampling: TimestepSampling = Field(
         "sigma",
-        description="How the flow time t is drawn: `sigma` (uniform), or by the SD3 paper's densities `logit_normal` "
-        "(eq. 19), `mode` (eq. 20) and `cosmap` (eq. 21).",
+        description="Density of the flow time t: `sigma` (uniform), or the SD3 paper's `logit_normal` (eq. 19), `mode` "
+        "(eq. 20) or `cosmap` (eq. 21).",
     )
     weighting_scheme: WeightingScheme = Field(
         "logit_normal",
-        description="How much each t counts: `none`, `sigma_sqrt`, `logit_normal`, `mode` or `cosmap`. Default: "
-        "logit_normal, and none where `timestep_sampling` is not sigma.",
+        description="Weight of each t in the loss: `none`, `sigma_sqrt`, `logit_normal`, `mode` or `cosmap`. Default: "
+        '`logit_normal`, or `none` when `timestep_sampling` is not `"sigma"`.',
     )
     weighting_by: Literal["sampling", "loss"] = Field(
         "sampling",
-        description="`sampling`: t is drawn so much more often where it counts more; `loss`: its loss is multiplied. The "
-        "same in expectation; sampling varies far less.",
+        description="How the weight is applied. `sampling`: t is drawn in proportion to density times weight. `loss`: t is "
+        "drawn from the density and its loss is multiplied by the weight. The expected gradient is the same; with "
+        "`sampling` its variance is lower.",
     )
-    logit_mean: Float = Field(0.0, description="Of logit_normal, as density or weight: mean of logit(t). Above 0: noisier.")
-    logit_std: Float = Field(1.0, ge=0.01, description="Of logit_normal: standard deviation of logit(t).")
+    logit_mean: Float = Field(
+        0.0, description="For `logit_normal`, as density or weight: mean of logit(t). Positive values favour noisier t."
+    )
+    logit_std: Float = Field(
+        1.0, ge=0.01, description="For `logit_normal`, as density or weight: standard deviation of logit(t)."
+    )
     mode_scale: Float = Field(
         1.29,
         ge=MIN_MODE_SCALE,
         le=MAX_MODE_SCALE,
-        description="Of the density mode: above 0 prefers the middle, below 0 the ends; from -1 to 2 / (pi - 2).",
+        description="For the density `mode`: positive values favour the middle of t, negative ones its ends, 0 is uniform. "
+        "From -1 to 2 / (pi - 2).",
     )
-    mode_mean: Float = Field(0.5, description="Of the weight mode: the t that counts most.")
-    mode_s_n: Float = Field(0.2, ge=0.001, description="Of the weight mode: its width s_n.")
-    min_t: Float = Field(0.0, ge=0, lt=1, description="No t below this is drawn; before the shift.")
-    max_t: Float = Field(1.0, gt=0, le=1, description="No t above this is drawn; before the shift.")
+    mode_mean: Float = Field(0.5, description="For the weight `mode`: the t with the largest weight.")
+    mode_s_n: Float = Field(0.2, ge=0.001, description="For the weight `mode`: width of the peak, in units of t.")
+    min_t: Float = Field(0.0, ge=0, lt=1, description="Smallest t that is drawn, before the shift.")
+    max_t: Float = Field(1.0, gt=0, le=1, description="Largest t that is drawn, before the shift.")
     discrete_flow_shift: Float = Field(
-        3.0, ge=0.01, le=100, description="sigma = s t / (1 + (s - 1) t). SD3 and SD3.5 are sampled with 3.0 at 1024 pixels."
+        3.0,
+        ge=0.01,
+        le=100,
+        description="Shift s of the noise levels: sigma = s t / (1 + (s - 1) t). Values above 1 favour noisier levels. Use the "
+        "shift that the model is sampled with.",
     )
     shift_resolution: Int | None = Field(
         None,
         ge=16,
-        description="Side in pixels of the square at which the shift holds; elsewhere it is multiplied by sqrt(m / n) for m "
-        "pixels against n (SD3 paper, eq. 23). Unset: the same shift at every size.",
+        description="Side in pixels of the square image for which `discrete_flow_shift` is meant. An image of m pixels has "
+        "that shift times sqrt(m) / `shift_resolution` (SD3 paper, eq. 23). Unset: the same shift for all image sizes.",
     )
     timestep_grid: TimestepGrid = Field(
         "none",
-        description="Rounding to thousandths, for comparison with programs that do it: `sd_scripts` (sigma, down), "
-        "`diffusers` (t, up).",
+        description="Rounding to multiples of 1/1000, for comparison with other programs: `sd_scripts` rounds sigma down, "
+        "`diffusers` rounds t up.",
     )
     loss_type: LossType = Field(
-        "l2", description="Penalty of an error: `l2` (its square), `huber` or `smooth_l1` (less for large ones)."
+        "l2",
+        description="Penalty of an error: `l2` (its square), or `huber` or `smooth_l1` (quadratic for small errors, linear "
+        "for large ones).",
     )
     huber_c: Float = Field(
         0.1,
         gt=0,
-        description="Of huber and smooth_l1: the error (with sigma_scaled, of clean latents) above which it counts less.",
+        description="For `huber` and `smooth_l1`: the error at which the penalty changes from quadratic to linear. An error of "
+        "the clean latents with `sigma_scaled`, else of the velocity.",
     )
     caption_dropout_rate: Float = Field(
-        0.0, ge=0, le=1, description="Share of draws at which the caption is replaced by an empty one, for guidance."
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability that a caption is replaced by the empty caption at one draw of an image (for "
+        "classifier-free guidance).",
     )
     encoder_dropout_rate: float | dict[str, float] = Field(
         0.0,
-        description="Share of draws at which a text encoder's output is replaced by zeros, each encoder for itself: one "
-        "number for all, or a table such as { clip_l = 0.1, t5xxl = 0.2 }.",
+        description="Probability that the output of a text encoder is replaced by zeros at one draw of an image, "
+        "independently for each encoder: one number for all, or a table of encoder names with a number each.",
     )
 
     @field_validator("encoder_dropout_rate", mode="before")
@@ -91,13 +110,13 @@ class ObjectiveConfig(Table):
         rates = {f"{name} = ": rate for name, rate in value.items()} if isinstance(value, dict) else {"": value}
         for name, rate in rates.items():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-                raise ValueError(f"{name}{rate!r} is no number from 0 to 1")
+                raise ValueError(f"{name}{rate!r} is not a number from 0 to 1")
         return value
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, written: Any) -> Any:
-        """The preset's values under what is written, and the default that depends on another key."""
+        """Adds the values of the preset for keys that are not written, and the default that depends on another key."""
         if not isinstance(written, dict):
             return written
         preset = written.get("preset")
@@ -115,10 +134,10 @@ class ObjectiveConfig(Table):
 
     @field_validator("weighting_scheme")
     @classmethod
-    def _no_square(cls, value: str, info: ValidationInfo) -> str:
+    def _is_not_the_density(cls, value: str, info: ValidationInfo) -> str:
         if value == info.data.get("timestep_sampling"):
             raise ValueError(
-                f"timestep_sampling is {value!r} too: the density would count twice; set timestep_sampling = "
+                f"timestep_sampling is also {value!r}, so the density would be applied twice; set timestep_sampling = "
                 '"sigma", or weighting_scheme = "none"'
             )
         return value
