@@ -85,8 +85,7 @@ class FrozenEncoder(ABC):
 
 
 class ImageEncoder(FrozenEncoder):
-    """Images -> {"latents": (C, H, W), "deviation": (C, H, W)}, float32: mean and standard deviation of the posterior, as
-    the network is trained on them."""
+    """Images -> {"latents": (C, H, W), "std": (C, H, W)}, float32: normalised mean and std of the posterior."""
 
 
 class TextEncoder(FrozenEncoder):

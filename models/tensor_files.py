@@ -178,7 +178,7 @@ def open_any(path: Path) -> TensorFiles:
 
 
 def shape_errors(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
-    """Returns one line for each missing, misshapen or unexpected tensor, at most MAX_ERRORS_SHOWN and a count of the rest."""
+    """Returns one line for each missing, misshapen or unexpected tensor; beyond MAX_ERRORS_SHOWN, only their number."""
     errors = [f"misses tensor {name} {expected[name]}" for name in expected if name not in found]
     errors += [
         f"tensor {name} has shape {found[name]}, expected {expected[name]}"

@@ -1,8 +1,8 @@
-"""The network's names in diffusers' SD3Transformer2DModel, to and from ours, which are the native ones.
+"""Translation between native names, which this program uses, and those of diffusers' SD3Transformer2DModel.
 
-diffusers has three modules where the native network has one fused qkv, and stores (scale, shift) for (shift, scale) in two
-places: the final layer's modulation and that of the last block's text stream. Everything else is only named otherwise.
-Source: diffusers, loaders/single_file_utils.py; the numbers are compared in tests/models/sd3/test_diffusers_names.py.
+diffusers splits each fused qkv into three modules, and stores (scale, shift) instead of (shift, scale) in two places: the
+modulation of the final layer and that of the text stream in the last block. All other tensors differ in name only.
+Source: diffusers, loaders/single_file_utils.py; tests/models/sd3/test_diffusers_names.py compares the values.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ _NATIVE_TOP_LEVEL = {diffusers: native for native, diffusers in _TOP_LEVEL.items
 _NATIVE_IN_BLOCK = {
     diffusers: (native, part, len(names)) for native, names in _IN_BLOCK.items() for part, diffusers in enumerate(names)
 }
-_TABLE = ("pos_embed", "pos_embed.pos_embed")
+_POSITION_TABLE = ("pos_embed", "pos_embed.pos_embed")
+"""The native name and diffusers'."""
 
 
 def diffusers_modules(module: str) -> tuple[str, ...]:
-    """diffusers' names for a native module: one, or three for a fused qkv. Raises KeyError for what is no module."""
+    """Returns diffusers' names of a native module: one, or three for a fused qkv. Raises KeyError for other names."""
     match = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
     if match is None:
         return (_TOP_LEVEL[module],)
@@ -64,7 +65,7 @@ def diffusers_modules(module: str) -> tuple[str, ...]:
 
 
 def native_module(module: str) -> tuple[str, int, int]:
-    """A diffusers module's native name, which part of it it is, and of how many. Raises KeyError for others."""
+    """Returns (native name, index of the part, number of parts) of a diffusers module. Raises KeyError for other names."""
     match = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module)
     if match is None:
         return _NATIVE_TOP_LEVEL[module], 0, 1
@@ -73,13 +74,13 @@ def native_module(module: str) -> tuple[str, int, int]:
 
 
 def swaps_halves(module: str, depth: int) -> bool:
-    """True where diffusers stores (scale, shift) for the native (shift, scale)."""
+    """Returns whether diffusers stores (scale, shift) for the native (shift, scale) of this module."""
     last_context = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
     return module in ("final_layer.adaLN_modulation.1", last_context)
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """The second half of the rows before the first."""
+    """Swaps the first and second half of the rows."""
     return torch.cat(tensor.chunk(2)[::-1])
 
 
@@ -87,15 +88,15 @@ def swap_halves(tensor: Tensor) -> Tensor:
 
 
 def diffusers_names(name: str) -> tuple[str, ...]:
-    """diffusers' names for a native tensor, in the order of its rows. Raises KeyError for what is no tensor of it."""
-    if name == _TABLE[0]:
-        return (_TABLE[1],)
+    """Returns diffusers' names of a native tensor, in the order of its rows. Raises KeyError for other names."""
+    if name == _POSITION_TABLE[0]:
+        return (_POSITION_TABLE[1],)
     module, _, leaf = name.rpartition(".")
     return tuple(f"{diffusers}.{leaf}" for diffusers in diffusers_modules(module))
 
 
 def to_diffusers(name: str, tensor: Tensor, depth: int) -> dict[str, Tensor]:
-    """A native tensor under diffusers' names."""
+    """Splits a native tensor into diffusers' tensors, by name."""
     names = diffusers_names(name)
     if swaps_halves(name.rpartition(".")[0], depth):
         tensor = swap_halves(tensor)
@@ -103,18 +104,21 @@ def to_diffusers(name: str, tensor: Tensor, depth: int) -> dict[str, Tensor]:
 
 
 def to_native(name: str, tensors: list[Tensor], depth: int) -> Tensor:
-    """The native tensor of that name from diffusers' tensors, in the order of `diffusers_names`."""
+    """Joins diffusers' tensors, in the order of `diffusers_names`, into the native tensor of that name."""
     tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return swap_halves(tensor) if swaps_halves(name.rpartition(".")[0], depth) else tensor
 
 
 def native_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes under diffusers' names as native ones; what has no native name, or is only in part there, is left out."""
+    """Converts diffusers' name -> shape to native name -> shape.
+
+    Tensors without a native name, and native tensors of which a part is missing, are skipped.
+    """
     parts: dict[str, dict[int, Shape]] = {}
     num_parts: dict[str, int] = {}
     for diffusers_name, shape in shapes.items():
-        if diffusers_name == _TABLE[1]:
-            parts[_TABLE[0]], num_parts[_TABLE[0]] = {0: shape}, 1
+        if diffusers_name == _POSITION_TABLE[1]:
+            parts[_POSITION_TABLE[0]], num_parts[_POSITION_TABLE[0]] = {0: shape}, 1
             continue
         module, _, leaf = diffusers_name.rpartition(".")
         try:
@@ -131,10 +135,10 @@ def native_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def transformer_config(config: MMDiTConfig) -> dict[str, Any]:
-    """config.json of an SD3Transformer2DModel of this shape."""
+    """Returns config.json of an SD3Transformer2DModel of this shape."""
     return {
         "_class_name": "SD3Transformer2DModel",
-        "_diffusers_version": "0.31.0",  # the first that has all of these keys
+        "_diffusers_version": "0.31.0",  # the first version that has all of these keys
         "attention_head_dim": HEAD_WIDTH,
         "caption_projection_dim": config.hidden_size,
         "dual_attention_layers": list(config.dual_attention_layers),

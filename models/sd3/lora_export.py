@@ -13,7 +13,7 @@ from models.sd3.lora_keys import DIFFUSERS_PREFIX, KRONECKER, NATIVE_PREFIX
 
 
 def native_adapter(modules: Mapping[str, ModuleAdapter]) -> dict[str, Tensor]:
-    """Adapters by native module name under the native file's keys. `alpha` is float32: it need not be a round number."""
+    """Returns the tensors of adapters (native module name -> adapter) under native keys; `alpha` is float32."""
     tensors: dict[str, Tensor] = {}
     for module, adapter in modules.items():
         key = NATIVE_PREFIX + module.replace(".", "_")
@@ -31,7 +31,7 @@ def _native_low_rank(adapter: ModuleAdapter) -> dict[str, Tensor]:
 
 
 def _native_kronecker(adapter: ModuleAdapter) -> dict[str, Tensor]:
-    """Readers apply alpha / rank only where a factor is a product, so otherwise the scale goes into the first factor."""
+    """Multiplies the scale into w1 where no factor is a product: readers apply alpha / rank to products only."""
     tensors = dict(adapter.tensors)
     ranks = [tensor.shape[0] for name, tensor in tensors.items() if name.endswith("_b")]
     if ranks:
@@ -48,10 +48,10 @@ def _scalar(value: float, like: Tensor) -> Tensor:
 
 
 def diffusers_adapter(modules: Mapping[str, ModuleAdapter], depth: int) -> dict[str, Tensor]:
-    """Low-rank adapters by native module name under diffusers' keys, their scale multiplied into B.
+    """Returns the tensors of low-rank adapters (native module name -> adapter) under diffusers' keys.
 
-    A fused qkv becomes three modules that share A and take a third of B's rows each; where diffusers stores (scale, shift)
-    for our (shift, scale), rows change places.
+    The scale is multiplied into B. A fused qkv becomes three modules that share A and have a third of B's rows each. Where
+    diffusers stores (scale, shift) instead of (shift, scale), the halves of the rows are swapped.
     """
     tensors: dict[str, Tensor] = {}
     for module, adapter in modules.items():
@@ -67,6 +67,6 @@ def diffusers_adapter(modules: Mapping[str, ModuleAdapter], depth: int) -> dict[
             tensors[f"{key}.lora_A.weight"] = down.clone()
             for suffix, tensor in rows.items():
                 part = tensor.chunk(len(names))[index].contiguous()
-                is_of_convolution = suffix.startswith("lora_magnitude") and down.dim() == 4
-                tensors[f"{key}.{suffix}"] = part.reshape(1, -1, 1, 1) if is_of_convolution else part
+                is_convolution = suffix.startswith("lora_magnitude") and down.dim() == 4
+                tensors[f"{key}.{suffix}"] = part.reshape(1, -1, 1, 1) if is_convolution else part
     return tensors

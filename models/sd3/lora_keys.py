@@ -11,7 +11,9 @@ from models.sd3.variants import Shape
 NATIVE_PREFIX = "lora_unet_"
 DIFFUSERS_PREFIX = "transformer."
 OTHER_NETWORKS = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder", "lora_prior_te")
+"""Prefixes of keys for text encoders."""
 KRONECKER = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
+"""Tensor name of ModuleAdapter -> suffix of its key."""
 
 SUFFIXES = {
     "lora_down.weight": "down",
@@ -33,23 +35,25 @@ SUFFIXES = {
     "lora_magnitude_vector.default.weight": "magnitude",
     **{suffix: name for name, suffix in KRONECKER.items()},
 }
-"""What stands after a module's name in a key -> what it is."""
+"""Suffix of a key after the module's name -> tensor name of ModuleAdapter, or "alpha"."""
 
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Where a module of a file belongs in the network."""
+    """The module of the network that a module of a file belongs to."""
 
     module: str
+    """Native name."""
     part: int
+    """Index of the part."""
     num_parts: int
-    """3 where the file has query, key and value of a fused qkv as modules of their own, else 1."""
+    """3 where the file has query, key and value of a fused qkv as separate modules, else 1."""
     swaps: bool
-    """Whether the file has the module's rows in diffusers' order and that is another one."""
+    """Whether the halves of the rows are swapped compared with the native order."""
 
 
 def module_places(adaptable: Mapping[str, Shape], depth: int) -> dict[str, ModulePlace]:
-    """Every name a file may have for a module of the network -> where it belongs."""
+    """Returns every name that a file may use for a module of the network -> the module it belongs to."""
     places: dict[str, ModulePlace] = {}
     for module in adaptable:
         native = ModulePlace(module, 0, 1, swaps=False)

@@ -54,7 +54,7 @@ class Embedders(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """The weights of one stream in one block. `pre_only`: the stream provides queries, keys and values, but is not updated."""
+    """The weights of one stream in one block. With `pre_only` the stream provides q, k and v but is not updated."""
 
     def __init__(self, config: MMDiTConfig, pre_only: bool = False, dual_attention: bool = False) -> None:
         super().__init__()

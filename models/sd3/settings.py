@@ -19,8 +19,8 @@ def _path_or_off(value: object) -> object:
 
 
 EncoderPath = Annotated[Path | Literal[False] | None, BeforeValidator(_path_or_off)]
-_IN_MMDIT = "Unset: the one inside `mmdit`. false: trained without it."
-_TOKENIZER = "a folder, or `owner/name` of a model hub. Unset: the encoder's folder, then {folder} beside it, then {hub}."
+_IN_MMDIT = "Unset: the one inside `mmdit`. false: train without it."
+_TOKENIZER = "a folder, or `owner/name` of a model hub. Unset: the encoder's folder, then {folder} next to it, then {hub}."
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,25 @@ class TextTokens:
 
 
 class MergedAdapter(BaseModel):
-    """An adapter added to the network's weights before training."""
+    """An adapter that is merged into the network's weights before training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     path: Path = Field(description="LoRA, DoRA or LoKr file with native or diffusers keys.")
-    strength: Annotated[float, Strict()] = Field(1.0, description="1 is the adapter as trained, 0 none of it.")
+    strength: Annotated[float, Strict()] = Field(
+        1.0, description="1 merges the adapter as trained, 0 does not change the weights."
+    )
 
 
 class SD3Settings(BaseModel):
-    """Which Stable Diffusion 3 or 3.5 to train, and how its captions are encoded."""
+    """The Stable Diffusion 3 or 3.5 network to train, and how its captions are encoded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     type: Literal["sd3"] = Field(description="Model family.")
     mmdit: Path = Field(
-        description="The network: a safetensors file with native keys, or a folder as diffusers has it (`transformer`, or "
-        "that of the whole pipeline). SD3-medium, SD3.5-medium or SD3.5-large is told from the shapes."
+        description="The network: a safetensors file with native keys, or a diffusers folder (`transformer`, or that "
+        "of the whole pipeline). SD3-medium, SD3.5-medium and SD3.5-large are recognized by their tensor shapes."
     )
     vae: Path | None = Field(
         None,
@@ -80,27 +82,24 @@ class SD3Settings(BaseModel):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="Precision of the network and the text encoders, whatever their files have. The optimizer keeps "
+        description="Precision of the network and the text encoders, independent of their files. The optimizer keeps "
         "float32 weights of its own; the autoencoder always runs in float32.",
     )
-    clip_max_token_length: int = Field(
-        77, strict=True, ge=3, le=77, description="Tokens a caption takes in CLIP-L and CLIP-G."
-    )
+    clip_max_token_length: int = Field(77, strict=True, ge=3, le=77, description="Tokens per caption in CLIP-L and CLIP-G.")
     t5xxl_max_token_length: int = Field(
         256,
         strict=True,
         ge=1,
         le=512,
-        description="Tokens a caption takes in T5. Padding is not masked, so use at inference what you trained with.",
+        description="Tokens per caption in T5. Padding is not masked, so use the same length at inference.",
     )
     missing_encoders: Literal["zeros", "absent"] = Field(
         "zeros",
-        description="What stands for T5, or for both CLIPs, when off: `zeros` for each of their tokens (diffusers; "
-        "sd-scripts with 77 for T5's length) or nothing (`absent`, ComfyUI). One CLIP that is off is zeros beside the other "
-        "in every program.",
+        description="Replacement for the tokens of T5, or of both CLIPs, when they are off: `zeros` (diffusers; sd-scripts "
+        "with 77 as T5's length) or no tokens (`absent`, ComfyUI). A single CLIP that is off is always replaced by zeros.",
     )
     merge_adapters: tuple[MergedAdapter, ...] = Field(
-        (), description="Adapters that become part of the network before training starts, in this order."
+        (), description="Adapters that are merged into the network before training starts, in this order."
     )
 
     @property

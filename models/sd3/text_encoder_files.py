@@ -1,7 +1,7 @@
 """Files of the text encoders: config and tensor names of transformers' folders and bare files, checks, and exports.
 
-A bare file has no config next to its tensors: sizes follow from the tensor shapes, and the rest is that of the three released
-encoders.
+A bare file has no config next to its tensors: sizes follow from the tensor shapes, and other settings are those of the
+released encoders.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ _UNUSED = re.compile(r".*position_ids|logit_scale|spiece_model|(vision_model|vis
 
 
 def encoder_tensors(part: Component) -> TensorFiles:
-    """The encoder's tensors under the public files' names, and no others."""
+    """Returns the tensors of the encoder alone, under their names in the public files."""
     tensors = part.tensors.without(lambda name: _UNUSED.fullmatch(name) is not None)
     if part.key == "t5xxl":
         table, copy = "shared.weight", "encoder.embed_tokens.weight"
         if table in tensors:
             return tensors.without(lambda name: name == copy)
         return tensors.renamed(lambda name: table if name == copy else name)
-    if "embeddings.token_embedding.weight" in tensors:  # a CLIPTextModel as transformers 5 has it
+    if "embeddings.token_embedding.weight" in tensors:  # CLIPTextModel in transformers 5
         tensors = tensors.renamed(lambda name: f"text_model.{name}")
     return tensors.without(lambda name: name == "text_projection.weight") if part.key == "clip_l" else tensors
 
 
 def encoder_config(part: Component) -> dict[str, Any]:
-    """The settings of transformers' class: config.json, or told from the shapes of a bare file.
+    """Returns the config of transformers' class: config.json, or inferred from the tensor shapes of a bare file.
 
     Raises ValueError when a bare file lacks a defining tensor.
     """
     if part.config is not None:
-        settings: dict[str, Any] = part.config.get("text_config", part.config)  # whole CLIPs nest it
+        settings: dict[str, Any] = part.config.get(
+            "text_config", part.config
+        )  # nested in the config of a CLIP with its image encoder
         return settings
     shapes = encoder_tensors(part).shapes
     return _t5_config(shapes) if part.key == "t5xxl" else _clip_config(part.key, shapes)
@@ -63,7 +65,7 @@ def _clip_config(key: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     positions, _ = _shape_of(shapes, "text_model.embeddings.position_embedding.weight")
     inner, _ = _shape_of(shapes, "text_model.encoder.layers.0.mlp.fc1.weight")
     if width % HEAD_WIDTH:
-        raise ValueError(f"is {width} wide, no multiple of the head width, {HEAD_WIDTH}")
+        raise ValueError(f"has width {width}, which is not a multiple of the head width, {HEAD_WIDTH}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -102,7 +104,7 @@ _T5_ATTENTION = "encoder.block.{}.layer.0.SelfAttention"
 
 
 def encoder_shapes(key: str, config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Tensor name -> shape of an encoder of these settings, in the public files' names."""
+    """Returns tensor name in the public files -> shape of an encoder of this config."""
     return _t5_shapes(config) if key == "t5xxl" else _clip_shapes(key, config)
 
 
@@ -147,7 +149,7 @@ def _t5_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def text_encoder_errors(parts: Mapping[str, Component], settings: SD3Settings, config: MMDiTConfig | None) -> FileErrors:
-    """What is wrong with the encoders' files and, where the network is known, how they fit it, as (key, message).
+    """Returns the errors of the encoders' files, and of their sizes if the network is known.
 
     Reads headers and config.json only.
     """
@@ -157,41 +159,43 @@ def text_encoder_errors(parts: Mapping[str, Component], settings: SD3Settings, c
         try:
             configs[name] = encoder_config(part)
             found = encoder_tensors(part)
-            misfits = shape_errors(found.shapes, encoder_shapes(name, configs[name]))
+            lines = shape_errors(found.shapes, encoder_shapes(name, configs[name]))
         except ValueError as error:
-            what = describe_tensors(list(part.tensors.shapes))
-            errors.append((name, f"{part.tensors.source} is {what}, not a whole {_KINDS[name]}: it {error}"))
+            kind = describe_tensors(list(part.tensors.shapes))
+            errors.append((name, f"{part.tensors.source} is {kind}, not a whole {_KINDS[name]}: it {error}"))
             continue
         except KeyError as error:
-            errors.append((name, f"{part.folder / 'config.json'} gives no {error.args[0]}"))
+            errors.append((name, f"{part.folder / 'config.json'} has no {error.args[0]}"))
             continue
-        errors += [(name, f"{part.tensors.source} {line}") for line in misfits + found.storage_errors()]
+        errors += [(name, f"{part.tensors.source} {line}") for line in lines + found.storage_errors()]
     if errors or config is None:
         return errors
-    return _fit_errors(settings, configs, config.context_dim, config.pooled_dim)
+    return _size_errors(settings, configs, config.context_dim, config.pooled_dim)
 
 
 _KINDS = {"clip_l": "CLIP-L text encoder", "clip_g": "CLIP-G text encoder", "t5xxl": "T5 text encoder"}
 
 
-def _fit_errors(
+def _size_errors(
     settings: SD3Settings, configs: Mapping[str, Mapping[str, Any]], context_dim: int, pooled_dim: int
 ) -> FileErrors:
-    """Widths and lengths of the encoders against what the network takes."""
+    """Compares widths and lengths of the encoders with those of the network."""
     errors: FileErrors = []
     clips = {name: config for name, config in configs.items() if name != "t5xxl"}
     widths = {name: config["hidden_size"] for name, config in clips.items()}
     if len(widths) == 2 and widths["clip_l"] > widths["clip_g"]:
-        errors.append(("clip_l", "is wider than clip_g: the two have changed places"))
+        errors.append(("clip_l", "is wider than clip_g: the two are swapped"))
     pooled = sum(pooled_width(name, config) for name, config in clips.items())
     if pooled != pooled_dim if len(clips) == 2 else pooled >= pooled_dim:
         names = " and ".join(clips)
-        errors.append((next(iter(clips)), f"pooled width of {names} is {pooled}, the network takes {pooled_dim} of both"))
+        errors.append(
+            (next(iter(clips)), f"pooled width of {names} is {pooled}, the network has {pooled_dim} for both CLIPs")
+        )
     if sum(widths.values()) > context_dim:
         errors.append((next(iter(clips)), f"{' and '.join(clips)} are wider than the network's context, {context_dim}"))
     t5_width = configs["t5xxl"]["d_model"] if "t5xxl" in configs else context_dim
     if t5_width != context_dim:
-        errors.append(("t5xxl", f"is {t5_width} wide, the network's context is {context_dim}"))
+        errors.append(("t5xxl", f"has width {t5_width}, the network's context has {context_dim}"))
     for name, config in clips.items():
         positions = config.get("max_position_embeddings", 77)
         if settings.clip_max_token_length > positions:
@@ -204,24 +208,24 @@ def pooled_width(name: str, config: Mapping[str, Any]) -> int:
 
 
 def single_file_errors(part: Component) -> list[str]:
-    """Why a single file could not say how this encoder is built."""
+    """Returns one line for each setting that a single file, which has no config, cannot represent."""
     if part.config is None:
         return []
     config = encoder_config(part)
     try:
         bare = encoder_config(Component(part.key, encoder_tensors(part), None, part.folder))
     except ValueError as error:
-        return [f"{part.tensors.source} {error}; a single file cannot say how it is built then"]
-    untold = ("num_attention_heads", "hidden_act", "feed_forward_proj")
+        return [f"{part.tensors.source} {error}; a single file cannot represent this"]
+    not_inferred = ("num_attention_heads", "hidden_act", "feed_forward_proj")
     return [
-        f"{part.tensors.source} has {key} {config[key]}; a single file cannot say so, it means {bare[key]}"
-        for key in untold
+        f"{part.tensors.source} has {key} {config[key]}; a single file always implies {bare[key]}"
+        for key in not_inferred
         if key in config and config[key] != bare[key]
     ]
 
 
 def file_tensors(part: Component) -> list[FileTensor]:
-    """The encoder as a complete single file has it."""
+    """Returns the encoder's tensors as in a complete single file."""
     tensors = encoder_tensors(part)
     prefix = PREFIXES[part.key][0]
     return [

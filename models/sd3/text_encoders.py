@@ -1,12 +1,9 @@
-"""CLIP-L, CLIP-G and T5-XXL over transformers: captions to the sequences and pooled vectors the MMDiT reads.
+"""CLIP-L, CLIP-G and T5-XXL as transformers' classes: captions to the sequences and pooled vectors the MMDiT reads.
 
-SD3 reads CLIP's last-but-one layer without the final norm, and of the last layer, normed, the row of the end token; that
-row goes through a projection for CLIP-G and not for CLIP-L. T5 gives its normed last layer. No encoder sees a mask: the
-padding takes part, so its id and its length are part of what a caption means. Source: Stability-AI/sd3.5, SD3 paper
-appendix B.
-
-Read are transformers' folders and bare files with transformers' names, as the public files have them. A bare file has no
-settings beside its tensors: the shape is told from those, and the rest is what the three released encoders have.
+From each CLIP, SD3 uses the hidden states before the last layer, without the final norm, and the pooled vector: the normed
+output of the last layer at the end token, projected for CLIP-G but not for CLIP-L. From T5 it uses the normed output of
+the last layer. No attention mask is used: padding tokens take part, so their id and number affect the encoding.
+Source: Stability-AI/sd3.5, SD3 paper appendix B.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from models.sd3.tokenizers import tokenizer_files
 class SD3TextEncoder(TextEncoder):
     """Captions -> {"sequence": (tokens, width)} and, for CLIP, {"pooled": (width,)}, in the training precision.
 
-    Captions are encoded one by one, so that what is cached does not depend on which others were encoded with it.
+    Captions are encoded one by one, so that a cached item does not depend on the rest of its batch.
     """
 
     def __init__(self, part: Component, tokenizer_folder: Path, num_tokens: int, dtype: str) -> None:
@@ -73,32 +70,34 @@ class SD3TextEncoder(TextEncoder):
         state = dict(encoder_tensors(self.part).read(encoder_shapes(self.name, settings), self.dtype))
         model_type: Any = T5EncoderModel if self.name == "t5xxl" else CLIPTextModelWithProjection
         config: Any = (T5Config if self.name == "t5xxl" else CLIPTextConfig).from_dict(settings)
-        if self.name == "clip_l":  # never used, and many files have none
+        if self.name == "clip_l":  # transformers requires it; SD3 does not use it, and many files do not have it
             state["text_projection.weight"] = torch.eye(config.projection_dim, config.hidden_size, dtype=self.dtype)
         return model_type.from_pretrained(None, config=config, state_dict=state, dtype=self.dtype)
 
     def _token_ids(self, tokenizer: Any, caption: str) -> list[int]:
-        """Token ids cut and padded to `num_tokens`. CLIP-L pads with its end token, CLIP-G and T5 with id 0, whatever
-        the tokenizer's own files say: all three were trained so."""
+        """Returns the token ids, truncated and padded to `num_tokens`.
+
+        SD3 was trained with CLIP-L padded by its end token, CLIP-G and T5 by id 0; the tokenizer's own setting is ignored.
+        """
         ids = tokenizer(caption, truncation=True, max_length=self.num_tokens)["input_ids"]
         pad = ids[-1] if self.name == "clip_l" else 0
         return list(ids) + [pad] * (self.num_tokens - len(ids))
 
     def _length(self, tokenizer: Any, caption: str) -> tuple[int, int]:
-        """(Tokens of the whole caption, characters of it that are read)."""
-        places = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
-        if len(places) <= self.num_tokens:
-            return len(places), len(caption)
-        # The last token read is the end token; before it comes as much of the caption as there is room for. T5's token of
-        # a space alone claims the letter behind it, which is the next token's.
-        first_unread = places[self.num_tokens - 1][0]
-        return len(places), min(first_unread, max((end for _, end in places[: self.num_tokens - 1]), default=0))
+        """Returns (tokens of the whole caption, characters that remain after truncation)."""
+        offsets = tokenizer(caption, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) <= self.num_tokens:
+            return len(offsets), len(caption)
+        # The last token is the end token, so num_tokens - 1 tokens of the caption remain. The offsets of T5's token for a
+        # single space include the following character, which belongs to the next token; hence the minimum.
+        first_cut = offsets[self.num_tokens - 1][0]
+        return len(offsets), min(first_cut, max((end for _, end in offsets[: self.num_tokens - 1]), default=0))
 
 
 def _run_clip(model: Any, ids: Tensor, projects: bool) -> dict[str, Tensor]:
     """ids (1, tokens) -> sequence (1, tokens, width), pooled (1, width)."""
     output = model.text_model(input_ids=ids, output_hidden_states=True)
-    end = ids[0].argmax()  # the first end token: no id is larger
+    end = ids[0].argmax()  # the first end token, which has the largest id
     pooled = output.last_hidden_state[:, end]
     return {"sequence": output.hidden_states[-2], "pooled": model.text_projection(pooled) if projects else pooled}
 

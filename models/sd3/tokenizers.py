@@ -1,7 +1,7 @@
-"""Where each text encoder's tokenizer is: a folder on this machine, or one of a model hub.
+"""Finds the tokenizer of each text encoder: a folder on this machine, or a download from the Hugging Face hub.
 
-Looked for in this order: where `clip_l_tokenizer` and so on say; the encoder's own folder; the folder beside it that
-diffusers has (`tokenizer`, `tokenizer_2`, `tokenizer_3`), which for a single file is beside the file; the hub.
+The order of search: `clip_l_tokenizer` and so on in the [model] table; the encoder's own folder; the folder of a diffusers
+pipeline next to it (`tokenizer`, `tokenizer_2`, `tokenizer_3`), for a single file next to the file; the hub.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+from models.family import FileErrors
 from models.sd3.settings import SD3Settings
 from models.sd3.sources import Component
 
@@ -21,9 +22,9 @@ HUB_NAMES = {
 }
 _CLIP_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _FILES = {"clip_l": _CLIP_FILES, "clip_g": _CLIP_FILES, "t5xxl": (("tokenizer.json",), ("spiece.model",))}
-"""The sets of files, any of which makes a tokenizer."""
+"""Alternative sets of files that are sufficient for a tokenizer."""
 _KINDS = {"clip_l": "CLIP tokenizer", "clip_g": "CLIP tokenizer", "t5xxl": "T5 tokenizer"}
-_READ_BY_TOKENIZERS = (
+_TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -35,37 +36,37 @@ _READ_BY_TOKENIZERS = (
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
-def find_tokenizers(settings: SD3Settings, parts: dict[str, Component]) -> tuple[dict[str, Path], list[tuple[str, str]]]:
-    """Encoder -> folder of its tokenizer, and for those that have none what to do, as (key, message)."""
-    given = {
+def find_tokenizers(settings: SD3Settings, parts: dict[str, Component]) -> tuple[dict[str, Path], FileErrors]:
+    """Returns (encoder -> folder of its tokenizer, errors of those not found)."""
+    configured = {
         "clip_l": settings.clip_l_tokenizer,
         "clip_g": settings.clip_g_tokenizer,
         "t5xxl": settings.t5xxl_tokenizer,
     }
     found: dict[str, Path] = {}
-    errors: list[tuple[str, str]] = []
+    errors: FileErrors = []
     for name, part in parts.items():
-        value = given[name]
+        value = configured[name]
         try:
-            found[name] = _given(name, value) if value is not None else _nearby(name, part)
+            found[name] = _configured(name, value) if value is not None else _nearby(name, part)
         except LookupError as error:
             errors.append((f"{name}_tokenizer", str(error.args[0])))
     return found, errors
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Of a tokenizer's folder, which may hold much else, the files that decide what the tokens are."""
-    return tuple(folder / name for name in _READ_BY_TOKENIZERS if (folder / name).is_file())
+    """Returns the files in a tokenizer's folder that determine its token ids; the folder may contain other files."""
+    return tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
 
 
 def _is_tokenizer(name: str, folder: Path) -> bool:
-    return any(all(_is_of_kind(name, folder / file) for file in files) for files in _FILES[name])
+    return any(all(_is_valid_file(name, folder / file) for file in files) for files in _FILES[name])
 
 
-def _is_of_kind(name: str, path: Path) -> bool:
-    """Whether the file is there and what its name says, as far as a glance can tell: no pointer, page or empty table.
+def _is_valid_file(name: str, path: Path) -> bool:
+    """Returns whether the file exists and plausibly has the content its name promises: no LFS pointer, HTML or empty table.
 
-    tokenizer.json has one name for both kinds: CLIP's words are a table, T5's a list.
+    tokenizer.json is the name of both kinds: the vocabulary of CLIP is a table, that of T5 a list.
     """
     if not path.is_file():
         return False
@@ -86,44 +87,44 @@ def _wanted(name: str) -> str:
     return " or ".join(" and ".join(files) for files in _FILES[name])
 
 
-def _given(name: str, value: str) -> Path:
+def _configured(name: str, value: str) -> Path:
     folder = Path(value)
     if folder.is_dir():
         if _is_tokenizer(name, folder):
             return folder
         raise LookupError(f"= {value!r}: the folder has no {_KINDS[name]} ({_wanted(name)})")
     if not _HUB_NAME.fullmatch(value):
-        raise LookupError(f"= {value!r}: is neither a folder nor a hub's owner/name; give a folder with {_wanted(name)}")
+        raise LookupError(f"= {value!r}: is neither a folder nor a hub name owner/name; set a folder with {_wanted(name)}")
     try:
         return _from_hub(name, value)
     except OSError as error:
         raise LookupError(
-            f"= {value!r}: no such folder, and the hub does not give it ({error}); put {_wanted(name)} into a folder and "
-            f"give {name}_tokenizer = that folder"
+            f"= {value!r}: no such folder, and it cannot be downloaded from the hub ({error}); put {_wanted(name)} into a "
+            f"folder and set {name}_tokenizer = FOLDER"
         ) from error
 
 
 def _nearby(name: str, part: Component) -> Path:
-    beside = (part.folder if part.config is None else part.folder.parent) / FOLDERS[name]
-    for folder in (part.folder, beside):
+    neighbour = (part.folder if part.config is None else part.folder.parent) / FOLDERS[name]
+    for folder in (part.folder, neighbour):
         if _is_tokenizer(name, folder):
             return folder
     try:
         return _from_hub(name, HUB_NAMES[name])
     except OSError as error:
         raise LookupError(
-            f"not found: put {_wanted(name)} into {beside}, or give {name}_tokenizer = a folder that has them "
-            f"(the hub was asked for {HUB_NAMES[name]}: {error})"
+            f"not found: put {_wanted(name)} into {neighbour}, or set {name}_tokenizer = FOLDER to one that has them "
+            f"(downloading {HUB_NAMES[name]} from the hub failed: {error})"
         ) from error
 
 
 def _from_hub(name: str, hub_name: str) -> Path:
-    """The folder of a hub's tokenizer on this machine, downloaded if need be. Raises OSError saying why there is none."""
-    from huggingface_hub import snapshot_download  # here: files on this machine need no hub
+    """Returns the local folder of a tokenizer of the hub, downloading it if necessary. Raises OSError with the reason."""
+    from huggingface_hub import snapshot_download  # imported here: local files do not need it
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, inner = "/".join(hub_name.split("/")[:2]), "/".join(hub_name.split("/")[2:])
-    patterns = [f"{inner}/{pattern}" for pattern in _READ_BY_TOKENIZERS] if inner else list(_READ_BY_TOKENIZERS)
+    patterns = [f"{inner}/{pattern}" for pattern in _TOKENIZER_FILES] if inner else list(_TOKENIZER_FILES)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns)) / inner
     except LocalEntryNotFoundError as error:

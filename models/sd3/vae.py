@@ -1,8 +1,6 @@
-"""The 16-channel autoencoder, over diffusers' AutoencoderKL: pixels to normalised latents and back.
+"""The 16-channel autoencoder, as diffusers' AutoencoderKL: pixels to normalised latents and back.
 
-The only place where the latents' shift and scale are applied: z = (mean - shift) * scale. Read are diffusers' folder and the
-native file, whose shape is told from its tensors and whose names are translated; a native file has no settings beside its
-tensors, so those are SD3's.
+Latents are shifted and scaled here only: z = (mean - shift) * scale.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ TILE_OVERLAP = 0.25
 
 
 class SD3ImageEncoder(ImageEncoder):
-    """Images -> {"latents", "deviation"}, (C, height/8, width/8) float32 each: the posterior, normalised.
+    """Images -> {"latents", "std"}, (C, height/8, width/8) float32 each: mean and std of the posterior, normalised.
 
-    It runs in float32: the released autoencoder loses visible detail below it. Images are encoded one by one, so that
-    what is cached does not depend on which others happened to be encoded with it.
+    The autoencoder runs in float32, because the released one loses visible detail at lower precision. Images are encoded one
+    by one, so that a cached item does not depend on the rest of its batch.
     """
 
     name = "vae"
@@ -44,17 +42,17 @@ class SD3ImageEncoder(ImageEncoder):
             for image in images:
                 pixels = image[None].to(device, torch.float32) / 127.5 - 1.0
                 posterior = autoencoder.encode(pixels).latent_dist
-                encoded.append({"latents": ((posterior.mean - shift) * scale)[0], "deviation": (posterior.std * scale)[0]})
+                encoded.append({"latents": ((posterior.mean - shift) * scale)[0], "std": (posterior.std * scale)[0]})
             return encoded
 
         return encode
 
 
 def load_decoder(part: Component, device: torch.device, tile_pixels: int) -> DecodeFunction:
-    """Read the decoder; the function returned maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU.
+    """Reads the decoder; the returned function maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU.
 
-    Images with a side longer than `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of it, as diffusers
-    does it: each tile has a norm and an attention of its own, and they are blended over a quarter of their side.
+    Images with a side above `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of that size, as in diffusers:
+    norms and attention are computed per tile, and tiles are blended over a quarter of their side.
     """
     autoencoder = _load_autoencoder(part, device)
     autoencoder.enable_tiling()
@@ -75,15 +73,14 @@ def load_decoder(part: Component, device: torch.device, tile_pixels: int) -> Dec
 
 
 def _load_autoencoder(part: Component, device: torch.device) -> Any:
-    from diffusers import AutoencoderKL  # here: it takes seconds to import, and a run with a full cache never needs it
+    from diffusers import AutoencoderKL  # imported here: it takes seconds, and a run with a full cache does not need it
 
     config = part.config if part.config is not None else native_config(part.tensors.shapes)
     with torch.device("meta"):
         autoencoder: Any = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    own_names = names_in_files(part)
+    file_names = names_in_files(part)
     state = {}
     for name, parameter in autoencoder.state_dict().items():
-        own_name = own_names[name]
-        state[name] = part.tensors.read_one(own_name, torch.float32).reshape(parameter.shape)
+        state[name] = part.tensors.read_one(file_names[name], torch.float32).reshape(parameter.shape)
     autoencoder.load_state_dict(state, assign=True)
     return autoencoder.eval().requires_grad_(False).to(device)

@@ -24,7 +24,7 @@ NATIVE_NORM_GROUPS = 32
 
 
 def names_in_files(part: Component) -> dict[str, str]:
-    """AutoencoderKL's name of every tensor -> its name in the files."""
+    """Returns AutoencoderKL's name of every tensor -> its name in the files."""
     if part.config is None:
         return native_names(native_config(part.tensors.shapes))
     return {_newer_name(name): name for name in part.tensors.shapes}
@@ -34,7 +34,7 @@ _OLDER_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0":
 
 
 def _newer_name(name: str) -> str:
-    """Some folders still name the attention's tensors as diffusers did before version 0.18."""
+    """Translates the names of attention tensors from before diffusers 0.18, which some folders still have."""
     for new, old in _OLDER_ATTENTION.items():
         name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
     return name
@@ -44,11 +44,11 @@ def _newer_name(name: str) -> str:
 
 
 def diffusers_name(name: str, num_levels: int) -> str:
-    """AutoencoderKL's name of a native tensor. Source: CompVis/latent-diffusion, diffusionmodules/model.py."""
+    """Returns AutoencoderKL's name of a native tensor. Source: CompVis/latent-diffusion, diffusionmodules/model.py."""
     name = re.sub(r"encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets.", name)
     name = re.sub(r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
     level = re.match(r"decoder\.up\.(\d+)\.", name)
-    if level:  # counted from the other end
+    if level:  # the two layouts number the decoder's levels in opposite order
         up = f"decoder.up_blocks.{num_levels - 1 - int(level.group(1))}."
         name = up + name[level.end() :].replace("block.", "resnets.").replace("upsample.", "upsamplers.0.")
     name = name.replace("mid.block_1.", "mid_block.resnets.0.").replace("mid.block_2.", "mid_block.resnets.1.")
@@ -59,13 +59,13 @@ def diffusers_name(name: str, num_levels: int) -> str:
 
 
 def native_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """AutoencoderKL's name of every tensor -> its native name."""
+    """Returns AutoencoderKL's name of every tensor -> its native name."""
     full = {**_DEFAULTS, **config}
     return {diffusers_name(name, len(full["block_out_channels"])): name for name in native_shapes(full)}
 
 
 def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """AutoencoderKL's settings from the shapes of a native file. Raises ValueError when a defining tensor is missing."""
+    """Infers AutoencoderKL's config from the shapes of a native file. Raises ValueError if a defining tensor is missing."""
     for name in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
         if len(shapes.get(name, ())) != 4:
             raise ValueError(f"has no {name}")
@@ -94,7 +94,7 @@ def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 class _Shapes(dict[str, Shape]):
-    """Name -> shape, built up of the autoencoder's kinds of modules."""
+    """Native tensor name -> shape, added to by kind of module."""
 
     def conv(self, name: str, inside: int, outside: int, size: int = 3) -> None:
         self.update({f"{name}.weight": (outside, inside, size, size), f"{name}.bias": (outside,)})
@@ -119,7 +119,7 @@ class _Shapes(dict[str, Shape]):
                 self.conv(f"{name}.attn_1.{part}", width, width, 1)
 
     def levels(self, name: str, widths: Mapping[int, int], num_blocks: int, step: str) -> None:
-        """widths: level -> width, in the order they are run in; `step` is the change of size between two."""
+        """Adds all levels. widths: level -> width, in order of execution; step: name of the resampling between levels."""
         inside = next(iter(widths.values()))
         for place, (level, width) in enumerate(widths.items()):
             for index in range(num_blocks):
@@ -130,7 +130,7 @@ class _Shapes(dict[str, Shape]):
 
 
 def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Native tensor name -> shape of an autoencoder of these settings."""
+    """Returns native tensor name -> shape of an autoencoder of this config."""
     widths, latent, colours = config["block_out_channels"], config["latent_channels"], config["in_channels"]
     first, last, num_blocks = widths[0], widths[-1], config["layers_per_block"]
     shapes = _Shapes()
@@ -155,9 +155,9 @@ def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def vae_errors(part: Component, num_channels: int | None) -> FileErrors:
-    """What is wrong with the autoencoder's files, as (key, message); reads headers and config.json only.
+    """Returns the errors of the autoencoder's files; reads headers and config.json only.
 
-    num_channels: what the network takes; None when it is not known.
+    num_channels: latent channels of the network; None when it is not known.
     """
     source, shapes = part.tensors.source, part.tensors.shapes
     config = part.config
@@ -165,19 +165,19 @@ def vae_errors(part: Component, num_channels: int | None) -> FileErrors:
         try:
             config = native_config(shapes)
         except ValueError as error:
-            what = describe_tensors(list(shapes))
-            hint = "; give its folder, which has its config.json" if "in diffusers' layout" in what else ""
-            return [("vae", f"{source} is {what}, not a whole autoencoder with native keys: it {error}{hint}")]
-        misfits = shape_errors(shapes, native_shapes(config)) + part.tensors.storage_errors()
+            kind = describe_tensors(list(shapes))
+            hint = "; set the path of its folder, which has its config.json" if "in diffusers' layout" in kind else ""
+            return [("vae", f"{source} is {kind}, not a whole autoencoder with native keys: it {error}{hint}")]
+        lines = shape_errors(shapes, native_shapes(config)) + part.tensors.storage_errors()
     else:
-        misfits = _folder_errors(part, config)
+        lines = _folder_errors(part, config)
     channels, widths = config.get("latent_channels"), config.get("block_out_channels")
     if num_channels is not None and channels not in (None, num_channels):
-        return [("vae", f"{source} has {channels} latent channels, the network takes {num_channels}")]
+        return [("vae", f"{source} has {channels} latent channels, the network has {num_channels}")]
     downscale = SPATIAL_DOWNSCALE if widths is None else 2 ** (len(widths) - 1)
     if downscale != SPATIAL_DOWNSCALE:
-        return [("vae", f"{source} shrinks images {downscale} times, SD3's shrinks them {SPATIAL_DOWNSCALE} times")]
-    return [("vae", f"{source} {line}") for line in misfits]
+        return [("vae", f"{source} downscales images by {downscale}, SD3's autoencoder by {SPATIAL_DOWNSCALE}")]
+    return [("vae", f"{source} {line}") for line in lines]
 
 
 _DEFAULTS = {
@@ -187,7 +187,7 @@ _DEFAULTS = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-"""What diffusers' class takes for a setting that config.json leaves out."""
+"""Defaults of diffusers' class for settings that config.json omits."""
 
 
 _OTHER_FAMILIES = {
@@ -195,18 +195,20 @@ _OTHER_FAMILIES = {
     0.18215: "Stable Diffusion 1 or 2",
     0.13025: "Stable Diffusion XL",
 }
-"""scaling_factor -> whose it is."""
+"""scaling_factor -> the model family whose autoencoder has it."""
 
 
 def _folder_errors(part: Component, config: Mapping[str, Any]) -> list[str]:
-    """Settings and tensors of a folder that are not SD3's or do not fit each other."""
+    """Returns one line for each setting that is not SD3's and each tensor that does not match the config."""
     needed = ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor")
     missing = [key for key in needed if config.get(key) is None]
     if missing:
-        return [f"is no autoencoder of SD3: its config.json gives no {' and no '.join(missing)}"]
+        return [f"is not an autoencoder of SD3: its config.json has no {' and no '.join(missing)}"]
     other = _OTHER_FAMILIES.get(config["scaling_factor"])
     if other is not None:
-        return [f"is the autoencoder of {other}: its scaling_factor is {config['scaling_factor']}, SD3's {SCALING_FACTOR}"]
+        return [
+            f"is the autoencoder of {other}: its scaling_factor is {config['scaling_factor']}, SD3's is {SCALING_FACTOR}"
+        ]
     shapes = native_shapes({**_DEFAULTS, **config})
     expected = {name: shapes[native] for name, native in native_names(config).items()}
     found = {_newer_name(name): _as_convolution(shape) for name, shape in part.tensors.shapes.items()}
@@ -214,40 +216,40 @@ def _folder_errors(part: Component, config: Mapping[str, Any]) -> list[str]:
 
 
 def _as_convolution(shape: Shape) -> Shape:
-    """The attention's linears are convolutions of one pixel in native files."""
+    """Returns the shape as in native files, where the linear layers of the attention are 1 x 1 convolutions."""
     return (*shape, 1, 1) if len(shape) == 2 else shape
 
 
 def scale_notes(part: Component) -> list[str]:
-    """What a user should know of an autoencoder whose latents are scaled otherwise than SD3's, such as Flux's."""
+    """Returns remarks on latents that are scaled differently from SD3's."""
     released = {"scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
     config = part.config if part.config is not None else released
     return [
-        f"{part.tensors.source} has {key} {config.get(key)}; that of SD3 is {value}"
+        f"{part.tensors.source} has {key} {config.get(key)}; SD3's autoencoder has {value}"
         for key, value in released.items()
         if config.get(key) != value
     ]
 
 
 def single_file_errors(part: Component) -> list[str]:
-    """Why a single file could not say how this autoencoder is built."""
+    """Returns one line for each setting that a single file, which has no config, cannot represent."""
     if part.config is None:
         return []
-    given = {"norm_num_groups": NATIVE_NORM_GROUPS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
+    implied = {"norm_num_groups": NATIVE_NORM_GROUPS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
     return [
-        f"{part.tensors.source} has {key} {part.config.get(key)}; a single file cannot say so, it means {value}"
-        for key, value in given.items()
+        f"{part.tensors.source} has {key} {part.config.get(key)}; a single file always implies {value}"
+        for key, value in implied.items()
         if part.config.get(key) != value
     ]
 
 
 def file_tensors(part: Component) -> list[FileTensor]:
-    """The autoencoder as a complete single file has it, in float32."""
+    """Returns the autoencoder's tensors as in a complete single file, float32."""
     native = native_names(part.config if part.config is not None else native_config(part.tensors.shapes))
     tensors = []
-    for name, own_name in names_in_files(part).items():
-        shape = _as_convolution(part.tensors.shapes[own_name])
-        read = partial(_read_as, part, own_name, shape)
+    for name, file_name in names_in_files(part).items():
+        shape = _as_convolution(part.tensors.shapes[file_name])
+        read = partial(_read_as, part, file_name, shape)
         tensors.append(FileTensor(PREFIXES["vae"][0] + native[name], shape, read, torch.float32))
     return tensors
 

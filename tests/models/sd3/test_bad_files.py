@@ -174,7 +174,7 @@ def test_diffusers_autoencoder_as_a_bare_file_is_told_to_be_given_as_a_folder(ti
     path = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
     text = only_error("vae", tiny_model, vae=path)
     assert f"{path} is a UNet or autoencoder in diffusers' layout" in text
-    assert "give its folder" in text
+    assert "set the path of its folder" in text
 
 
 # --- the network's tensors ---------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_a_config_json_without_a_setting_names_it(model: Path, key: str, setting
     config = json.loads(path.read_text())
     del config[setting]
     rewrite(path, json.dumps(config))
-    assert only_error(key, model) == f"{path} gives no {setting}"
+    assert only_error(key, model) == f"{path} has no {setting}"
 
 
 @pytest.mark.parametrize(
@@ -391,8 +391,8 @@ def test_a_config_json_without_a_setting_names_it(model: Path, key: str, setting
         ("clip_l", {"hidden_size": 96}, "has shape (49408, 64), expected (49408, 96)"),
         ("t5xxl", {"num_layers": 3}, "misses tensor encoder.block.2.layer.0.SelfAttention.q.weight (128, 192)"),
         ("vae", {"layers_per_block": 2}, "misses tensor encoder.down_blocks.0.resnets.1.norm1.weight (32,)"),
-        ("vae", {"latent_channels": 4}, "has 4 latent channels, the network takes 16"),
-        ("vae", {"block_out_channels": [32, 32, 64]}, "shrinks images 4 times, SD3's shrinks them 8 times"),
+        ("vae", {"latent_channels": 4}, "has 4 latent channels, the network has 16"),
+        ("vae", {"block_out_channels": [32, 32, 64]}, "downscales images by 4, SD3's autoencoder by 8"),
     ],
 )
 def test_tensors_that_do_not_fit_their_config_json_are_named(
@@ -431,14 +431,14 @@ def test_clips_of_another_width_are_refused(model: Path, tmp_path: Path, changed
     width = {"hidden_size": 192, "projection_dim": 192} if changed == "clip_g" else {"hidden_size": 128}
     folder = write_clip(model / "other", model, changed, **width)
     found = errors_of(model, **{changed: folder, f"{changed}_tokenizer": str(model / "tokenizer")})
-    assert ("clip_l", "pooled width of clip_l and clip_g is 256, the network takes 192 of both") in found
+    assert ("clip_l", "pooled width of clip_l and clip_g is 256, the network has 192 for both CLIPs") in found
     assert ("clip_l", "clip_l and clip_g are wider than the network's context, 192") in found
 
 
 def test_a_t5_of_another_width_is_refused(model: Path) -> None:
     """As T5-XL is 2048 wide, T5-XXL 4096."""
     folder = write_t5(model / "other", model, 96)
-    assert only_error("t5xxl", model, t5xxl=folder) == "is 96 wide, the network's context is 192"
+    assert only_error("t5xxl", model, t5xxl=folder) == "has width 96, the network's context has 192"
 
 
 def test_a_clip_with_fewer_positions_than_tokens_is_refused(model: Path) -> None:
@@ -459,13 +459,13 @@ def test_an_autoencoder_of_four_channels_is_refused(tiny_model: Path, tmp_path: 
     public_files.write_file(path, public_files.ldm_autoencoder(tensors, tmp_path / "vae"))
     for given in (path, tmp_path / "vae"):
         text = only_error("vae", tiny_model, vae=given)
-        assert text == f"{given} has 4 latent channels, the network takes 16"
+        assert text == f"{given} has 4 latent channels, the network has 16"
 
 
 def test_clip_folders_that_have_changed_places_are_refused(tiny_model: Path) -> None:
     """Their widths add up to the same either way, and the network would be conditioned on nonsense."""
     found = errors_of(tiny_model, clip_l=tiny_model / "text_encoder_2", clip_g=tiny_model / "text_encoder")
-    assert found == [("clip_l", "is wider than clip_g: the two have changed places")]
+    assert found == [("clip_l", "is wider than clip_g: the two are swapped")]
 
 
 def test_clip_files_that_have_changed_places_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Pat
     assert not SD3Family.from_files(settings_for(model)).notes
     change_config(model / "vae", scaling_factor=1.05)
     (note,) = SD3Family.from_files(settings_for(model)).notes
-    assert note == f"{model / 'vae'} has scaling_factor 1.05; that of SD3 is 1.5305"
+    assert note == f"{model / 'vae'} has scaling_factor 1.05; SD3's autoencoder has 1.5305"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Pat
     [
         ("vae", {"scaling_factor": 0.3611, "shift_factor": 0.1159}, "is the autoencoder of Flux"),
         ("vae", {"scaling_factor": 0.13025}, "is the autoencoder of Stable Diffusion XL"),
-        ("vae", {"scaling_factor": None, "shift_factor": None}, "gives no scaling_factor and no shift_factor"),
+        ("vae", {"scaling_factor": None, "shift_factor": None}, "has no scaling_factor and no shift_factor"),
         ("vae", {"block_out_channels": 5}, "block_out_channels = 5: must be a list of integers above 0"),
         ("vae", {"block_out_channels": []}, "must be a list of integers above 0"),
         ("vae", {"layers_per_block": "2"}, "layers_per_block = '2': must be an integer above 0"),

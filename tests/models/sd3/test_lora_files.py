@@ -707,12 +707,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
-    assert errors_with(tmp_path, {}) == ["FILE: holds no adapter of this network"]
+    assert errors_with(tmp_path, {}) == ["FILE: contains no adapter for this network"]
 
 
 def test_a_file_for_text_encoders_only_is_refused(tmp_path: Path) -> None:
     tensors = low_rank("lora_te1_text_model_encoder_layers_0_mlp_fc1", 8, 8)
-    assert errors_with(tmp_path, tensors) == ["FILE: holds no adapter of this network; its 2 tensors are for text encoders"]
+    assert errors_with(tmp_path, tensors) == [
+        "FILE: contains no adapter for this network; its 2 tensors are for text encoders"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -727,7 +729,7 @@ def test_an_adapter_of_another_network_is_refused(tmp_path: Path, module: str) -
     names = [f"{module}{number}" for number in ("", "_b", "_c")]
     tensors = {key: value for name in names for key, value in low_rank(name, 8, 8).items()}
     [error] = errors_with(tmp_path, tensors)
-    assert error.startswith(f"FILE: has tensors of no module of this network: {module}")
+    assert error.startswith(f"FILE: has tensors that belong to no module of this network: {module}")
     assert error.endswith(" and 3 more")
 
 
@@ -741,7 +743,7 @@ def test_half_a_pair_is_refused(tmp_path: Path, present: str, missing: str) -> N
 def test_a_module_with_nothing_to_apply_is_refused(tmp_path: Path, key: str, shape: Shape) -> None:
     errors = errors_with(tmp_path, {f"{FC1}.{key}": torch.zeros(shape)})
     if key.startswith("lokr"):
-        assert errors == [f"FILE: {FC1} has no {w}, nor {w}_a and {w}_b to multiply" for w in ("w1", "w2")]
+        assert errors == [f"FILE: {FC1} has neither {w} nor {w}_a and {w}_b of matching shapes" for w in ("w1", "w2")]
     else:
         assert errors == [f"FILE: {FC1} has no down and no up"]
 
@@ -756,7 +758,7 @@ def test_an_adapter_of_a_wider_variant_is_refused_with_a_short_list(tmp_path: Pa
         tmp_path, low_rank("lora_unet_final_layer_linear", 128, 256)
     )
     assert len(errors) == MAX_ERRORS_SHOWN + 1
-    assert errors[-1] == f"FILE: and {2 * (len(MODULES) - 1) - MAX_ERRORS_SHOWN} more that do not fit"
+    assert errors[-1] == f"FILE: and {2 * (len(MODULES) - 1) - MAX_ERRORS_SHOWN} more tensors that do not match"
     assert re.fullmatch(r"FILE: lora_unet_\w+ has (down|up) of \(\d+, \d+\), expected \(\d+, \d+\)", errors[0])
 
 
@@ -770,7 +772,7 @@ def test_an_adapter_of_sd35_large_does_not_fit_sd35_medium(tmp_path: Path) -> No
     save_file(tensors, tmp_path / "large.safetensors")
     errors = errors_of(tmp_path / "large.safetensors", medium)
     assert errors[0].startswith(
-        "FILE: has tensors of no module of this network: lora_unet_joint_blocks_24_x_block_attn_proj"
+        "FILE: has tensors that belong to no module of this network: lora_unet_joint_blocks_24_x_block_attn_proj"
     )
     assert "has down of (1, 2432), expected (1, 1536)" in errors[1]
 
@@ -778,26 +780,30 @@ def test_an_adapter_of_sd35_large_does_not_fit_sd35_medium(tmp_path: Path) -> No
 def test_a_module_under_two_names_is_refused(tmp_path: Path) -> None:
     twice = {**low_rank("lora_unet_final_layer_linear", 64, 128), **low_rank("transformer.proj_out", 64, 128)}
     assert errors_with(tmp_path, twice) == [
-        "FILE: final_layer.linear is there twice, as lora_unet_final_layer_linear and transformer.proj_out"
+        "FILE: final_layer.linear occurs twice, as lora_unet_final_layer_linear and transformer.proj_out"
     ]
     fused = low_rank("lora_unet_joint_blocks_0_x_block_attn_qkv", 384, 128)
     [error] = errors_with(tmp_path, {**fused, **low_rank(f"{TO}k", 128, 128)})
-    assert error.startswith("FILE: joint_blocks.0.x_block.attn.qkv is there twice, as ")
+    assert error.startswith("FILE: joint_blocks.0.x_block.attn.qkv occurs twice, as ")
 
 
 def test_a_tensor_under_two_suffixes_is_refused(tmp_path: Path) -> None:
     tensors = {**low_rank(FC1, 512, 128), f"{FC1}.lora_A.weight": torch.zeros(2, 128)}
     assert errors_with(tmp_path, tensors) == [
-        f"FILE: has one thing twice, as {FC1}.lora_A.weight and {FC1}.lora_down.weight"
+        f"FILE: has the same tensor twice, as {FC1}.lora_A.weight and {FC1}.lora_down.weight"
     ]
 
 
 @pytest.mark.parametrize(
     ("suffix", "shape", "text"),
     [
-        ("dora_scale", (100, 1), "has a magnitude of (100, 1), expected 512 rows"),
-        ("dora_scale", (1, 128), "has a length for each column, (1, 128); only DoRA of rows is read, (512, 1)"),
-        ("lora_magnitude_vector", (128,), "has a magnitude of (128,), expected 512 rows"),
+        ("dora_scale", (100, 1), "has magnitudes of shape (100, 1), expected 512 rows"),
+        (
+            "dora_scale",
+            (1, 128),
+            "has one magnitude per column, (1, 128); only DoRA with one per row, (512, 1), is supported",
+        ),
+        ("lora_magnitude_vector", (128,), "has magnitudes of shape (128,), expected 512 rows"),
     ],
 )
 def test_lengths_that_are_not_those_of_the_rows_are_refused(tmp_path: Path, suffix: str, shape: Shape, text: str) -> None:
@@ -809,13 +815,13 @@ def test_lengths_of_columns_are_told_from_those_of_rows_where_there_are_as_many(
     """As LyCORIS' input-axis DoRA of a square weight has them."""
     key = "lora_unet_joint_blocks_0_x_block_attn_proj"
     [error] = errors_with(tmp_path, {**low_rank(key, 128, 128), f"{key}.dora_scale": torch.ones(1, 128)})
-    assert "has a length for each column" in error
+    assert "has one magnitude per column" in error
 
 
 def test_lengths_of_only_some_of_query_key_and_value_are_refused(tmp_path: Path) -> None:
     tensors = {key: value for part in "qkv" for key, value in low_rank(f"{TO}{part}", 128, 128).items()}
     tensors[f"{TO}q.lora_magnitude_vector"] = torch.ones(128)
-    text = "FILE: DoRA of only some of query, key and value of joint_blocks.0.x_block.attn.qkv"
+    text = "FILE: joint_blocks.0.x_block.attn.qkv has DoRA for only some of query, key and value"
     assert errors_with(tmp_path, tensors) == [text]
     only_query = {key: value for key, value in tensors.items() if key.startswith(f"{TO}q.")}
     assert errors_with(tmp_path, only_query) == [text]
@@ -826,21 +832,21 @@ def test_kronecker_adapters_that_cannot_be_applied_are_refused(tmp_path: Path) -
         return {f"{key}.lokr_w{index}": torch.zeros(shape) for index, shape in enumerate(shapes, start=1)}
 
     assert errors_with(tmp_path, factors(f"{TO}q", (8, 8), (16, 16))) == [
-        f"FILE: {TO}q is a Kronecker adapter of a third of a module that is one here; it can be used with native keys only"
+        f"FILE: {TO}q is a Kronecker adapter of one part of a fused qkv; only Kronecker adapters with native keys are supported there"
     ]
     assert errors_with(tmp_path, factors("lora_unet_x_embedder_proj", (8, 4), (16, 4, 2, 2))) == [
         "FILE: lora_unet_x_embedder_proj is a Kronecker adapter of a convolution, which is not supported"
     ]
     assert errors_with(tmp_path, factors("transformer.norm_out.linear", (1, 8), (256, 16))) == [
-        "FILE: transformer.norm_out.linear is a Kronecker adapter whose halves cannot change places; "
-        "it can be used with native keys only"
+        "FILE: transformer.norm_out.linear is a Kronecker adapter whose halves cannot be swapped; "
+        "only native keys are supported for this module"
     ]
     assert errors_with(tmp_path, factors(FC1, (8, 8), (16, 16))) == [
-        f"FILE: {FC1} makes a weight of (128, 128), expected (512, 128)"
+        f"FILE: {FC1} has an update of shape (128, 128), expected (512, 128)"
     ]
     apart = {f"{FC1}.lokr_w2_a": torch.zeros(64, 2), f"{FC1}.lokr_w2_b": torch.zeros(3, 16)}
     assert errors_with(tmp_path, {**factors(FC1, (8, 8)), **apart}) == [
-        f"FILE: {FC1} has no w2, nor w2_a and w2_b to multiply"
+        f"FILE: {FC1} has neither w2 nor w2_a and w2_b of matching shapes"
     ]
     assert errors_with(tmp_path, {**factors(FC1, (8, 8), (64, 16)), **low_rank(FC1, 512, 128)}) == [
         f"FILE: {FC1} is a low-rank and a Kronecker adapter at once"
@@ -849,13 +855,13 @@ def test_kronecker_adapters_that_cannot_be_applied_are_refused(tmp_path: Path) -
 
 def test_an_alpha_of_several_numbers_is_refused(tmp_path: Path) -> None:
     tensors = {**low_rank(FC1, 512, 128), f"{FC1}.alpha": torch.ones(2)}
-    assert errors_with(tmp_path, tensors) == [f"FILE: {FC1}.alpha is not one number"]
+    assert errors_with(tmp_path, tensors) == [f"FILE: {FC1}.alpha is not a single number"]
 
 
 @pytest.mark.parametrize("header", ["{", "[1]"])
 def test_settings_of_peft_that_cannot_be_read_are_refused(tmp_path: Path, header: str) -> None:
     [error] = errors_with(tmp_path, low_rank(FC1, 512, 128), {"lora_adapter_metadata": header})
-    assert error.startswith("FILE: comes with settings of peft that cannot be read: ")
+    assert error.startswith("FILE: comes with peft settings that cannot be read: ")
 
 
 def test_every_error_is_told_at_once(tmp_path: Path) -> None:
@@ -880,5 +886,5 @@ def test_an_integer_alpha_is_a_number_too(tmp_path: Path) -> None:
 def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path, alpha: float) -> None:
     tensors = native_adapter(draw_adapters("lora"))
     spoiled = {key: torch.tensor(alpha) if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
-    with pytest.raises(ModelFilesError, match="has no scale that is a number"):
+    with pytest.raises(ModelFilesError, match="has no finite scale"):
         opened(tmp_path, spoiled)

@@ -272,7 +272,7 @@ def test_a_hub_that_refuses_is_quoted(model: Path, monkeypatch: pytest.MonkeyPat
 def test_what_is_neither_a_folder_nor_a_name_of_the_hub_is_refused(model: Path, value: str) -> None:
     text = error_of(model, "clip_l", clip_l_tokenizer=value)
     assert repr(value) in text
-    assert f"neither a folder nor a hub's owner/name; give a folder with {WANTED['clip_l']}" in text
+    assert f"neither a folder nor a hub name owner/name; set a folder with {WANTED['clip_l']}" in text
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,11 @@ def test_the_std_is_the_posterior_s_in_the_scale_of_the_latents(
     (item,) = vae.SD3ImageEncoder(folder_part(tiny_model / "vae")).load(CPU)([pixels])
     with torch.no_grad():
         posterior = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist
-    assert set(item) == {"latents", "deviation"}
-    assert item["deviation"].shape == item["latents"].shape
-    assert item["deviation"].dtype == torch.float32
-    assert torch.equal(item["deviation"], posterior.std[0] * SCALE)
-    assert item["deviation"].min() > 0
+    assert set(item) == {"latents", "std"}
+    assert item["std"].shape == item["latents"].shape
+    assert item["std"].dtype == torch.float32
+    assert torch.equal(item["std"], posterior.std[0] * SCALE)
+    assert item["std"].min() > 0
 
 
 def test_a_sample_of_mean_and_std_is_diffusers_sample(tiny_model: Path, autoencoder: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_sample_of_mean_and_std_is_diffusers_sample(tiny_model: Path, autoenco
         posterior = autoencoder.encode(pixels[None].float() / 127.5 - 1).latent_dist
     expected = (posterior.sample(torch.Generator().manual_seed(3))[0] - SHIFT) * SCALE
     noise = torch.randn((1, NUM_CHANNELS, 4, 4), generator=torch.Generator().manual_seed(3))[0]
-    torch.testing.assert_close(item["latents"] + item["deviation"] * noise, expected)
+    torch.testing.assert_close(item["latents"] + item["std"] * noise, expected)
 
 
 def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_shift_and_scale_come_from_the_folder_s_config(tiny_model: Path, tmp_pat
     )
     mean = released["latents"] / SCALE + SHIFT
     torch.testing.assert_close(ours["latents"], (mean + 0.25) * 0.75)
-    torch.testing.assert_close(ours["deviation"], released["deviation"] / SCALE * 0.75)
+    torch.testing.assert_close(ours["std"], released["std"] / SCALE * 0.75)
 
 
 def test_a_image_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_image_s_latents_do_not_depend_on_its_company(tiny_model: Path) -> Non
     images = [image(16, 32, seed) for seed in range(3)]
     together = encode(images)
     for ours, single in zip(together, (encode([one])[0] for one in images), strict=True):
-        assert all(torch.equal(ours[name], single[name]) for name in ("latents", "deviation"))
+        assert all(torch.equal(ours[name], single[name]) for name in ("latents", "std"))
 
 
 def test_decoded_pixels_are_the_inverse_chain(tiny_model: Path, autoencoder: Any) -> None:
@@ -164,8 +164,8 @@ def test_a_fitting_folder_has_no_errors(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('"latent_channels": 16', '"latent_channels": 4'), "has 4 latent channels, the network takes 16"),
-        (("[\n    32,\n    32,\n    32,\n    64\n  ]", "[32, 32, 64]"), "shrinks images 4 times"),
+        (('"latent_channels": 16', '"latent_channels": 4'), "has 4 latent channels, the network has 16"),
+        (("[\n    32,\n    32,\n    32,\n    64\n  ]", "[32, 32, 64]"), "downscales images by 4"),
     ],
 )
 def test_an_autoencoder_of_another_model_is_refused(

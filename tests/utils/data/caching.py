@@ -86,7 +86,7 @@ class CountingImages(Counting, ImageEncoder):
 
     def value(self, item: Tensor) -> EncodedItem:
         latents = item.float() if self._keep_pixels else item.float().mean((1, 2))
-        return {"latents": latents, "deviation": latents / 8}
+        return {"latents": latents, "std": latents / 8}
 
 
 class CountingTexts(Counting, TextEncoder):

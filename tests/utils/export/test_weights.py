@@ -59,10 +59,10 @@ def test_what_a_format_cannot_carry_is_refused(
 @pytest.mark.parametrize(
     ("folder", "key", "value", "message"),
     [
-        ("vae", "norm_num_groups", 16, "norm_num_groups 16; a single file cannot say so, it means 32"),
-        ("vae", "scaling_factor", 0.18, "scaling_factor 0.18; a single file cannot say so, it means 1.5305"),
-        ("text_encoder_2", "num_attention_heads", 4, "num_attention_heads 4; a single file cannot say so, it means 2"),
-        ("text_encoder", "hidden_act", "gelu", "hidden_act gelu; a single file cannot say so, it means quick_gelu"),
+        ("vae", "norm_num_groups", 16, "norm_num_groups 16; a single file always implies 32"),
+        ("vae", "scaling_factor", 0.18, "scaling_factor 0.18; a single file always implies 1.5305"),
+        ("text_encoder_2", "num_attention_heads", 4, "num_attention_heads 4; a single file always implies 2"),
+        ("text_encoder", "hidden_act", "gelu", "hidden_act gelu; a single file always implies quick_gelu"),
     ],
 )
 def test_a_complete_file_is_refused_where_it_could_not_say_how_a_part_is_built(
@@ -82,7 +82,7 @@ def test_heads_of_another_width_are_refused_for_a_complete_file(tmp_path: Path, 
 
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
-    with pytest.raises(ConfigError, match="32 wide, no multiple of the head width, 64; a single file cannot say"):
+    with pytest.raises(ConfigError, match="width 32, which is not a multiple of the head width, 64; a single file cannot"):
         opened(tmp_path, tmp_path / "model", tiny_dataset, **{"save.formats": ["complete"]})
 
 

@@ -16,6 +16,7 @@ from models.family import LENGTH
 from utils.data.cache.keys import content_key
 from utils.data.cache.locks import SharedUse
 from utils.data.cache.store import Store
+from utils.data.encoding.stored_names import STORED_STD
 from utils.data.encoding.text_storage import unpack
 from utils.data.examples import Example
 from utils.data.sources.decoding import PIXELS_VERSION
@@ -69,7 +70,7 @@ class EncodedData:
 
     def std(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """The posterior's standard deviation, (C, H, W) float32, if the cache has it."""
-        return self._entry(example.content, example, flipped).get("deviation")
+        return self._entry(example.content, example, flipped).get(STORED_STD)
 
     def control(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """The control image's latents, (C, H, W) float32; None for an example without one."""

@@ -26,6 +26,7 @@ from utils.data.cache.shards import ShardWriter
 from utils.data.encoding.encoded import caption_key, latents_key, mask_key
 from utils.data.encoding.masks import MaskEncoder
 from utils.data.encoding.plan import CONTROL, CONTROL_MIRRORED, MIRRORED, TEXTS, CachePlan, CacheSettings, Work
+from utils.data.encoding.stored_names import STORED_STD
 from utils.data.encoding.text_storage import pack
 from utils.data.examples import Example, ExampleTable
 from utils.data.sources.decoding import BadFile
@@ -85,7 +86,8 @@ class Sources:
             return latents_key(content, example.box.key(), flipped=is_flipped(item))
 
         def keep(entry: EncodedItem) -> dict[str, Tensor]:
-            return dict(entry) if self._settings.posterior else {"latents": entry["latents"]}
+            mean = {"latents": entry["latents"]}
+            return {**mean, STORED_STD: entry["std"]} if self._settings.posterior else mean
 
         return Source("latents", read, key, self._bucket, keep)
 

@@ -22,6 +22,7 @@ from utils.data.cache.keys import KEY_BYTES, FileHashes, content_key
 from utils.data.cache.store import Store
 from utils.data.encoding.encoded import CacheFolders, caption_key, latents_key, mask_key
 from utils.data.encoding.masks import MaskEncoder
+from utils.data.encoding.stored_names import POSTERIOR_MOMENTS
 from utils.data.encoding.text_storage import TextCacheDtype, packed_bytes
 from utils.data.examples import ExampleTable
 from utils.data.sources.rows import NONE
@@ -137,7 +138,7 @@ def make_plan(
 
     folders = CacheFolders(
         settings.folder,
-        latents=folder_of(family.image_encoder, "mean and deviation" if settings.posterior else "mean"),
+        latents=folder_of(family.image_encoder, POSTERIOR_MOMENTS if settings.posterior else "mean"),
         masks=folder_of(MaskEncoder(family.latent.downscale), ""),
         texts={encoder.name: folder_of(encoder, str(settings.text_dtype)) for encoder in family.text_encoders},
     )

@@ -245,7 +245,7 @@ class FullSize(Adapter):
 
         def latents(item: torch.Tensor) -> EncodedItem:
             shape = (16, item.shape[1] // 8, item.shape[2] // 8)
-            return {"latents": torch.ones(shape), "deviation": torch.ones(shape)}
+            return {"latents": torch.ones(shape), "std": torch.ones(shape)}
 
         self.image_encoder.value = latents  # type: ignore[method-assign]
 
