@@ -114,7 +114,7 @@ def _nearby(name: str, part: Component) -> Path:
     except OSError as error:
         raise LookupError(
             f"not found: put {_wanted(name)} into {neighbour}, or set {name}_tokenizer = FOLDER to one that has them "
-            f"(downloading {HUB_NAMES[name]} from the hub failed: {error})"
+            f"(download of {HUB_NAMES[name]}: {error})"
         ) from error
 
 

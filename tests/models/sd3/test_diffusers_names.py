@@ -10,15 +10,11 @@ import torch
 
 from models.sd3 import diffusers_names
 from models.sd3.network_shapes import adaptable_modules, network_shapes
-from models.sd3.variants import MMDiTConfig, detect_config
+from models.sd3.variants import VARIANTS, detect_config
+from tests.golden.make_lora_keys import RELEASED
 from tests.models.sd3.diffusers_reference import relative_error
-from tests.models.sd3.test_weights import RELEASED
 from tests.public_files import diffusers_tensors
-from tests.tiny_model import DEPTH, native_shapes, random_weights, tiny_shapes
-
-
-def config_of(variant: str) -> MMDiTConfig:
-    return detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **RELEASED[variant][0]))
+from tests.tiny_model import DEPTH, random_weights, tiny_shapes
 
 
 @cache
@@ -26,7 +22,7 @@ def network_of(variant: str) -> Any:
     """diffusers' network out of the config.json the program writes, without the sinusoids of its table."""
     from diffusers import SD3Transformer2DModel
 
-    settings = diffusers_names.transformer_config(config_of(variant))
+    settings = diffusers_names.transformer_config(VARIANTS[variant])
     with torch.device("meta"):
         network = SD3Transformer2DModel.from_config({**settings, "pos_embed_max_size": 4})
     return network
@@ -34,9 +30,8 @@ def network_of(variant: str) -> Any:
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_names_and_shapes_are_those_of_diffusers_network(variant: str) -> None:
-    config = config_of(variant)
+    config = VARIANTS[variant]
     native = network_shapes(config)
-    assert len(native) == RELEASED[variant][1]["keys"]
     ours = {
         diffusers: tuple(part.shape)
         for name, shape in native.items()
@@ -50,7 +45,7 @@ def test_names_and_shapes_are_those_of_diffusers_network(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_every_adaptable_module_has_its_name_in_diffusers(variant: str) -> None:
-    ours = [name for module in adaptable_modules(config_of(variant)) for name in diffusers_names.diffusers_modules(module)]
+    ours = [name for module in adaptable_modules(VARIANTS[variant]) for name in diffusers_names.diffusers_modules(module)]
     kinds = torch.nn.Linear | torch.nn.Conv2d
     theirs = [name for name, module in network_of(variant).named_modules() if isinstance(module, kinds)]
     assert sorted(ours) == sorted(theirs)
@@ -58,7 +53,7 @@ def test_every_adaptable_module_has_its_name_in_diffusers(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", RELEASED)
 def test_a_module_s_native_name_is_found_again(variant: str) -> None:
-    for module in adaptable_modules(config_of(variant)):
+    for module in adaptable_modules(VARIANTS[variant]):
         names = diffusers_names.diffusers_modules(module)
         for part, name in enumerate(names):
             assert diffusers_names.native_module(name) == (module, part, len(names))

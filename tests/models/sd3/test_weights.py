@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,36 +14,11 @@ from torch import Tensor
 
 from models import tensor_files
 from models.family import ModelFilesError
-from models.sd3 import diffusers_names
 from models.sd3.layers import layer_prefix, num_layers
-from models.sd3.network_shapes import adaptable_modules, layer_shapes, network_shapes
-from models.sd3.variants import MMDiTConfig, architecture_id, detect_config, variant_name
+from models.sd3.network_shapes import adaptable_modules, layer_shapes
 from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
-from tests.models.sd3.diffusers_reference import to_diffusers
-from tests.tiny_model import native_shapes, random_weights, tiny_shapes
-
-RELEASED = {
-    "SD3-medium": (
-        {"depth": 24, "width": 1536, "pos_embed_max_size": 192, "qk_norm": False},
-        {"parameters": 2_028_328_000, "keys": 491, "table": 56_623_104},
-    ),
-    "SD3.5-medium": (
-        {
-            "depth": 24,
-            "width": 1536,
-            "pos_embed_max_size": 384,
-            "qk_norm": True,
-            "dual_attention_layers": tuple(range(13)),
-        },
-        {"parameters": 2_243_171_520, "keys": 665, "table": 226_492_416},
-    ),
-    "SD3.5-large": (
-        {"depth": 38, "width": 2432, "pos_embed_max_size": 192, "qk_norm": True},
-        {"parameters": 8_056_627_520, "keys": 923, "table": 89_653_248},
-    ),
-}
-"""What the released files hold, counted in them."""
+from tests.tiny_model import random_weights, tiny_shapes
 
 
 def write_network(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -67,69 +41,11 @@ def errors_of(path: Path) -> str:
 # --- variants ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", RELEASED)
-def test_released_variant_is_told_from_shapes_alone(variant: str) -> None:
-    shape, _ = RELEASED[variant]
-    config = detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))
-    assert config == MMDiTConfig(
-        patch_size=2,
-        in_channels=16,
-        depth=shape["depth"],
-        hidden_size=shape["width"],
-        context_dim=4096,
-        pooled_dim=2048,
-        pos_embed_max_size=shape["pos_embed_max_size"],
-        qk_norm=shape["qk_norm"],
-        dual_attention_layers=shape.get("dual_attention_layers", ()),
-    )
-    assert config.num_heads == config.depth
-    assert variant_name(config).startswith(variant)
-
-
-@pytest.mark.parametrize("variant", RELEASED)
-def test_released_variant_has_its_published_tensors(variant: str) -> None:
-    shape, counts = RELEASED[variant]
-    published = native_shapes(context_dim=4096, pooled_dim=2048, **shape)
-    ours = network_shapes(detect_config(published))
-    assert ours == published
-    assert len(ours) == counts["keys"]
-    assert math.prod(ours.pop("pos_embed")) == counts["table"]
-    assert sum(math.prod(shape) for shape in ours.values()) == counts["parameters"]
-
-
-@pytest.mark.parametrize(
-    ("variant", "name"),
-    [
-        ("SD3-medium", "stable-diffusion-3-medium"),
-        ("SD3.5-medium", "stable-diffusion-3-5-medium"),
-        ("SD3.5-large", "stable-diffusion-3-5-large"),
-    ],
-)
-def test_architecture_carries_its_standard_name(variant: str, name: str) -> None:
-    shape, _ = RELEASED[variant]
-    assert architecture_id(detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))) == name
-
-
 def test_adaptable_modules_are_the_file_s_linears_and_the_patch_convolution(tiny_model: Path) -> None:
     config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     expected = {name.removesuffix(".weight"): shape for name, shape in tiny_shapes().items() if len(shape) in (2, 4)}
     assert adaptable_modules(config) == expected
     assert len(expected["x_embedder.proj"]) == 4
-
-
-def test_large_turbo_is_described_with_large_whose_shapes_it_has() -> None:
-    shape, _ = RELEASED["SD3.5-large"]
-    config = detect_config(native_shapes(context_dim=4096, pooled_dim=2048, **shape))
-    assert "large-turbo" in variant_name(config)
-
-
-@pytest.mark.parametrize("variant", RELEASED)
-def test_released_variant_is_told_from_diffusers_shapes_too(variant: str) -> None:
-    shape, _ = RELEASED[variant]
-    native = native_shapes(context_dim=4096, pooled_dim=2048, **shape)
-    parts = {name: torch.empty(shape, device="meta") for name, shape in native.items()}
-    published = {name: tuple(tensor.shape) for name, tensor in to_diffusers(parts, shape["depth"]).items()}
-    assert diffusers_names.native_shapes(published) == native
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -242,9 +158,3 @@ def test_a_defining_tensor_of_the_wrong_rank_is_refused_by_name(tmp_path: Path, 
         tensors[name] = tensors[name].flatten()
 
     assert name in errors_of(write_network(tmp_path, flatten))
-
-
-def test_a_width_of_no_whole_heads_is_refused() -> None:
-    shapes = native_shapes(depth=2, width=100, context_dim=8, pooled_dim=8, pos_embed_max_size=4, qk_norm=False)
-    with pytest.raises(ValueError, match="has width 100, which is not a multiple of the head width, 64"):
-        detect_config(shapes)
