@@ -1,6 +1,6 @@
 """The same network in diffusers, and an independent conversion of native tensors to diffusers' names.
 
-Written from the layout of the public files, not from the program's own table, which is compared with it.
+It is written from the layout of the public files, and the program's own table is compared with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from models.sd3.variants import MMDiTConfig
 
 
 def convert_module(name: str, depth: int) -> tuple[list[str], bool]:
-    """A native module's names in diffusers, and whether the halves of its rows change places."""
+    """Returns a native module's names in diffusers, and whether the halves of its rows are swapped."""
     if not name.startswith("joint_blocks."):
         if name.startswith(("t_embedder.mlp.", "y_embedder.mlp.")):
             target = "timestep_embedder" if name.startswith("t_") else "text_embedder"
@@ -40,7 +40,7 @@ def convert_module(name: str, depth: int) -> tuple[list[str], bool]:
 
 
 def to_diffusers(native: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Native tensors, weights or their gradients, under diffusers' names."""
+    """Converts native tensors, weights or gradients, to diffusers' names."""
     converted = {}
     for key, tensor in native.items():
         if key == "pos_embed":
@@ -58,7 +58,7 @@ def to_diffusers(native: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def diffusers_network(config: MMDiTConfig, weights: Mapping[str, Tensor]) -> Any:
-    """diffusers' SD3Transformer2DModel of this shape with these native weights."""
+    """Returns diffusers' SD3Transformer2DModel of this shape with these native weights."""
     from diffusers import SD3Transformer2DModel
 
     network = SD3Transformer2DModel(
@@ -81,6 +81,6 @@ def diffusers_network(config: MMDiTConfig, weights: Mapping[str, Tensor]) -> Any
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Size of the difference over the size of the reference; 0 where both are zero."""
+    """Returns the norm of the difference divided by the norm of the reference; 0 if the difference is 0."""
     difference, size = (value - reference).detach().norm(), reference.detach().norm()
     return float(difference / size) if difference > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Names in diffusers against diffusers' own class and converter, at the released sizes; nothing is allocated."""
+"""Names in diffusers compared with its own class and converter, at the released sizes on the meta device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny_model import DEPTH, random_weights, tiny_shapes
 
 @cache
 def network_of(variant: str) -> Any:
-    """diffusers' network out of the config.json the program writes, without the sinusoids of its table."""
+    """Returns diffusers' network of the config.json that the program writes, with a small position table to save time."""
     from diffusers import SD3Transformer2DModel
 
     settings = diffusers_names.transformer_config(VARIANTS[variant])
@@ -29,7 +29,7 @@ def network_of(variant: str) -> Any:
 
 
 @pytest.mark.parametrize("variant", RELEASED)
-def test_names_and_shapes_are_those_of_diffusers_network(variant: str) -> None:
+def test_names_and_shapes_equal_those_of_diffusers_network(variant: str) -> None:
     config = VARIANTS[variant]
     native = network_shapes(config)
     ours = {
@@ -44,7 +44,7 @@ def test_names_and_shapes_are_those_of_diffusers_network(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", RELEASED)
-def test_every_adaptable_module_has_its_name_in_diffusers(variant: str) -> None:
+def test_every_adaptable_module_has_a_name_in_diffusers(variant: str) -> None:
     ours = [name for module in adaptable_modules(VARIANTS[variant]) for name in diffusers_names.diffusers_modules(module)]
     kinds = torch.nn.Linear | torch.nn.Conv2d
     theirs = [name for name, module in network_of(variant).named_modules() if isinstance(module, kinds)]
@@ -52,7 +52,7 @@ def test_every_adaptable_module_has_its_name_in_diffusers(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", RELEASED)
-def test_a_module_s_native_name_is_found_again(variant: str) -> None:
+def test_native_module_inverts_diffusers_modules(variant: str) -> None:
     for module in adaptable_modules(VARIANTS[variant]):
         names = diffusers_names.diffusers_modules(module)
         for part, name in enumerate(names):
@@ -62,13 +62,13 @@ def test_a_module_s_native_name_is_found_again(variant: str) -> None:
 @pytest.mark.parametrize(
     "name", ["pos_embed", "joint_blocks.0.x_block.attn", "transformer_blocks.0.attn.to_q", "proj_out", ""]
 )
-def test_what_is_no_native_module_has_no_name(name: str) -> None:
+def test_name_that_is_not_a_native_module_is_refused(name: str) -> None:
     with pytest.raises(KeyError):
         diffusers_names.diffusers_modules(name)
 
 
-def test_values_are_those_of_diffusers_converter_and_come_back() -> None:
-    """Half of some modulations change places; where is diffusers' to say."""
+def test_values_equal_those_of_diffusers_converter_and_convert_back() -> None:
+    """diffusers' converter determines which modulations have swapped halves."""
     native = random_weights(tiny_shapes())
     ours = {
         name: part for key, value in native.items() for name, part in diffusers_names.to_diffusers(key, value, DEPTH).items()
@@ -82,14 +82,14 @@ def test_values_are_those_of_diffusers_converter_and_come_back() -> None:
         assert torch.equal(diffusers_names.to_native(key, parts, DEPTH), value), key
 
 
-def test_a_tensor_that_is_only_in_part_there_has_no_native_shape() -> None:
+def test_tensor_with_a_missing_part_has_no_native_shape() -> None:
     shapes = {name: tuple(value.shape) for name, value in diffusers_tensors(random_weights(tiny_shapes())).items()}
     del shapes["transformer_blocks.1.attn.to_k.weight"]
     found = diffusers_names.native_shapes(shapes)
     assert set(tiny_shapes()) - set(found) == {"joint_blocks.1.x_block.attn.qkv.weight"}
 
 
-def test_the_written_config_builds_a_network_that_gives_the_same_velocity() -> None:
+def test_network_built_from_the_exported_config_gives_the_same_velocity() -> None:
     from diffusers import SD3Transformer2DModel
 
     from models.sd3.mmdit import MMDiT

@@ -1,4 +1,4 @@
-"""The family as the trainer sees it, and what is said of files that do not fit."""
+"""The family's interface to the trainer, and errors of its configuration."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def family(tiny_model: Path) -> SD3Family:
     return SD3Family.from_files(settings_for(tiny_model))
 
 
-def test_the_registry_finds_the_family() -> None:
+def test_registry_finds_the_family() -> None:
     assert "sd3" in models.family_names()
     assert models.family_class("sd3") is SD3Family
     with pytest.raises(KeyError):
         models.family_class("sd4")
 
 
-def test_layers_hold_every_parameter_of_the_file_once(family: SD3Family) -> None:
+def test_layers_have_every_parameter_of_the_file_once(family: SD3Family) -> None:
     named = {layer.prefix + name: shape for layer in family.layers for name, shape in layer.shapes.items()}
     assert sum(len(layer.shapes) for layer in family.layers) == len(named)
     assert named == {name: shape for name, shape in tiny_shapes().items() if name != "pos_embed"}
@@ -42,16 +42,16 @@ def test_layers_hold_every_parameter_of_the_file_once(family: SD3Family) -> None
     ]
 
 
-def test_a_layer_is_built_in_the_training_precision(tiny_model: Path) -> None:
+def test_layers_are_built_in_the_training_precision(tiny_model: Path) -> None:
     layer = SD3Family.from_files(settings_for(tiny_model, dtype="bfloat16")).layers[1].build()
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
 
 
-def test_latent_geometry_is_the_network_s(family: SD3Family) -> None:
+def test_latent_geometry_is_that_of_the_network(family: SD3Family) -> None:
     assert (family.latent.channels, family.latent.pixel_multiple, family.latent.max_side_pixels) == (16, 16, 256)
 
 
-def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(family: SD3Family) -> None:
+def test_timestep_is_1000_sigma_in_float32_for_any_dtype_of_the_latents(family: SD3Family) -> None:
     text = {
         f"{name}.sequence": torch.randn(2, 8, width).to(torch.bfloat16)
         for name, width in (("clip_l", CLIP_L_WIDTH), ("clip_g", CLIP_G_WIDTH), ("t5xxl", CONTEXT_DIM))
@@ -74,7 +74,7 @@ def test_timestep_is_a_thousand_sigma_in_float32_whatever_the_latents_are(family
     assert context.dtype == pooled.dtype == torch.bfloat16
 
 
-def test_target_groups_share_out_every_adaptable_module_once(family: SD3Family) -> None:
+def test_every_adaptable_module_is_in_exactly_one_target_group(family: SD3Family) -> None:
     for module in family.adaptable_modules:
         assert sum(bool(re.fullmatch(pattern, module)) for pattern in family.lora_target_groups.values()) == 1, module
 
@@ -92,7 +92,7 @@ def test_default_targets_are_attention_and_mlp_of_both_streams_and_the_final_lay
     assert len(chosen) == 4 * (2 * DEPTH) - 3 + 2
 
 
-def test_a_module_s_block_is_told_from_its_name(family: SD3Family) -> None:
+def test_block_of_a_module_follows_from_its_name(family: SD3Family) -> None:
     assert family.num_blocks == DEPTH
     blocks = {family.block_of(name) for name in family.adaptable_modules}
     assert blocks == {None, *range(DEPTH)}
@@ -100,7 +100,7 @@ def test_a_module_s_block_is_told_from_its_name(family: SD3Family) -> None:
     assert family.block_of("joint_blocks.2.x_block.attn.qkv") == 2
 
 
-def test_description_names_variant_and_precision(family: SD3Family) -> None:
+def test_description_has_variant_and_precision(family: SD3Family) -> None:
     assert family.describe() == "SD3.5-medium-like (width 128, depth 3), float32"
 
 
@@ -118,7 +118,7 @@ def change_config(folder: Path, **changes: object) -> None:
     rewrite(path, json.dumps({key: value for key, value in settings.items() if value is not None}))
 
 
-def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Path) -> None:
+def test_unusual_scaling_factor_is_noted(tiny_model: Path, tmp_path: Path) -> None:
     model = linked_copy(tiny_model, tmp_path / "model")
     assert not SD3Family.from_files(settings_for(model)).notes
     change_config(model / "vae", scaling_factor=1.05)
@@ -140,7 +140,7 @@ def test_an_autoencoder_scaled_otherwise_is_told(tiny_model: Path, tmp_path: Pat
         ("text_encoder_3", {"num_heads": 0}, "num_heads = 0: must be an integer above 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(
+def test_invalid_settings_in_config_json_are_refused(
     tiny_model: Path, tmp_path: Path, folder: str, changes: dict[str, object], message: str
 ) -> None:
     model = linked_copy(tiny_model, tmp_path / "model")
@@ -150,6 +150,6 @@ def test_settings_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
-def test_a_strength_is_a_number(strength: float) -> None:
+def test_strength_must_be_finite(strength: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         MergedAdapter(path=Path("lora.safetensors"), strength=strength)

@@ -1,4 +1,4 @@
-"""Text encoders that are off: what the network reads instead of their tokens and their pooled rows."""
+"""Text encoders that are off: replacement of their tokens and pooled vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOME_OFF = [
 ]
 
 
-def adapter_without(model: Path, off: tuple[str, ...], missing: str, **changes: Any) -> SD3Family:
+def family_without(model: Path, off: tuple[str, ...], missing: str, **changes: Any) -> SD3Family:
     lengths = {"clip_max_token_length": CLIP_TOKENS, "t5xxl_max_token_length": T5_TOKENS}
     return SD3Family.from_files(
         settings_for(model, **{**lengths, **dict.fromkeys(off, False), "missing_encoders": missing, **changes})
@@ -46,11 +46,11 @@ def random_text(off: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def expected_inputs(text: dict[str, Tensor], missing: str) -> tuple[Tensor, Tensor]:
-    """CLIP-L's columns, then CLIP-G's, whoever of the two is there; then T5's tokens."""
+    """Returns context and pooled: features of CLIP-L, then CLIP-G, each in its place; then T5's tokens."""
     clip, t5 = torch.zeros(2, CLIP_TOKENS, CONTEXT_DIM), torch.zeros(2, T5_TOKENS, CONTEXT_DIM)
     pooled = torch.zeros(2, POOLED_DIM)
-    columns = {"clip_l": slice(0, CLIP_L_WIDTH), "clip_g": slice(CLIP_L_WIDTH, CLIP_L_WIDTH + CLIP_G_WIDTH)}
-    for name, place in columns.items():
+    places = {"clip_l": slice(0, CLIP_L_WIDTH), "clip_g": slice(CLIP_L_WIDTH, CLIP_L_WIDTH + CLIP_G_WIDTH)}
+    for name, place in places.items():
         if f"{name}.sequence" in text:
             clip[..., place] = text[f"{name}.sequence"]
             pooled[..., place] = text[f"{name}.pooled"]
@@ -63,37 +63,37 @@ def expected_inputs(text: dict[str, Tensor], missing: str) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("missing", ["zeros", "absent"])
 @pytest.mark.parametrize("off", SOME_OFF, ids="+".join)
-def test_context_and_pooled_are_what_the_other_programs_feed(tiny_model: Path, off: tuple[str, ...], missing: str) -> None:
-    adapter = adapter_without(tiny_model, off, missing)
-    assert tuple(encoder.name for encoder in adapter.text_encoders) == tuple(name for name in WIDTHS if name not in off)
+def test_context_and_pooled_are_those_of_other_programs(tiny_model: Path, off: tuple[str, ...], missing: str) -> None:
+    family = family_without(tiny_model, off, missing)
+    assert tuple(encoder.name for encoder in family.text_encoders) == tuple(name for name in WIDTHS if name not in off)
     text = random_text(off)
     latents = torch.randn(2, 16, 4, 4)
-    sample = adapter.sample(latents, torch.tensor([0.9, 0.1]), text)
+    sample = family.sample(latents, torch.tensor([0.9, 0.1]), text)
     context, pooled = expected_inputs(text, missing)
     assert torch.equal(sample.tensors["context"], context)
     assert torch.equal(sample.tensors["pooled"], pooled)
-    assert sample.shape == adapter.sample_shape(2, 4, 4)
+    assert sample.shape == family.sample_shape(2, 4, 4)
     assert sample.shape.num_text_tokens == context.shape[1]
     value: Any = sample.tensors
     with torch.no_grad():
-        for layer in adapter.layers:
+        for layer in family.layers:
             value = layer.build()(value)
-    assert adapter.velocity(value, sample.shape).shape == latents.shape
+    assert family.velocity(value, sample.shape).shape == latents.shape
 
 
 @pytest.mark.parametrize("off", SOME_OFF, ids="+".join)
-def test_what_is_off_is_told(tiny_model: Path, off: tuple[str, ...]) -> None:
-    adapter = adapter_without(tiny_model, off, "zeros")
-    assert all(f"without {name}" in adapter.describe() for name in off)
-    told = [name for name, is_off in (("CLIPs", {"clip_l", "clip_g"} <= set(off)), ("T5", "t5xxl" in off)) if is_off]
-    notes = "\n".join(adapter.notes)
-    assert [name for name in ("CLIPs", "T5") if name in notes] == told
-    assert not told or "model.missing_encoders" in notes
+def test_encoders_that_are_off_are_noted(tiny_model: Path, off: tuple[str, ...]) -> None:
+    family = family_without(tiny_model, off, "zeros")
+    assert all(f"without {name}" in family.describe() for name in off)
+    noted = [name for name, is_off in (("CLIPs", {"clip_l", "clip_g"} <= set(off)), ("T5", "t5xxl" in off)) if is_off]
+    notes = "\n".join(family.notes)
+    assert [name for name in ("CLIPs", "T5") if name in notes] == noted
+    assert not noted or "model.missing_encoders" in notes
 
 
-def test_with_all_encoders_the_setting_changes_nothing(tiny_model: Path) -> None:
+def test_missing_encoders_has_no_effect_when_all_are_on(tiny_model: Path) -> None:
     text, latents, sigma = random_text(()), torch.randn(2, 16, 4, 4), torch.tensor([0.9, 0.1])
-    zeros, absent = (adapter_without(tiny_model, (), missing) for missing in ("zeros", "absent"))
+    zeros, absent = (family_without(tiny_model, (), missing) for missing in ("zeros", "absent"))
     one, other = zeros.sample(latents, sigma, text), absent.sample(latents, sigma, text)
     assert one.shape == other.shape
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in zeros.input_names)
@@ -101,7 +101,7 @@ def test_with_all_encoders_the_setting_changes_nothing(tiny_model: Path) -> None
     assert zeros.notes == ()
 
 
-def test_without_t5_zeros_are_what_diffusers_feeds(tiny_model: Path) -> None:
+def test_zeros_for_t5_are_those_of_diffusers(tiny_model: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTokenizer
 
@@ -121,19 +121,19 @@ def test_without_t5_zeros_are_what_diffusers_feeds(tiny_model: Path) -> None:
         context, _, pooled, _ = pipeline.encode_prompt(
             caption, None, None, device=CPU, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
         )
-    adapter = adapter_without(tiny_model, ("t5xxl",), "zeros", clip_max_token_length=77)
+    family = family_without(tiny_model, ("t5xxl",), "zeros", clip_max_token_length=77)
     text = {
         f"{encoder.name}.{key}": value[None]
-        for encoder in adapter.text_encoders
+        for encoder in family.text_encoders
         for key, value in encoder.load(CPU)([caption])[0].items()
     }
-    inputs = adapter.sample(torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), text).tensors
+    inputs = family.sample(torch.zeros(1, 16, 4, 4), torch.tensor([0.5]), text).tensors
     assert context.shape == (1, 77 + T5_TOKENS, CONTEXT_DIM)
     assert torch.equal(inputs["context"], context)
     assert torch.equal(inputs["pooled"], pooled)
 
 
-def test_an_encoder_that_is_off_needs_no_files(tiny_model: Path, tmp_path: Path) -> None:
+def test_encoder_that_is_off_needs_no_files(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("mmdit.safetensors", "vae", "text_encoder_2", "tokenizer_2"):
         (tmp_path / name).symlink_to(tiny_model / name)
     assert len(SD3Family.from_files(settings_for(tmp_path, clip_l=False, t5xxl=False)).text_encoders) == 1

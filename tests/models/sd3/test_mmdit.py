@@ -1,4 +1,4 @@
-"""The network against diffusers' own, with the same random weights."""
+"""The network compared with diffusers' own, with the same random weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VARIANTS = {
     "SD3.5-medium": {"depth": 4, "width": 192, "qk_norm": True, "dual": (0, 1)},
     "SD3.5-large": {"depth": 3, "width": 256, "qk_norm": True, "dual": ()},
 }
-"""The released shapes' kinds of block at reduced depth and width; heads are 64 wide, as in all of them."""
+"""The kinds of blocks of the released variants at reduced depth and width; the head width is 64 as in all of them."""
 
 TOLERANCE = 1e-5
 SIZES = ((8, 8), (6, 12), (10, 4))
@@ -61,7 +61,7 @@ def network_of(config: MMDiTConfig, weights: dict[str, Tensor]) -> MMDiT:
 
 
 def make_inputs(config: MMDiTConfig, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(latents, timestep, context, pooled) of two samples, one near either end of the path."""
+    """Returns (latents, timestep, context, pooled) of two samples, one near each end of the path."""
     generator = torch.Generator().manual_seed(height * 100 + width)
     latents = torch.randn(2, 16, height, width, generator=generator, requires_grad=True)
     context = torch.randn(2, 5, config.context_dim, generator=generator, requires_grad=True)
@@ -107,8 +107,10 @@ def test_gradients_of_every_parameter_and_input_equal_diffusers(variant: str) ->
         assert relative_error(converted[name], gradient) <= TOLERANCE, name
 
 
-def test_second_attention_with_as_many_heads_as_a_head_is_wide_is_another_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sd-scripts swaps the two numbers in attn2 and nowhere else."""
+def test_swapping_number_and_width_of_heads_in_the_second_attention_changes_the_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """sd-scripts swaps the two in attn2 only."""
     config = config_of("SD3.5-medium")
     weights = weights_of(config)
     network, inputs = network_of(config, weights), make_inputs(config, 8, 8)
@@ -122,13 +124,13 @@ def test_second_attention_with_as_many_heads_as_a_head_is_wide_is_another_networ
 
 
 def swapped_heads(attention: Attention, tokens: Tensor) -> tuple[Tensor, ...]:
-    """64 heads as wide as there should be heads."""
+    """Splits into 64 heads whose width is the right number of heads."""
     split = Attention.heads(attention, tokens)
     return tuple(part.transpose(1, 2).flatten(2).unflatten(2, (64, -1)).transpose(1, 2) for part in split)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_output_depends_on_every_parameter_but_the_last_text_queries(variant: str) -> None:
+def test_output_depends_on_every_parameter_except_the_text_queries_of_the_last_block(variant: str) -> None:
     config = config_of(variant)
     network = network_of(config, weights_of(config))
     network(*make_inputs(config, 8, 8)).square().sum().backward()
@@ -140,7 +142,7 @@ def test_output_depends_on_every_parameter_but_the_last_text_queries(variant: st
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_table_of_diffusers_names_equals_an_independent_one(variant: str) -> None:
+def test_diffusers_names_equal_an_independent_table(variant: str) -> None:
     config = config_of(variant)
     modules = {name.rpartition(".")[0] for name in weights_of(config) if name != "pos_embed" and ".ln_" not in name}
     assert len(modules) > 20
@@ -150,8 +152,8 @@ def test_table_of_diffusers_names_equals_an_independent_one(variant: str) -> Non
         assert swaps_halves(module, config.depth) == swapped
 
 
-def test_timesteps_survive_a_network_in_bfloat16() -> None:
-    """bfloat16 has no 999: it rounds to 1000."""
+def test_timesteps_keep_float32_precision_in_a_bfloat16_network() -> None:
+    """bfloat16 rounds 999 to 1000."""
     config = config_of("SD3.5-medium")
     network = network_of(config, weights_of(config)).to(torch.bfloat16)
     latents, _, context, pooled = make_inputs(config, 4, 4)
@@ -176,12 +178,12 @@ def test_position_table_is_cropped_at_its_centre() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 2), (2, 7)])
-def test_a_image_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
+def test_image_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
     with pytest.raises(ValueError, match="6 x 6"):
         crop_position_table(torch.zeros(1, 36, 8), rows, columns)
 
 
-def test_unpatchify_puts_every_patch_where_it_was() -> None:
+def test_unpatchify_puts_every_patch_in_its_place() -> None:
     image = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
     patches = image.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 15, 64)  # rows first; (p, q, C)
     assert torch.equal(embedders.unpatchify(patches, 6, 10, patch_size=2), image)

@@ -1,7 +1,7 @@
-"""Every public form of the files, opened as a user would: weights, captions, latents and images are the original's.
+"""Every public form of the files gives the weights, encoded captions, latents and images of the original.
 
-The original is the tiny model. What a form's values should be is worked out beside it in tests/public_files.py: rounded,
-where it stores fewer bits, and dequantised, where it stores scales.
+The original is the tiny model. tests/public_files.py computes the values each form represents: rounded where it stores
+fewer bits, and dequantised where it stores scales.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Write = Callable[[Path, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Form:
-    """A way to publish some parts of the model."""
+    """A form in which some components of the model are published."""
 
     write: Write
     parts: tuple[str, ...]
@@ -122,7 +122,7 @@ def complete_file(storage: str) -> Form:
 
 
 def complete_file_for_its_encoders_only() -> Form:
-    """The encoders' paths name the complete file, the network is elsewhere."""
+    """The paths of the encoders name the complete file; the network is another file."""
 
     def write(folder: Path, model: Path) -> dict[str, Any]:
         path = complete_file("float32").write(folder, model)["mmdit"]
@@ -177,7 +177,7 @@ def forms_of(part: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """Form -> settings that name its files, written when first asked for."""
+    """Form -> settings that name its files, which are written on first use."""
     known: dict[str, dict[str, Any]] = {}
 
     def settings_of(name: str) -> dict[str, Any]:
@@ -191,9 +191,9 @@ def written(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 Written = Callable[[str], dict[str, Any]]
 
 
-@cache  # of the session's one tiny model
+@cache  # there is one tiny model per session
 def values_of(model: Path, part: str, storage: str) -> Tensors:
-    """The float32 values that a form stands for."""
+    """Returns the float32 values that a form represents."""
     return STORAGES[storage](original_part(model, part))[1]
 
 
@@ -207,16 +207,16 @@ def original(tiny_model: Path) -> SD3Family:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", forms_of("mmdit"))
-def test_layers_hold_the_original_s_values_and_the_variant_is_its(
+def test_layers_have_the_values_and_the_config_of_the_original(
     tiny_model: Path, written: Written, original: SD3Family, form: str, dtype: str
 ) -> None:
-    adapter = SD3Family.from_files(settings_for(tiny_model, **written(form), dtype=dtype))
-    assert adapter.config == original.config
-    assert [(one.name, one.shapes) for one in adapter.layers] == [(one.name, one.shapes) for one in original.layers]
+    family = SD3Family.from_files(settings_for(tiny_model, **written(form), dtype=dtype))
+    assert family.config == original.config
+    assert [(one.name, one.shapes) for one in family.layers] == [(one.name, one.shapes) for one in original.layers]
     expected = values_of(tiny_model, "mmdit", FORMS[form].storage)
     found = {
-        layer_prefix(adapter.config, index) + name: value
-        for index, layer in enumerate(adapter.layers)
+        layer_prefix(family.config, index) + name: value
+        for index, layer in enumerate(family.layers)
         for name, value in layer.build().state_dict().items()
     }
     assert found.keys() == expected.keys()
@@ -231,7 +231,7 @@ def test_layers_hold_the_original_s_values_and_the_variant_is_its(
 
 @cache
 def reference_items(model: Path, part: str, storage: str, ids: tuple[int, ...]) -> EncodedItem:
-    """What SD3's paper says an encoder gives, by transformers, of the values a form stands for."""
+    """Returns what an encoder with the values of a form must return according to the SD3 paper, using transformers."""
     encoder = public_files.load_encoder(model, part)
     lacking, extra = encoder.load_state_dict(values_of(model, part, storage), strict=False)
     assert not extra
@@ -251,7 +251,7 @@ CAPTION_FORMS = [
 
 
 @pytest.mark.parametrize(("part", "form"), CAPTION_FORMS)
-def test_encoded_captions_are_the_original_s(tiny_model: Path, written: Written, part: str, form: str) -> None:
+def test_encoded_captions_equal_those_of_the_original(tiny_model: Path, written: Written, part: str, form: str) -> None:
     settings = settings_for(tiny_model, **written(form))
     encoder = next(encoder for encoder in SD3Family.from_files(settings).text_encoders if encoder.name == part)
     (item,) = encoder.load(CPU)([CAPTION])
@@ -262,7 +262,7 @@ def test_encoded_captions_are_the_original_s(tiny_model: Path, written: Written,
         assert torch.equal(item[key], expected[key]), key
 
 
-def test_tokenizers_as_transformers_saves_them_today_give_the_original_s_tokens(
+def test_tokenizers_saved_by_current_transformers_give_the_original_tokens(
     tiny_model: Path, written: Written, original: SD3Family
 ) -> None:
     ours = SD3Family.from_files(settings_for(tiny_model, **written("pipeline_folder"))).text_encoders
@@ -273,7 +273,7 @@ def test_tokenizers_as_transformers_saves_them_today_give_the_original_s_tokens(
         assert first == second
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -289,8 +289,8 @@ def reference_autoencoder(model: Path, storage: str) -> Any:
 
 
 @pytest.mark.parametrize("form", forms_of("vae"))
-def test_latents_and_decoded_images_are_the_original_s(tiny_model: Path, written: Written, form: str) -> None:
-    adapter = SD3Family.from_files(settings_for(tiny_model, **written(form)))
+def test_latents_and_decoded_images_equal_those_of_the_original(tiny_model: Path, written: Written, form: str) -> None:
+    family = SD3Family.from_files(settings_for(tiny_model, **written(form)))
     reference = reference_autoencoder(tiny_model, FORMS[form].storage)
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (3, 32, 16), dtype=torch.uint8, generator=generator)
@@ -298,21 +298,21 @@ def test_latents_and_decoded_images_are_the_original_s(tiny_model: Path, written
     with torch.no_grad():
         mean = reference.encode(image[None].float() / 127.5 - 1).latent_dist.mean[0]
         pixels = reference.decode(latents / 1.5305 + 0.0609).sample
-    (item,) = adapter.image_encoder.load(CPU)([image])
+    (item,) = family.image_encoder.load(CPU)([image])
     assert torch.equal(item["latents"], (mean - 0.0609) * 1.5305)
     expected = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    assert torch.equal(adapter.load_decoder(CPU, 1024)(latents), expected)
+    assert torch.equal(family.load_decoder(CPU, 1024)(latents), expected)
     assert len(expected.unique()) > 10
 
 
-# --- what else these forms mean ----------------------------------------------------------------------------------------
+# --- identity, scales and memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["complete_float32", "pipeline_folder", "t5xxl_shards", "network_diffusers_shards"])
-def test_every_file_that_was_read_is_in_the_identity(tiny_model: Path, written: Written, form: str) -> None:
+def test_every_file_that_is_read_is_in_the_identity(tiny_model: Path, written: Written, form: str) -> None:
     changes = written(form)
-    adapter = SD3Family.from_files(settings_for(tiny_model, **changes))
-    t5xxl = {path.name for path in adapter.text_encoders[2].files if path.suffix == ".safetensors"}
+    family = SD3Family.from_files(settings_for(tiny_model, **changes))
+    t5xxl = {path.name for path in family.text_encoders[2].files if path.suffix == ".safetensors"}
     expected = {
         "complete_float32": ({"complete.safetensors"}, {"complete.safetensors"}),
         "pipeline_folder": ({"diffusion_pytorch_model.safetensors"}, {"model.safetensors"}),
@@ -322,11 +322,11 @@ def test_every_file_that_was_read_is_in_the_identity(tiny_model: Path, written: 
             {"model.safetensors"},
         ),
     }[form]
-    assert ({path.name for path in adapter.network_files}, t5xxl) == expected
+    assert ({path.name for path in family.network_files}, t5xxl) == expected
 
 
 def one_scaled_tensor(folder: Path, scale: Tensor, suffix: str) -> tuple[Tensor, Tensor]:
-    """A weight read from a file that scales it so, and its stored value."""
+    """Returns a weight read from a file with this scale, and its stored value."""
     weight = (16 * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))).to(public_files.FP8)
     path = public_files.write_file(folder / "one.safetensors", {"module.weight": weight, f"module.{suffix}": scale})
     files = open_file(path)
@@ -337,23 +337,23 @@ def one_scaled_tensor(folder: Path, scale: Tensor, suffix: str) -> tuple[Tensor,
 
 @pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_one_scale_of_any_shape_multiplies_the_whole_weight(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
+def test_single_scale_of_any_shape_multiplies_the_whole_weight(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
     read, weight = one_scaled_tensor(tmp_path, torch.full(shape, 0.375), suffix)
     assert torch.equal(read, weight * 0.375)
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1)])
-def test_one_scale_a_row_multiplies_the_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_one_scale_per_row_multiplies_the_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     scale = torch.arange(1.0, 7.0).reshape(shape)
     read, weight = one_scaled_tensor(tmp_path, scale, "weight_scale")
     assert torch.equal(read, weight * scale.reshape(6, 1))
 
 
-def test_tensors_read_do_not_share_memory_with_the_file(tiny_model: Path, tmp_path: Path) -> None:
+def test_tensors_do_not_share_memory_with_the_file(tiny_model: Path, tmp_path: Path) -> None:
     path = public_files.write_file(tmp_path / "one.safetensors", {"weight": torch.ones(4)})
     before = open_file(path).read_one("weight", torch.float32)
     content = bytearray(path.read_bytes())
     content[-16:] = bytes(16)
-    with path.open("r+b") as file:  # the same file, not another of its name
+    with path.open("r+b") as file:  # the same inode, not a new file of that name
         file.write(content)
     assert torch.equal(before, torch.ones(4))

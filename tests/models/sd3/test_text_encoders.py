@@ -49,7 +49,7 @@ def full_length(tiny_model: Path) -> SD3Settings:
 
 
 def encode_all(settings: SD3Settings, captions: tuple[str, ...] = CAPTIONS) -> list[dict[str, Tensor]]:
-    """For each caption, "encoder.tensor" -> tensor with a batch axis of one."""
+    """Returns for each caption "encoder.tensor" -> tensor with a batch axis of one."""
     joined: list[dict[str, Tensor]] = [{} for _ in captions]
     for encoder in encoders_of(settings):
         items: list[EncodedItem] = encoder.load(CPU)(captions)
@@ -65,7 +65,7 @@ def token_ids(settings: SD3Settings, caption: str) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_model: Path) -> Any:
-    """diffusers' pipeline with text encoders and nothing else."""
+    """diffusers' pipeline with text encoders and no other component."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTokenizer, T5TokenizerFast
 
@@ -96,7 +96,7 @@ def test_context_and_pooled_equal_diffusers(pipeline: Any, full_length: SD3Setti
     assert torch.equal(our_pooled, pooled)
 
 
-def test_parts_of_the_context_are_in_the_released_order(full_length: SD3Settings) -> None:
+def test_encoders_are_joined_in_the_order_of_the_released_models(full_length: SD3Settings) -> None:
     (text,) = encode_all(full_length, CAPTIONS[:1])
     context, pooled = join(text, full_length)
     both = CLIP_L_WIDTH + CLIP_G_WIDTH
@@ -108,7 +108,7 @@ def test_parts_of_the_context_are_in_the_released_order(full_length: SD3Settings
     assert "t5xxl.pooled" not in text
 
 
-def test_known_token_ids_and_each_encoder_s_padding(full_length: SD3Settings) -> None:
+def test_token_ids_and_padding_of_each_encoder(full_length: SD3Settings) -> None:
     ids = token_ids(full_length, "a photo of a red fox")
     assert ids["clip_l"] == FOX_CLIP + [49407] * (77 - len(FOX_CLIP))
     assert ids["clip_g"] == FOX_CLIP + [0] * (77 - len(FOX_CLIP))
@@ -127,7 +127,7 @@ def test_t5_tokens_equal_sentencepiece(tiny_model: Path, full_length: SD3Setting
     assert token_ids(full_length, caption)["t5xxl"] == expected + [0] * (64 - len(expected))
 
 
-def test_an_empty_caption_is_only_end_and_padding(full_length: SD3Settings) -> None:
+def test_empty_caption_has_only_special_tokens_and_padding(full_length: SD3Settings) -> None:
     ids = token_ids(full_length, "")
     assert ids["clip_l"] == [49406] + [49407] * 76
     assert ids["clip_g"] == [49406, 49407] + [0] * 75
@@ -135,7 +135,7 @@ def test_an_empty_caption_is_only_end_and_padding(full_length: SD3Settings) -> N
 
 
 @pytest.mark.parametrize(("clip_length", "t5_length"), [(8, 8), (77, 64), (3, 1)])
-def test_a_long_caption_is_cut_and_keeps_its_end_token(tiny_model: Path, clip_length: int, t5_length: int) -> None:
+def test_truncated_caption_keeps_its_end_token(tiny_model: Path, clip_length: int, t5_length: int) -> None:
     settings = settings_for(tiny_model, clip_max_token_length=clip_length, t5xxl_max_token_length=t5_length)
     ids = token_ids(settings, "word " * 120)
     assert ids["clip_l"] == ids["clip_g"] == [49406, *[2653] * (clip_length - 2), 49407]
@@ -144,13 +144,13 @@ def test_a_long_caption_is_cut_and_keeps_its_end_token(tiny_model: Path, clip_le
     assert len(set(ids["t5xxl"][:-1])) <= 1
 
 
-def test_a_caption_s_encoding_does_not_depend_on_its_company(full_length: SD3Settings) -> None:
+def test_encoding_of_a_caption_does_not_depend_on_its_batch(full_length: SD3Settings) -> None:
     together, alone = encode_all(full_length), [encode_all(full_length, (caption,))[0] for caption in CAPTIONS]
     for ours, single in zip(together, alone, strict=True):
         assert all(torch.equal(ours[key], single[key]) for key in ours)
 
 
-def test_clip_l_is_not_projected_even_when_its_file_holds_a_projection(tiny_model: Path, tmp_path: Path) -> None:
+def test_clip_l_is_not_projected_even_if_its_file_has_a_projection(tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = linked_copy(tiny_model, tmp_path / "model")
@@ -163,7 +163,7 @@ def test_clip_l_is_not_projected_even_when_its_file_holds_a_projection(tiny_mode
     assert torch.equal(ours["clip_l.pooled"], expected["clip_l.pooled"])
 
 
-def test_padding_length_changes_what_is_encoded_so_it_is_part_of_the_identity(tiny_model: Path) -> None:
+def test_token_length_changes_the_encoding_and_is_part_of_the_cache_identity(tiny_model: Path) -> None:
     short, long = (encoders_of(settings_for(tiny_model, t5xxl_max_token_length=length))[2] for length in (16, 32))
     first, second = (encoder.load(CPU)(["a red fox"])[0]["sequence"] for encoder in (short, long))
     assert not torch.allclose(first, second[:16], atol=1e-3)
@@ -182,7 +182,7 @@ def test_encoded_tensors_have_the_training_precision(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("clip_length", "t5_length"), [(77, 64), (8, 16)])
-def test_shapes_are_those_of_what_comes_out(tiny_model: Path, clip_length: int, t5_length: int) -> None:
+def test_declared_shapes_are_those_of_the_encoded_items(tiny_model: Path, clip_length: int, t5_length: int) -> None:
     settings = settings_for(tiny_model, clip_max_token_length=clip_length, t5xxl_max_token_length=t5_length)
     for encoder in encoders_of(settings):
         assert encoder.num_tokens == (t5_length if encoder.name == "t5xxl" else clip_length)
@@ -192,13 +192,13 @@ def test_shapes_are_those_of_what_comes_out(tiny_model: Path, clip_length: int, 
 
 
 def lengths(encoder: SD3TextEncoder, *captions: str) -> list[list[int]]:
-    """Of each caption [tokens, characters that are read]."""
+    """Returns [tokens, characters that are read] of each caption."""
     return [item[LENGTH].tolist() for item in encoder.load(CPU)(captions)]
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_a_caption_s_length_is_its_tokens_special_ones_included(tiny_model: Path, index: int) -> None:
-    """Counted by the tokenizer's own words, cut or not."""
+def test_length_of_a_caption_counts_all_its_tokens_with_special_ones(tiny_model: Path, index: int) -> None:
+    """Whether or not the caption is truncated."""
     for num_tokens in (77, 5):
         settings = settings_for(tiny_model, clip_max_token_length=num_tokens, t5xxl_max_token_length=num_tokens)
         encoder = encoders_of(settings)[index]
@@ -210,8 +210,8 @@ def test_a_caption_s_length_is_its_tokens_special_ones_included(tiny_model: Path
 
 
 @pytest.mark.parametrize("num_tokens", [4, 6, 7, 10, 15, 17])
-def test_what_is_read_of_a_long_caption_is_what_its_tokens_stand_for(tiny_model: Path, num_tokens: int) -> None:
-    """Decoded, they are its beginning, also where a word is cut in two."""
+def test_characters_read_of_a_truncated_caption_are_those_of_its_tokens(tiny_model: Path, num_tokens: int) -> None:
+    """The decoded tokens equal the beginning of the caption, also if truncated within a word."""
     caption = "a photograph of an extraordinarily fluffy fox, sitting on a mossy boulder in the rain; quite alone, at noon"
     settings = settings_for(tiny_model, clip_max_token_length=num_tokens, t5xxl_max_token_length=num_tokens)
     for encoder in encoders_of(settings):
@@ -223,13 +223,13 @@ def test_what_is_read_of_a_long_caption_is_what_its_tokens_stand_for(tiny_model:
         assert "".join(decoded.split()) == "".join(caption[:characters].split())
 
 
-def test_where_there_is_room_for_the_end_token_only_nothing_is_read(tiny_model: Path) -> None:
+def test_with_length_for_the_end_token_only_no_character_is_read(tiny_model: Path) -> None:
     settings = settings_for(tiny_model, clip_max_token_length=3, t5xxl_max_token_length=1)
     *_, t5xxl = encoders_of(settings)
     assert lengths(t5xxl, "a fox", "") == [[len(t5xxl._load_tokenizer()("a fox")["input_ids"]), 0], [1, 0]]
 
 
-def test_identity_names_weights_config_and_tokenizer(tiny_model: Path) -> None:
+def test_cache_identity_includes_weights_config_and_tokenizer(tiny_model: Path) -> None:
     clip_l, _, t5xxl = encoders_of(settings_for(tiny_model))
     names = {path.name for path in clip_l.files}
     assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"} <= names
@@ -257,11 +257,11 @@ RELEASED = {
         4762.3,
     ),
 }
-"""Settings of the three, and their parameters in millions."""
+"""Config of the released encoders (sizes, other settings) and their parameters in millions."""
 
 
 def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Of transformers' own class, as it saves them; nothing is allocated."""
+    """Returns tensor name -> shape of transformers' own class, from the meta device."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     shape, rest, _ = RELEASED[name]
@@ -273,9 +273,9 @@ def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
 
 
-def bare_part(name: str, shapes: dict[str, tuple[int, ...]]) -> Component:
-    places = {key: TensorLocation(Path("file"), key, shape, "F16") for key, shape in shapes.items()}
-    return Component(name, TensorFiles(places, Path("file")), None, Path("."))
+def bare_component(name: str, shapes: dict[str, tuple[int, ...]]) -> Component:
+    locations = {key: TensorLocation(Path("file"), key, shape, "F16") for key, shape in shapes.items()}
+    return Component(name, TensorFiles(locations, Path("file")), None, Path("."))
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -283,7 +283,7 @@ def test_expected_tensors_are_those_of_the_released_encoder(name: str) -> None:
     shape, rest, millions = RELEASED[name]
     published = released_shapes(name)
     ours = text_encoder_files.encoder_shapes(name, {**shape, **rest})
-    # CLIP-L's projection is an identity, which is not asked for; its 123.65 million count it.
+    # The program does not require the projection of CLIP-L, which is an identity; the published number includes it.
     projection = {"text_projection.weight": (768, 768)} if name == "clip_l" else {}
     assert {**ours, **projection} == published
     total = sum(math.prod(shape) for shape in published.values())
@@ -291,15 +291,15 @@ def test_expected_tensors_are_those_of_the_released_encoder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_a_bare_file_of_a_released_encoder_tells_its_settings(name: str) -> None:
+def test_config_is_inferred_from_a_bare_file_of_a_released_encoder(name: str) -> None:
     shape, rest, _ = RELEASED[name]
-    told = text_encoder_files.encoder_config(bare_part(name, released_shapes(name)))
-    assert {key: told[key] for key in (*shape, *rest)} == {**shape, **rest}
+    inferred = text_encoder_files.encoder_config(bare_component(name, released_shapes(name)))
+    assert {key: inferred[key] for key in (*shape, *rest)} == {**shape, **rest}
 
 
-def test_a_table_under_either_or_both_of_t5_s_names_is_one_tensor() -> None:
+def test_embedding_table_under_either_or_both_of_its_t5_names_is_one_tensor() -> None:
     shapes = released_shapes("t5xxl")
     table = shapes.pop("shared.weight")
     for names in (("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")):
-        part = bare_part("t5xxl", {**shapes, **dict.fromkeys(names, table)})
+        part = bare_component("t5xxl", {**shapes, **dict.fromkeys(names, table)})
         assert text_encoder_files.encoder_tensors(part).shapes == {**shapes, "shared.weight": table}

@@ -1,4 +1,4 @@
-"""Where tokenizers are looked for, in which order, and what is said when there is none. No test asks the real hub."""
+"""The search order for tokenizers and the errors when there is none. No test contacts the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.public_files import TOKENIZERS
 
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 FOLDERS = dict(zip(ENCODERS, ("text_encoder", "text_encoder_2", "text_encoder_3"), strict=True))
-BESIDE = dict(zip(ENCODERS, TOKENIZERS, strict=True))
+TOKENIZER_FOLDERS = dict(zip(ENCODERS, TOKENIZERS, strict=True))
 HUB = {
     "clip_l": "openai/clip-vit-large-patch14",
     "clip_g": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
@@ -35,12 +35,12 @@ FOX = {
     "clip_g": [49406, 320, 1125, 539, 320, 736, 3240, 49407],
     "t5xxl": [3, 9, 1202, 13, 3, 9, 1131, 1],
 }
-"""The first eight tokens of "a photo of a red fox", T5's cut."""
+"""The first eight tokens of "a photo of a red fox"; truncated for T5."""
 
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a network."""
+    """Simulates a machine without network."""
 
     def refuse(*arguments: object, **named: object) -> None:
         raise LocalEntryNotFoundError("offline")
@@ -79,58 +79,58 @@ def link_files(source: Path, folder: Path) -> Path:
     return folder
 
 
-# --- the order ---------------------------------------------------------------------------------------------------------
+# --- search order------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_beside_the_encoder_s_folder_is_where_diffusers_has_it(model: Path, name: str) -> None:
+def test_tokenizer_is_found_in_the_diffusers_folder_next_to_the_encoder(model: Path, name: str) -> None:
     encoder = encoder_of(model, name)
-    assert encoder.tokenizer_folder == model / BESIDE[name]
+    assert encoder.tokenizer_folder == model / TOKENIZER_FOLDERS[name]
     assert fox_tokens(encoder) == FOX[name]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_beside_a_bare_file_is_in_the_file_s_folder(tiny_model: Path, tmp_path: Path, name: str) -> None:
+def test_tokenizer_is_found_next_to_a_bare_file(tiny_model: Path, tmp_path: Path, name: str) -> None:
     link_files(tiny_model / FOLDERS[name], tmp_path / "encoders")
-    link_files(tiny_model / BESIDE[name], tmp_path / "encoders" / BESIDE[name])
+    link_files(tiny_model / TOKENIZER_FOLDERS[name], tmp_path / "encoders" / TOKENIZER_FOLDERS[name])
     encoder = encoder_of(tiny_model, name, **{name: tmp_path / "encoders" / "model.safetensors"})
-    assert encoder.tokenizer_folder == tmp_path / "encoders" / BESIDE[name]
+    assert encoder.tokenizer_folder == tmp_path / "encoders" / TOKENIZER_FOLDERS[name]
     assert fox_tokens(encoder) == FOX[name]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_encoder_s_own_folder_comes_before_that_beside_it(model: Path, name: str) -> None:
-    link_files(model / BESIDE[name], model / FOLDERS[name])
+def test_encoder_folder_takes_precedence_over_the_folder_next_to_it(model: Path, name: str) -> None:
+    link_files(model / TOKENIZER_FOLDERS[name], model / FOLDERS[name])
     encoder = encoder_of(model, name)
     assert encoder.tokenizer_folder == model / FOLDERS[name]
     assert fox_tokens(encoder) == FOX[name]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_given_folder_comes_before_all(model: Path, tmp_path: Path, name: str) -> None:
-    link_files(model / BESIDE[name], model / FOLDERS[name])
-    given = link_files(model / BESIDE[name], tmp_path / "given")
-    encoder = encoder_of(model, name, **{f"{name}_tokenizer": str(given)})
-    assert encoder.tokenizer_folder == given
-    assert {path.parent for path in encoder.files if path.name == "tokenizer_config.json"} == {given}
+def test_configured_folder_takes_precedence(model: Path, tmp_path: Path, name: str) -> None:
+    link_files(model / TOKENIZER_FOLDERS[name], model / FOLDERS[name])
+    configured = link_files(model / TOKENIZER_FOLDERS[name], tmp_path / "configured")
+    encoder = encoder_of(model, name, **{f"{name}_tokenizer": str(configured)})
+    assert encoder.tokenizer_folder == configured
+    assert {path.parent for path in encoder.files if path.name == "tokenizer_config.json"} == {configured}
 
 
-def test_a_clip_tokenizer_beside_a_bare_t5_file_is_not_taken_for_t5_s(tiny_model: Path, tmp_path: Path) -> None:
-    """Both kinds are called tokenizer.json."""
+def test_clip_tokenizer_next_to_a_bare_t5_file_is_not_used_for_t5(tiny_model: Path, tmp_path: Path) -> None:
+    """Both kinds have the file name tokenizer.json."""
     link_files(tiny_model / "text_encoder_3", tmp_path)
     link_files(tiny_model / "tokenizer_3", tmp_path / "tokenizer_3")
     write_tokenizer_json(tiny_model, "clip_l", tmp_path)
     assert encoder_of(tiny_model, "t5xxl", t5xxl=tmp_path / "model.safetensors").tokenizer_folder.name == "tokenizer_3"
 
 
-# --- the sets of files -------------------------------------------------------------------------------------------------
+# --- sets of files -----------------------------------------------------------------------------------------------------
 
 
 def write_tokenizer_json(model: Path, name: str, folder: Path) -> Path:
-    """The one file that transformers 5 saves."""
+    """Writes the only file that transformers 5 saves."""
     from transformers import CLIPTokenizer, T5Tokenizer
 
-    tokenizer = (T5Tokenizer if name == "t5xxl" else CLIPTokenizer).from_pretrained(model / BESIDE[name])
+    tokenizer = (T5Tokenizer if name == "t5xxl" else CLIPTokenizer).from_pretrained(model / TOKENIZER_FOLDERS[name])
     tokenizer.save_pretrained(folder / "saved")
     shutil.move(folder / "saved" / "tokenizer.json", folder / "tokenizer.json")
     shutil.rmtree(folder / "saved")
@@ -138,7 +138,7 @@ def write_tokenizer_json(model: Path, name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["clip_l", "t5xxl"])
-def test_tokenizer_json_alone_is_enough(tiny_model: Path, tmp_path: Path, name: str) -> None:
+def test_tokenizer_json_alone_is_sufficient(tiny_model: Path, tmp_path: Path, name: str) -> None:
     folder = write_tokenizer_json(tiny_model, name, tmp_path)
     assert fox_tokens(encoder_of(tiny_model, name, **{f"{name}_tokenizer": str(folder)})) == FOX[name]
 
@@ -146,9 +146,9 @@ def test_tokenizer_json_alone_is_enough(tiny_model: Path, tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("name", "files"), [("clip_l", ("vocab.json", "merges.txt")), ("t5xxl", ("spiece.model",))], ids=["clip_l", "t5xxl"]
 )
-def test_the_older_files_alone_are_enough(tiny_model: Path, tmp_path: Path, name: str, files: tuple[str, ...]) -> None:
+def test_older_files_alone_are_sufficient(tiny_model: Path, tmp_path: Path, name: str, files: tuple[str, ...]) -> None:
     for file in files:
-        (tmp_path / file).symlink_to(tiny_model / BESIDE[name] / file)
+        (tmp_path / file).symlink_to(tiny_model / TOKENIZER_FOLDERS[name] / file)
     assert fox_tokens(encoder_of(tiny_model, name, **{f"{name}_tokenizer": str(tmp_path)})) == FOX[name]
 
 
@@ -157,71 +157,71 @@ def test_the_older_files_alone_are_enough(tiny_model: Path, tmp_path: Path, name
 
 @pytest.fixture
 def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Makes the hub give a folder; returns the repositories asked for."""
+    """Makes the hub return a folder; the returned list records the requested repositories."""
 
     def serve(folder: str) -> list[str]:
-        asked: list[str] = []
+        requested: list[str] = []
 
         def download(repository: str, *, allow_patterns: list[str]) -> str:
-            asked.append(repository)
+            requested.append(repository)
             assert not any(pattern.endswith("safetensors") for pattern in allow_patterns)
             return str(tiny_model / folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        return asked
+        return requested
 
     return serve
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_encoder_s_own_page_of_the_hub_is_asked_last(model: Path, hub: Callable[[str], list[str]], name: str) -> None:
-    shutil.rmtree(model / BESIDE[name])
-    asked = hub(BESIDE[name])
+def test_hub_is_the_last_resort(model: Path, hub: Callable[[str], list[str]], name: str) -> None:
+    shutil.rmtree(model / TOKENIZER_FOLDERS[name])
+    requested = hub(TOKENIZER_FOLDERS[name])
     encoder = encoder_of(model, name)
-    assert asked == [HUB[name]]
+    assert requested == [HUB[name]]
     assert fox_tokens(encoder) == FOX[name]
 
 
-def test_what_lies_nearby_is_not_asked_of_the_hub(model: Path, hub: Callable[[str], list[str]]) -> None:
-    asked = hub("tokenizer")
+def test_local_tokenizer_is_not_requested_from_the_hub(model: Path, hub: Callable[[str], list[str]]) -> None:
+    requested = hub("tokenizer")
     encoder_of(model, "clip_l")
-    assert asked == []
+    assert requested == []
 
 
 @pytest.mark.parametrize(("value", "folder"), [("owner/name", "tokenizer_3"), ("owner/name/tokenizer_3", ".")])
-def test_a_given_page_of_the_hub_is_read_with_or_without_a_folder_in_it(
+def test_configured_hub_name_may_include_a_folder(
     model: Path, hub: Callable[[str], list[str]], value: str, folder: str
 ) -> None:
-    asked = hub(folder)
+    requested = hub(folder)
     encoder = encoder_of(model, "t5xxl", t5xxl_tokenizer=value)
-    assert asked == ["owner/name"]
+    assert requested == ["owner/name"]
     assert encoder.tokenizer_folder.name == "tokenizer_3"
     assert fox_tokens(encoder) == FOX["t5xxl"]
 
 
-def test_a_page_without_a_tokenizer_says_so(model: Path, hub: Callable[[str], list[str]]) -> None:
+def test_hub_repository_without_a_tokenizer_is_refused(model: Path, hub: Callable[[str], list[str]]) -> None:
     hub("vae")
     text = error_of(model, "clip_g", clip_g_tokenizer="owner/name")
     assert "owner/name" in text
     assert "has no vocab.json and merges.txt or tokenizer.json" in text
 
 
-# --- nowhere -----------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_tokenizer_that_is_nowhere_says_which_files_to_put_where(model: Path, name: str) -> None:
-    shutil.rmtree(model / BESIDE[name])
+def test_error_of_a_missing_tokenizer_lists_files_and_folder(model: Path, name: str) -> None:
+    shutil.rmtree(model / TOKENIZER_FOLDERS[name])
     text = error_of(model, name)
-    assert f"put {WANTED[name]} into {model / BESIDE[name]}" in text
+    assert f"put {WANTED[name]} into {model / TOKENIZER_FOLDERS[name]}" in text
     assert f"{name}_tokenizer = " in text
     assert f"{HUB[name]}: it cannot be reached" in text
 
 
-def test_the_hub_s_own_refusal_of_a_machine_without_network_is_understood(
+def test_error_of_huggingface_hub_without_network_is_handled(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a stand-in: huggingface_hub itself, offline, with nothing downloaded before."""
+    """Uses huggingface_hub itself, offline, with an empty cache."""
     from huggingface_hub import _snapshot_download, constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -232,33 +232,33 @@ def test_the_hub_s_own_refusal_of_a_machine_without_network_is_understood(
 
 
 @pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
-def test_half_a_clip_tokenizer_is_none(model: Path, missing: str) -> None:
+def test_clip_tokenizer_with_one_of_two_files_is_not_accepted(model: Path, missing: str) -> None:
     (model / "tokenizer" / missing).unlink()
     assert f"put {WANTED['clip_l']} into {model / 'tokenizer'}" in error_of(model, "clip_l")
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_given_folder_without_the_files_is_refused_and_nothing_else_is_tried(model: Path, name: str) -> None:
+def test_configured_folder_without_the_files_is_refused_without_further_search(model: Path, name: str) -> None:
     text = error_of(model, name, **{f"{name}_tokenizer": str(model / "vae")})
     assert str(model / "vae") in text
     assert f"({WANTED[name]})" in text
 
 
 @pytest.mark.parametrize(("name", "other"), [("clip_l", "t5xxl"), ("t5xxl", "clip_l")])
-def test_a_tokenizer_of_the_other_kind_is_refused(tiny_model: Path, tmp_path: Path, name: str, other: str) -> None:
+def test_tokenizer_of_the_other_kind_is_refused(tiny_model: Path, tmp_path: Path, name: str, other: str) -> None:
     folder = write_tokenizer_json(tiny_model, other, tmp_path)
     text = error_of(tiny_model, name, **{f"{name}_tokenizer": str(folder)})
     assert f"the folder has no {'T5' if name == 't5xxl' else 'CLIP'} tokenizer" in text
 
 
-def test_a_given_name_that_the_hub_does_not_give_is_named(model: Path) -> None:
+def test_configured_hub_name_that_cannot_be_downloaded_is_named(model: Path) -> None:
     text = error_of(model, "t5xxl", t5xxl_tokenizer="owner/name")
     assert "'owner/name'" in text
     assert "no such folder" in text
     assert f"put {WANTED['t5xxl']} into a folder" in text
 
 
-def test_a_hub_that_refuses_is_quoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_line_of_the_error_of_the_hub_is_quoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **named: object) -> None:
         raise HFValidationError("a name may not be like this\nand so on")
 
@@ -269,7 +269,7 @@ def test_a_hub_that_refuses_is_quoted(model: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("value", ["nonsense", "/no/such/folder/at/all", "http://somewhere/else"])
-def test_what_is_neither_a_folder_nor_a_name_of_the_hub_is_refused(model: Path, value: str) -> None:
+def test_value_that_is_neither_a_folder_nor_a_hub_name_is_refused(model: Path, value: str) -> None:
     text = error_of(model, "clip_l", clip_l_tokenizer=value)
     assert repr(value) in text
     assert f"neither a folder nor a hub name owner/name; set a folder with {WANTED['clip_l']}" in text
@@ -279,11 +279,11 @@ def test_what_is_neither_a_folder_nor_a_name_of_the_hub_is_refused(model: Path, 
     "content", ["", "{}", "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0", "<html>" * 20]
 )
 @pytest.mark.parametrize(("key", "file"), [("clip_l", "vocab.json"), ("clip_l", "merges.txt"), ("t5xxl", "spiece.model")])
-def test_a_file_that_is_not_what_its_name_says_makes_no_tokenizer(
+def test_tokenizer_file_with_invalid_content_is_not_accepted(
     tiny_model: Path, tmp_path: Path, key: str, file: str, content: str
 ) -> None:
     source = tiny_model / ("tokenizer" if key == "clip_l" else "tokenizer_3")
-    folder = tmp_path / "given"
+    folder = tmp_path / "configured"
     folder.mkdir()
     for name in ("vocab.json", "merges.txt", "spiece.model"):
         if (source / name).is_file():

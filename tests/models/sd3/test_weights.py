@@ -1,4 +1,4 @@
-"""Public files of the network: detected from shapes, checked by name, read layer by layer."""
+"""Public files of the network: checked by name and shape, read layer by layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny_model import random_weights, tiny_shapes
 
 
 def write_network(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """The tiny network's file with a change."""
+    """Writes the tiny network's file with a change."""
     tensors = random_weights(tiny_shapes())
     change(tensors)
     path = folder / "changed.safetensors"
@@ -31,17 +31,14 @@ def write_network(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> 
 
 
 def errors_of(path: Path) -> str:
-    """The one way the network's file is opened: what is wrong is told under its key."""
+    """Returns the messages of all errors, which must have the key "mmdit"."""
     with pytest.raises(ModelFilesError) as caught:
         NetworkFiles(open_file(path))
     assert {key for key, _ in caught.value.errors} == {"mmdit"}
     return "\n".join(text for _, text in caught.value.errors)
 
 
-# --- variants ----------------------------------------------------------------------------------------------------------
-
-
-def test_adaptable_modules_are_the_file_s_linears_and_the_patch_convolution(tiny_model: Path) -> None:
+def test_adaptable_modules_are_all_linear_layers_and_the_patch_convolution(tiny_model: Path) -> None:
     config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     expected = {name.removesuffix(".weight"): shape for name, shape in tiny_shapes().items() if len(shape) in (2, 4)}
     assert adaptable_modules(config) == expected
@@ -52,7 +49,7 @@ def test_adaptable_modules_are_the_file_s_linears_and_the_patch_convolution(tiny
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_holds_the_file_s_values(tiny_model: Path, dtype: torch.dtype) -> None:
+def test_layers_have_the_values_of_the_file(tiny_model: Path, dtype: torch.dtype) -> None:
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     written = load_file(tiny_model / "mmdit.safetensors")
     for index in range(num_layers(file.config)):
@@ -62,14 +59,14 @@ def test_a_layer_holds_the_file_s_values(tiny_model: Path, dtype: torch.dtype) -
             assert torch.equal(value, written[native].to(torch.float32 if native == "pos_embed" else dtype)), native
 
 
-def test_shapes_of_a_layer_are_those_of_its_parameters(tiny_model: Path) -> None:
+def test_declared_shapes_of_a_layer_are_those_of_its_parameters(tiny_model: Path) -> None:
     file = NetworkFiles(open_file(tiny_model / "mmdit.safetensors"))
     for index in range(num_layers(file.config)):
         parameters = file.load_layer(index, torch.float32).named_parameters()
         assert layer_shapes(file.config, index) == {name: tuple(parameter.shape) for name, parameter in parameters}
 
 
-def test_loading_a_layer_reads_its_own_tensors_only(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_layer_reads_only_its_own_tensors(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     class Recorder:
@@ -96,7 +93,7 @@ def test_loading_a_layer_reads_its_own_tensors_only(tiny_model: Path, monkeypatc
     assert sorted(read) == sorted(name for name in tiny_shapes() if name.startswith("final_layer."))
 
 
-def test_a_checkpoint_with_prefix_and_other_networks_reads_like_a_plain_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_file_with_prefix_and_other_networks_reads_like_a_plain_one(tiny_model: Path, tmp_path: Path) -> None:
     plain = load_file(tiny_model / "mmdit.safetensors")
     path = tmp_path / "checkpoint.safetensors"
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in plain.items()}
@@ -107,10 +104,10 @@ def test_a_checkpoint_with_prefix_and_other_networks_reads_like_a_plain_one(tiny
     assert torch.equal(layer.state_dict()["x_block.mlp.fc1.weight"], plain["joint_blocks.0.x_block.mlp.fc1.weight"])
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_another_network_is_told_by_what_it_lacks(tmp_path: Path) -> None:
+def test_file_of_another_network_is_refused_with_the_tensors_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "flux.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4), "pos_embed": torch.zeros(1, 4, 4)}, path)
     text = errors_of(path)
@@ -119,7 +116,7 @@ def test_another_network_is_told_by_what_it_lacks(tmp_path: Path) -> None:
     assert "pos_embed" not in text
 
 
-def test_a_network_without_blocks_is_refused(tmp_path: Path) -> None:
+def test_network_without_blocks_is_refused(tmp_path: Path) -> None:
     def without_blocks(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("joint_blocks.")]:
             del tensors[name]
@@ -127,7 +124,7 @@ def test_a_network_without_blocks_is_refused(tmp_path: Path) -> None:
     assert "joint_blocks" in errors_of(write_network(tmp_path, without_blocks))
 
 
-def test_missing_misshapen_and_foreign_tensors_are_all_named_at_once(tmp_path: Path) -> None:
+def test_missing_misshapen_and_unexpected_tensors_are_all_named_at_once(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["joint_blocks.1.x_block.mlp.fc2.bias"]
         tensors["final_layer.linear.weight"] = torch.zeros(32, 128)
@@ -139,7 +136,7 @@ def test_missing_misshapen_and_foreign_tensors_are_all_named_at_once(tmp_path: P
     assert "has tensor joint_blocks.0.x_block.attn.to_q.weight, which this network does not have" in text
 
 
-def test_a_long_list_of_errors_is_cut_and_says_so(tmp_path: Path) -> None:
+def test_long_list_of_errors_is_limited_with_a_count(tmp_path: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("joint_blocks.1.")]:
             del tensors[name]
@@ -153,7 +150,7 @@ def test_a_long_list_of_errors_is_cut_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["x_embedder.proj.weight", "pos_embed", "context_embedder.weight", "y_embedder.mlp.0.weight"]
 )
-def test_a_defining_tensor_of_the_wrong_rank_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_defining_tensor_with_the_wrong_number_of_axes_is_refused_by_name(tmp_path: Path, name: str) -> None:
     def flatten(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name].flatten()
 
