@@ -1,4 +1,4 @@
-"""Copies of the tiny model that a test may change, and its settings without any experiment file."""
+"""Copies of the tiny model that a test may change, and its settings without an experiment file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from models.sd3.settings import SD3Settings
 
 
 def linked_copy(model: Path, folder: Path) -> Path:
-    """The same folder made of links: unlink a file, or rewrite it with `rewrite`, before changing it."""
+    """Copies a folder as links. Before changing a file, unlink it or replace it with `rewrite`."""
     shutil.copytree(model, folder, copy_function=os.symlink)
     return folder
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace a linked file, leaving what it was linked to alone."""
+    """Replaces a linked file without changing the target of the link."""
     path.unlink(missing_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def settings_for(model: Path, **changes: Any) -> SD3Settings:
-    """`[model]` of the tiny model with changes."""
+    """Returns the `[model]` table of the tiny model with changes."""
     values: dict[str, Any] = {
         "type": "sd3",
         "mmdit": model / "mmdit.safetensors",

@@ -1,8 +1,8 @@
 """The tiny model in every form in which SD3's weights are published.
 
-Nothing here uses the program's own converters: diffusers and transformers write their folders themselves, the native names
-of the autoencoder are found by running diffusers' converter over marked tensors, and the eight-bit forms are written down
-from the public files.
+Independent of the program's own converters: diffusers and transformers write their folders themselves, the native names of
+the autoencoder are found by running diffusers' converter on marked tensors, and the eight-bit forms are copied from the
+public files.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ENCODER_FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl"
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-# --- what the original holds -------------------------------------------------------------------------------------------
+# --- the original ------------------------------------------------------------------------------------------------------
 
 
 def original_part(model: Path, part: str) -> Tensors:
-    """One part of the tiny model under the names of the public files, float32."""
+    """Returns the tensors of one component of the tiny model under the names of the public files, float32."""
     if part == "mmdit":
         return load_file(model / "mmdit.safetensors")
     if part == "vae":
@@ -45,9 +45,9 @@ def original_part(model: Path, part: str) -> Tensors:
 
 
 def ldm_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' name of each tensor of an AutoencoderKL -> its name in the native file.
+    """Returns diffusers' name of each tensor of an AutoencoderKL -> its name in the native file.
 
-    diffusers only converts the other way, so names that might be are marked with their number and sent through.
+    diffusers converts in the other direction only: candidate names are converted with tensors that contain their number.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -68,19 +68,19 @@ def ldm_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def ldm_autoencoder(tensors: Mapping[str, Tensor], folder: Path) -> Tensors:
-    """An autoencoder's tensors from diffusers' names and shapes to the native file's: its linears are convolutions."""
+    """Converts an autoencoder's tensors to native names and shapes, where linear layers are 1 x 1 convolutions."""
     names = ldm_names(json.loads((folder / "config.json").read_text()))
     return {names[name]: tensor[..., None, None] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
 
 
-# --- ways of storing ---------------------------------------------------------------------------------------------------
+# --- dtypes and scales -------------------------------------------------------------------------------------------------
 
 Storage = Callable[[Tensors], tuple[Tensors, Tensors]]
-"""Tensors -> what the file has, and the float32 values that it stands for."""
+"""Tensors -> (tensors in the file, float32 values they represent)."""
 
 
 def cast_to(dtype: torch.dtype) -> Storage:
-    """Every tensor cast, biases and tables too."""
+    """Casts every tensor, including biases and tables."""
 
     def store(tensors: Tensors) -> tuple[Tensors, Tensors]:
         stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -90,7 +90,7 @@ def cast_to(dtype: torch.dtype) -> Storage:
 
 
 def _scaled_modules(tensors: Tensors) -> list[str]:
-    """The linear layers: embeddings and norms stay in sixteen bits."""
+    """Returns the linear layers; embeddings and norms are stored in sixteen bits."""
     return [
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
@@ -100,7 +100,7 @@ def _scaled_modules(tensors: Tensors) -> list[str]:
 
 
 def _scaled(tensors: Tensors) -> tuple[Tensors, Tensors, dict[str, Tensor]]:
-    """Linears in eight bits beside one scale each, the rest in bfloat16; values; module -> scale."""
+    """Stores linear layers in eight bits with one scale each, the rest in bfloat16. Returns (stored, values, scales)."""
     scales = {module: tensors[f"{module}.weight"].abs().max() / FP8_MAX for module in _scaled_modules(tensors)}
     stored, values = {}, {}
     for name, tensor in tensors.items():
@@ -111,7 +111,7 @@ def _scaled(tensors: Tensors) -> tuple[Tensors, Tensors, dict[str, Tensor]]:
 
 
 def fp8_scaled_older(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """ComfyUI's scaled files of 2024 and 2025: a marker tensor, `scale_weight`, for some modules `scale_input`."""
+    """ComfyUI's scaled files of 2024 and 2025: a marker tensor, `scale_weight`, and `scale_input` for some modules."""
     stored, values, scales = _scaled(tensors)
     stored["scaled_fp8"] = torch.empty(2, dtype=FP8)
     for number, (module, scale) in enumerate(scales.items()):
@@ -122,7 +122,7 @@ def fp8_scaled_older(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def fp8_scaled_newer(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """ComfyUI's later ones: `weight_scale`, `input_scale`, and what each module is in JSON."""
+    """ComfyUI's newer scaled files: `weight_scale`, `input_scale`, and a JSON description per module."""
     stored, values, scales = _scaled(tensors)
     kind = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     for module, scale in scales.items():
@@ -147,13 +147,13 @@ STORAGES: dict[str, Storage] = {
 
 
 def write_file(path: Path, tensors: Tensors, prefix: str = "") -> Path:
-    """One safetensors file with a prefix before every name."""
+    """Writes one safetensors file with a prefix before every name."""
     save_file({prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
 def write_complete_file(path: Path, parts: Mapping[str, Tensors]) -> Path:
-    """Network, autoencoder and encoders in one file, as the published `..._incl_clips_t5xxl` have them."""
+    """Writes network, autoencoder and encoders into one file like the published `..._incl_clips_t5xxl`."""
     prefixes = {"mmdit": NETWORK_PREFIX, **PART_PREFIXES}
     together = {prefixes[part] + name: tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
     if "clip_l" in parts:
@@ -165,14 +165,14 @@ def write_complete_file(path: Path, parts: Mapping[str, Tensors]) -> Path:
 
 
 def diffusers_tensors(native: Tensors) -> Tensors:
-    """A native network under diffusers' names, by diffusers."""
+    """Converts a native network to diffusers' names with diffusers' own converter."""
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     return convert_sd3_transformer_checkpoint_to_diffusers(dict(native))
 
 
 def diffusers_network(native: Tensors) -> Any:
-    """diffusers' network with a tiny one's native tensors."""
+    """Returns diffusers' network with native tensors of the tiny network."""
     from diffusers import SD3Transformer2DModel
 
     from tests import tiny_model as tiny
@@ -194,7 +194,7 @@ def diffusers_network(native: Tensors) -> Any:
 
 
 def write_pipeline(folder: Path, model: Path) -> Path:
-    """A whole pipeline as diffusers saves it: also its tokenizers are in the form transformers writes today."""
+    """Writes a whole pipeline with diffusers; its tokenizers are in the current form of transformers."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -213,18 +213,20 @@ def write_pipeline(folder: Path, model: Path) -> Path:
 
 
 def load_encoder(model: Path, part: str) -> Any:
-    """transformers' own class with the tiny model's weights."""
+    """Returns transformers' own class with the tiny model's weights."""
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
     model_type: Any = T5EncoderModel if part == "t5xxl" else CLIPTextModelWithProjection
     encoder = model_type.from_pretrained(model / ENCODER_FOLDERS[part]).eval()
-    for parameter in encoder.parameters():  # out of the mapped file, whose odd addresses change the last bit of a product
+    for (
+        parameter
+    ) in encoder.parameters():  # copied out of the memory map, whose unaligned addresses change the last bit of products
         parameter.data = parameter.data.clone()
     return encoder
 
 
 def write_clip_text_model(folder: Path, model: Path) -> Path:
-    """CLIP-L as transformers' class without a projection saves it."""
+    """Writes CLIP-L with transformers' class without a projection."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(model / "text_encoder"))
@@ -234,7 +236,7 @@ def write_clip_text_model(folder: Path, model: Path) -> Path:
 
 
 def write_whole_clip(folder: Path, model: Path) -> Path:
-    """CLIP-L with its other half, the image encoder, as on OpenAI's page of the hub."""
+    """Writes CLIP-L with its image encoder, as in OpenAI's repository on the hub."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
 
     text = CLIPTextConfig.from_pretrained(model / "text_encoder").to_dict()
@@ -246,11 +248,11 @@ def write_whole_clip(folder: Path, model: Path) -> Path:
     return folder
 
 
-# --- a place for single files ------------------------------------------------------------------------------------------
+# --- tokenizers --------------------------------------------------------------------------------------------------------
 
 
 def link_tokenizers(model: Path, folder: Path, names: Iterable[str] = TOKENIZERS) -> Path:
-    """The tokenizers' folders beside whatever is in the folder."""
+    """Links the tokenizers' folders into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         os.symlink(model / name, folder / name)

@@ -1,4 +1,4 @@
-"""docs/formats.md names tests for every row; each of them is there."""
+"""docs/formats.md names a test for every row of its tables, and all of these tests exist."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TESTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "t
 
 
 def rows(section: str) -> list[str]:
-    """The table rows of a section, without heading and rule."""
+    """Returns the table rows of a section without header and separator."""
     text = PAGE.split(f"## {section}\n")[1].split("\n## ")[0].split("\n### ")[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [line for line in lines[2:] if line.strip("|- ")]
 
 
-def test_every_test_and_file_named_is_there() -> None:
+def test_every_test_and_file_named_exists() -> None:
     files = set(re.findall(r"`(tests/[\w/]+\.(?:py|txt))", PAGE))
     names = set(re.findall(r"\b(test_\w+)\b", PAGE)) - {Path(file).stem for file in files}
     assert len(files) >= 6
@@ -28,7 +28,7 @@ def test_every_test_and_file_named_is_there() -> None:
     assert [name for name in names if f"def {name}(" not in TESTS] == []
 
 
-def test_every_row_of_weights_in_names_forms_that_are_tested() -> None:
+def test_every_row_of_weights_in_names_tested_forms() -> None:
     table = rows("Weights in")
     assert len(table) >= 13
     for row in table:

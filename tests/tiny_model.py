@@ -1,7 +1,7 @@
-"""A whole SD3.5-medium-shaped model of a few megabytes in the public formats, images to train it on, and an experiment.
+"""A complete SD3.5-medium-like model of a few megabytes in the public formats, images to train it on, and an experiment.
 
-Everything is random with a fixed seed and nothing is zero-initialised, so every output depends on every weight and input.
-Run as a script, it writes all three into a folder.
+All weights are random with a fixed seed and none are zero, so every output depends on every weight and input. Run as a
+script, this file writes all three into a folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 WIDTH = 128
 DEPTH = 3
 CONTEXT_DIM = 192
-# Heads are 64 wide and norms have 32 groups, as in the released models: a bare file cannot say otherwise.
+# The head width is 64 and norms have 32 groups as in the released models, because a bare file implies these values.
 CLIP_L_WIDTH = 64
 CLIP_G_WIDTH = 128
 POOLED_DIM = CLIP_L_WIDTH + CLIP_G_WIDTH
@@ -51,7 +51,7 @@ def native_shapes(
     qk_norm: bool,
     dual_attention_layers: tuple[int, ...] = (),
 ) -> dict[str, Shape]:
-    """Key -> shape of the public single file of a network, written down from the released files."""
+    """Returns key -> shape of the public single file of a network, copied from the released files."""
     linears: dict[str, Shape] = {
         "t_embedder.mlp.0": (width, 256),
         "t_embedder.mlp.2": (width, width),
@@ -90,6 +90,7 @@ def native_shapes(
 
 
 def tiny_shapes() -> dict[str, Shape]:
+    """Returns key -> shape of the tiny network."""
     return native_shapes(
         depth=DEPTH,
         width=WIDTH,
@@ -102,7 +103,7 @@ def tiny_shapes() -> dict[str, Shape]:
 
 
 def random_weights(shapes: Mapping[str, Shape], seed: int = 0) -> dict[str, Tensor]:
-    """Float32 tensors under which every signal keeps about its size; norms around 1, biases not zero."""
+    """Returns float32 tensors that roughly preserve the magnitude of activations; norms are near 1, biases not zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in sorted(shapes.items()):
@@ -137,7 +138,7 @@ def _write_vae(folder: Path) -> None:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    _shake(autoencoder)
+    _perturb(autoencoder)
     autoencoder.save_pretrained(folder)
 
 
@@ -157,8 +158,8 @@ def _write_clip(folder: Path, width: int, activation: str) -> None:
         pad_token_id=1,
     )
     model = CLIPTextModelWithProjection(config)
-    _shake(model)
-    if width == CLIP_L_WIDTH:  # as in the released model: CLIP-L's pooled row is not projected
+    _perturb(model)
+    if width == CLIP_L_WIDTH:  # as in the released model, where the pooled vector of CLIP-L is not projected
         torch.nn.init.eye_(model.text_projection.weight)
     model.save_pretrained(folder)
 
@@ -178,13 +179,13 @@ def _write_t5(folder: Path) -> None:
         use_cache=False,
     )
     model = T5EncoderModel(config)
-    _shake(model)
+    _perturb(model)
     model.save_pretrained(folder)
 
 
 @torch.no_grad()
-def _shake(module: torch.nn.Module) -> None:
-    """Move norms and biases off one and zero, and make embeddings large enough to tell tokens apart."""
+def _perturb(module: torch.nn.Module) -> None:
+    """Perturbs norms and biases, and makes embeddings large enough to separate tokens."""
     for name, parameter in module.named_parameters():
         if "embed" in name or name.startswith("shared"):
             parameter.copy_(0.5 * torch.randn_like(parameter))
@@ -193,7 +194,7 @@ def _shake(module: torch.nn.Module) -> None:
 
 
 def tokenizer_source() -> Path:
-    """Folder with SD3's three real tokenizers, as the package diffsynth ships them; the package is not imported."""
+    """Returns the folder with SD3's three real tokenizers in the package diffsynth, which is not imported."""
     spec = importlib.util.find_spec("diffsynth")
     assert spec is not None, "pip install --no-deps diffsynth==1.1.9"
     assert spec.origin is not None
@@ -201,7 +202,7 @@ def tokenizer_source() -> Path:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """Write mmdit.safetensors, vae/, text_encoder{,_2,_3}/ and tokenizer{,_2,_3}/ into the folder, and return it."""
+    """Writes mmdit.safetensors, vae/, text_encoder{,_2,_3}/ and tokenizer{,_2,_3}/ into the folder and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(random_weights(tiny_shapes()), folder / "mmdit.safetensors")
     with torch.random.fork_rng(devices=[]):
@@ -215,11 +216,11 @@ def make_tiny_model(folder: Path) -> Path:
     return folder
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------------
 
 
 def write_image(folder: Path, index: int) -> Path:
-    """Image number `index` and its caption; different for each number, and of one of three aspect ratios."""
+    """Writes image number `index`, in one of three aspect ratios, and its caption; no two numbers are equal."""
     width, height = IMAGE_SIZES[index % len(IMAGE_SIZES)]
     colour, outline = COLOURS[index % len(COLOURS)], OUTLINES[index // len(COLOURS) % len(OUTLINES)]
     image = Image.new("RGB", (width, height), (200, 210, 220))
@@ -234,7 +235,7 @@ def write_image(folder: Path, index: int) -> Path:
 
 
 def make_tiny_dataset(folder: Path, num_images: int = 12) -> Path:
-    """Write that many captioned images into the folder, and return it."""
+    """Writes that many captioned images into the folder and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(num_images):
         write_image(folder, index)
@@ -280,7 +281,7 @@ def _dataset_file(dataset: Path) -> dict[str, Any]:
 
 
 def merge(table: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Write changes over a nested table: nested ones join, dotted keys reach inside, None takes a key away."""
+    """Applies changes to a nested table: nested tables are merged, dotted keys address inner ones, None removes a key."""
     for dotted, value in changes.items():
         *outer, key = dotted.split(".")
         inner = table
@@ -295,10 +296,10 @@ def merge(table: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def write_experiment(folder: Path, model: Path, dataset: Path, /, **changes: Any) -> Path:
-    """Write experiment.toml and dataset.toml into the folder, and return the former.
+    """Writes experiment.toml and dataset.toml into the folder and returns the path of the former.
 
-    changes: over the defaults, nested or dotted: `optimizer={"type": "SGD"}` or `**{"optimizer.type": "SGD"}`; those of
-    the dataset file in `dataset_file={...}`. None takes a key away.
+    changes: to the defaults, nested or dotted: `optimizer={"type": "SGD"}` or `**{"optimizer.type": "SGD"}`; changes to
+    the dataset file in `dataset_file={...}`. None removes a key.
     """
     folder.mkdir(parents=True, exist_ok=True)
     experiment, dataset_file = _experiment(folder, model), _dataset_file(dataset)

@@ -69,7 +69,7 @@ def run(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12)])
-def test_layers_one_after_the_other_equal_the_whole_network(
+def test_layers_in_sequence_equal_the_whole_network(
     tiny_model: Path, dtype: torch.dtype, height: int, width: int, packed: bool
 ) -> None:
     inputs = make_inputs(height, width, dtype)
@@ -79,7 +79,7 @@ def test_layers_one_after_the_other_equal_the_whole_network(
 
 
 @pytest.mark.parametrize("skipped", [(0,), (1,), (0, 1)])
-def test_skipped_blocks_are_left_out_as_in_diffusers(tiny_model: Path, skipped: tuple[int, ...]) -> None:
+def test_skipping_blocks_gives_the_output_of_diffusers(tiny_model: Path, skipped: tuple[int, ...]) -> None:
     """The blocks of skip-layer guidance, with and without a second attention."""
     latents, timestep, context, pooled = inputs = make_inputs(4, 12, torch.float32)
     file = tiny_model / "mmdit.safetensors"
@@ -140,7 +140,7 @@ def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Pat
     assert set(names) == set(tiny_shapes())
 
 
-def test_cost_counts_the_multiply_adds_of_an_image_token_and_a_third_of_a_text_token(tiny_model: Path) -> None:
+def test_cost_is_the_multiply_adds_of_an_image_token_and_a_third_of_a_text_token(tiny_model: Path) -> None:
     config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
     for index in range(1, config.depth + 1):
         layer = make_layer(config, index)
