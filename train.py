@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.config.load import ConfigError
-from utils.distributed import group as distributed
+from utils.console import print_line
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.run.banner import describe
 from utils.run.build import Run, build_run
 from utils.run.encode import encode_dataset
@@ -24,7 +26,7 @@ from utils.run.experiment import Experiment
 from utils.run.folder import create_run_folder
 from utils.run.loop import train
 from utils.run.prepare import prepare
-from utils.tracking.metrics import RunLog, say
+from utils.tracking.metrics import RunLog
 
 EXIT_BAD_INPUT = 1
 FOLLOWER_DELAY_SECONDS = 10.0
@@ -57,9 +59,7 @@ def main() -> None:
     try:
         # Imports and the dataset make objects that stay; collecting would traverse a million of them again and again.
         gc.disable()
-        experiment = prepare(
-            arguments.config, arguments.overrides, arguments.resume, distributed.world(), check_only=arguments.check
-        )
+        experiment = prepare(arguments.config, arguments.overrides, arguments.resume, world(), check_only=arguments.check)
         gc.freeze()
         gc.enable()
         if arguments.check:
@@ -71,18 +71,18 @@ def main() -> None:
     except ConfigError as error:
         refuse(error)
     except Exception:
-        print(f"rank {distributed.world().rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        distributed.finish(1)
-    distributed.finish(0)
+        print(f"rank {world().rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        group.finish(1)
+    group.finish(0)
 
 
 def refuse(error: ConfigError) -> None:
     """Prints every error and exits."""
-    if not distributed.world().is_main:
+    if not world().is_main:
         time.sleep(FOLLOWER_DELAY_SECONDS)
     count = len(error.errors)
     print(f"\nCannot start: {count} error{'s' if count > 1 else ''}:\n{error}\n", file=sys.stderr)
-    distributed.finish(EXIT_BAD_INPUT)
+    group.finish(EXIT_BAD_INPUT)
 
 
 def check(experiment: Experiment) -> None:
@@ -93,7 +93,7 @@ def check(experiment: Experiment) -> None:
 
 def encode(experiment: Experiment, *, wants_report: bool) -> None:
     """All ranks: fills the cache."""
-    device = distributed.start()
+    device = group.start()
     experiment = agree(experiment)
     print_banner(experiment, f"the cache, and a dataset report in {experiment.config.experiment.output_dir}")
     encode_dataset(experiment, device, wants_report=wants_report)
@@ -101,16 +101,16 @@ def encode(experiment: Experiment, *, wants_report: bool) -> None:
 
 def run(experiment: Experiment) -> None:
     """All ranks, from the start of the process group to the last file."""
-    is_main = distributed.world().is_main
-    device = distributed.start()
+    is_main = world().is_main
+    device = group.start()
     experiment = agree(experiment)
-    folder = distributed.broadcast(create_run_folder(experiment.config, experiment.resume_run) if is_main else Path())
+    folder = group.broadcast(create_run_folder(experiment.config, experiment.resume_run) if is_main else Path())
     print_banner(experiment, str(folder))
     data, experiment = encode_dataset(experiment, device)
     current = build_run(experiment, folder, data)
     with open_log(current) as log:
         train(current, make_events(current, log))
-    say(f"done: {folder}", is_main=is_main)
+    print_line(f"done: {folder}", is_main=is_main)
 
 
 def open_log(current: Run) -> RunLog:
@@ -122,21 +122,21 @@ def open_log(current: Run) -> RunLog:
         num_steps=clock.num_steps,
         global_batch=experiment.global_batch,
         tensorboard=experiment.config.experiment.monitoring.tensorboard,
-        is_main=distributed.world().is_main,
+        is_main=world().is_main,
     )
 
 
 def agree(experiment: Experiment) -> Experiment:
     """The experiment with what rank 0 found in folders; another rank may have read them earlier or over a slower mount."""
     own = (experiment.prompts, experiment.resume_run, experiment.resume_from)
-    prompts, resume_run, resume_from = distributed.broadcast(own)
+    prompts, resume_run, resume_from = group.broadcast(own)
     return replace(experiment, prompts=prompts, resume_run=resume_run, resume_from=resume_from)
 
 
 def print_banner(experiment: Experiment, output: str) -> None:
     """Prints the start banner on rank 0, which alone has opened the dataset. `output`: where results are written."""
-    if distributed.world().is_main:
-        say(f"\n{describe(experiment, experiment.batch_order(), output)}\n")
+    if world().is_main:
+        print_line(f"\n{describe(experiment, experiment.batch_order(), output)}\n")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import itertools
 from models.family import PipelineLayer
 from utils.config.presets import PRESETS
 from utils.config.schema.objective import ObjectiveConfig
+from utils.console import format_bytes, format_table
 from utils.data.batches import BatchOrder
 from utils.data.encoding.plan import room_for
 from utils.objective.validation import keys_in_use, unread_keys
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run.experiment import Experiment
-from utils.tracking.metrics import bytes_in_words, table
 from utils.trainable.targets import some
 
 MAX_BUCKETS_SHOWN = 12
@@ -26,7 +26,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     notes += _skipped_files(experiment)
     notes += [f"note: {line}" for line in _start_notes(experiment)]
     rows = [*summary(experiment, order), ("output", output)]
-    return "\n".join([table(rows), *(f"  {note}" for note in notes)])
+    return "\n".join([format_table(rows), *(f"  {note}" for note in notes)])
 
 
 def _skipped_files(experiment: Experiment) -> list[str]:
@@ -66,7 +66,7 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
         ),
         ("steps", f"{num_steps}, {order.steps_per_epoch} per epoch{fillers}"),
         ("pipeline bubble", _bubble(experiment)),
-        ("cache", f"{config.cache_folder}; at most {bytes_in_words(_cache_bytes(experiment))} for this dataset"),
+        ("cache", f"{config.cache_folder}; at most {format_bytes(_cache_bytes(experiment))} for this dataset"),
     ]
 
 

@@ -19,7 +19,7 @@ from utils.data.scan import scan
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.listing import Lister
 from utils.data.sources.readers import Readers
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.report.dataset_gather import write_bad_files
 
 MAX_BAD_FILES_SHOWN = 20

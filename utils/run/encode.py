@@ -8,17 +8,18 @@ import numpy as np
 import torch
 
 from utils.config.load import TRAINING, ConfigError, ErrorDetail
+from utils.console import print_line
 from utils.data.cache.locks import CacheInUse
 from utils.data.cache.shards import CannotWrite, DamagedShard
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.precompute import Cached, CacheError, RunData, cache_dataset
 from utils.data.examples import ExampleTable
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.pipeline.feed import EMPTY_CAPTION
 from utils.report.dataset_gather import MAX_SHOWN_IN_LOG, Gatherer, write_bad_files, write_page
 from utils.run.datasets import BAD_FILE_ADVICE, eval_set_names, num_readers
 from utils.run.experiment import Experiment
-from utils.tracking.metrics import say
 
 
 def encode_dataset(
@@ -29,20 +30,20 @@ def encode_dataset(
     The dataset report is written if `wants_report`, and if anything was encoded. Raises ConfigError on every rank for files
     that could not be encoded and are not to be skipped, and when the disk has too little space.
     """
-    config, world = experiment.config.experiment, distributed.world()
+    config, here = experiment.config.experiment, world()
     texts = {EMPTY_CAPTION, *(text for prompt in experiment.prompts for text in (prompt.text, prompt.negative))}
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
     run_data = RunData(tables, sorted(texts), experiment.memories)
     try:
-        cached = cache_dataset(experiment.family, run_data, experiment.cache_settings, device, num_readers(world))
+        cached = cache_dataset(experiment.family, run_data, experiment.cache_settings, device, num_readers(here))
     except (CacheError, CacheInUse, DamagedShard, CannotWrite, PermissionError) as error:
         raise ConfigError([ErrorDetail(experiment.config.path, "cache_dir", str(error))]) from error
-    if world.is_main:
+    if here.is_main:
         write_bad_files(config.output_dir, experiment.dataset, cached.unusable.bad_files)
     encoded = without_unusable(experiment, cached)
-    if world.is_main and (wants_report or cached.encoded_any):
+    if here.is_main and (wants_report or cached.encoded_any):
         _write_dataset_report(encoded, cached, device)
-    distributed.wait_for_all("dataset encoded")
+    group.wait_for_all("dataset encoded")
     return cached.data, encoded
 
 
@@ -57,8 +58,10 @@ def _write_dataset_report(experiment: Experiment, cached: Cached, device: torch.
     path = write_page(config.output_dir, facts)
     for encoder in facts.encoders:
         if encoder.num_cut:
-            say(f"{encoder.num_cut} captions exceed the {encoder.max_tokens} tokens of {encoder.name} and are truncated")
-    say(f"dataset report: {path}")
+            print_line(
+                f"{encoder.num_cut} captions exceed the {encoder.max_tokens} tokens of {encoder.name} and are truncated"
+            )
+    print_line(f"dataset report: {path}")
 
 
 def without_unusable(experiment: Experiment, cached: Cached) -> Experiment:
@@ -80,6 +83,6 @@ def without_unusable(experiment: Experiment, cached: Cached) -> Experiment:
     if fatal:
         raise ConfigError(errors + fatal)
     for error in errors[:MAX_SHOWN_IN_LOG]:  # the list of bad files has all of them
-        say(f"skipped: {error}", is_main=distributed.world().is_main)
+        print_line(f"skipped: {error}", is_main=world().is_main)
     dataset = replace(experiment.dataset, examples=usable.pop(TRAINING))
     return replace(experiment, dataset=dataset, eval_sets=usable)

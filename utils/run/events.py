@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from utils.checkpoint import save as checkpoint
-from utils.distributed import group as distributed
+from utils.distributed.world import world
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.points import make_panel
 from utils.export import weights as export
@@ -76,7 +76,7 @@ def make_events(run: Run, log: RunLog) -> list[Event]:
     """The events of a run, in the order in which they run at one step. All ranks together."""
     config = run.experiment.config.experiment
     write_timestep_density(run, log)
-    if distributed.world().is_main:
+    if world().is_main:
         export.drop_weights_after(run.folder / BEST_WEIGHTS, run.clock.step)
     events: list[Event] = [StopIfNotFinite(run), LogStep(log)]
     if config.eval is not None:
@@ -183,7 +183,7 @@ class Evaluate(Event):
     def run(self, state: TrainingState) -> None:
         result = self._evaluation.run(state.clock.step)
         self.is_best = result.is_best
-        self._log.write_evaluation(state.clock.step, result.scalars())
+        self._log.write_scalars(state.clock.step, result.scalars())
 
 
 class ExportBest(Event):
@@ -240,7 +240,7 @@ class Report(Event):
         return super().is_due(state) or not {Evaluate.name, Preview.name}.isdisjoint(state.past)
 
     def run(self, state: TrainingState) -> None:
-        if distributed.world().is_main:
+        if world().is_main:
             experiment = self._run.experiment
             rows = summary(experiment, self._run.order)
             write_report(self._run.folder, rows, objective_rows(experiment.config.experiment.objective), self._run.objective)
@@ -276,5 +276,5 @@ class SaveCheckpoint(Event):
     def run(self, state: TrainingState) -> None:
         run = self._run
         checkpoint.save(run.pipeline, run.folder / CHECKPOINTS, state.clock.step, run.experiment.identity, self._keep_last)
-        if distributed.world().is_main:  # no run resumes from an earlier step, so the newest best weights are enough
+        if world().is_main:  # no run resumes from an earlier step, so the newest best weights are enough
             export.keep_newest_weights(run.folder / BEST_WEIGHTS)

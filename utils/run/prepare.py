@@ -14,7 +14,7 @@ from models import family_class
 from models.family import LoraFile, ModelFamily, ModelFilesError
 from utils.config.load import Config, ConfigError, ErrorDetail, load_config, located
 from utils.data.dataset import directory_errors
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.export.weights import export_errors
 from utils.objective.validation import objective_errors
 from utils.optim.registry import optimizer_errors

@@ -1,39 +1,41 @@
-"""What a run tells: start banner, progress bar, metrics.jsonl, TensorBoard."""
+"""Metrics of a run while it trains: metrics.jsonl, TensorBoard, progress bar."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from tqdm import tqdm
 
+from utils.console import bar_interval_seconds
 from utils.files.atomic import write_text
+from utils.tracking.tensorboard import TensorBoard
 
+METRICS = "metrics.jsonl"
 SMOOTHING = 0.98
-"""Weight of the past in the smoothed loss."""
+"""Weight of the previous value in the smoothed loss."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl."""
+    """The numbers of one optimizer step."""
 
     step: int
     """Optimizer steps done."""
     epoch: int
+    """Counted from 0."""
     loss: float
     learning_rate: float
     grad_norm: float
 
 
 class RunLog:
-    """Writes a run's metrics; on ranks other than 0 it writes nothing.
+    """Writes the metrics of a run; on ranks other than 0 it writes nothing.
 
-    Going on from a step drops the lines after it, so the file reads as if the run had never stopped.
+    When a run resumes from a step, the lines after that step are dropped: the file equals that of an uninterrupted run.
     """
 
     def __init__(
@@ -49,18 +51,15 @@ class RunLog:
             unit="step",
             disable=not is_main,
             dynamic_ncols=True,
-            mininterval=bar_seconds(),
+            mininterval=bar_interval_seconds(),
         )
+        self._tensorboard: TensorBoard | None = None
         if not is_main:
             return
-        path = folder / "metrics.jsonl"
-        self._keep_until(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events: Any = None
+        self._keep_until(folder / METRICS, start_step)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
-
-            self._events = SummaryWriter(str(folder), purge_step=start_step + 1)
+            self._tensorboard = TensorBoard(folder, start_step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -69,10 +68,11 @@ class RunLog:
         self._bar.close()
         if self._is_main:
             self._file.close()
-            if self._events is not None:
-                self._events.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def _keep_until(self, path: Path, step: int) -> None:
+        """Drops the lines after a step, and continues the smoothed loss from the others."""
         if not path.is_file():
             return
         kept = []
@@ -80,7 +80,7 @@ class RunLog:
             try:
                 entry = json.loads(line)
             except ValueError:
-                break  # the line being written when the run was killed
+                break  # the line that was being written when the run was killed
             if entry["step"] > step:
                 break
             kept.append(line)
@@ -88,7 +88,7 @@ class RunLog:
         write_text(path, "".join(line + "\n" for line in kept))
 
     def _smooth(self, loss: float) -> float:
-        """Running mean with exponentially falling weights, unbiased from the first step on."""
+        """Exponential moving average of the loss, unbiased from the first step on."""
         self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         return self._smoothed / self._weight
@@ -106,10 +106,8 @@ class RunLog:
         }
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, value in entry.items():
-                if name != "step":
-                    self._events.add_scalar(f"train/{name}", value, metrics.step)
+        scalars = {f"train/{name}": value for name, value in entry.items() if name != "step"}
+        self.write_scalars(metrics.step, scalars)
         self._bar.set_postfix_str(
             f"loss {metrics.loss:.4f} ({entry['loss_smoothed']:.4f}), lr {metrics.learning_rate:.2e}, "
             f"grad {metrics.grad_norm:.3f}, {images_per_second:.1f} images/s",
@@ -117,49 +115,12 @@ class RunLog:
         )
         self._bar.update()
 
-    def write_evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Curves of an evaluation, for TensorBoard: name -> value. Its numbers have a file of their own."""
-        if self._is_main and self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds a point to each curve in TensorBoard; name -> value."""
+        if self._tensorboard is not None:
+            self._tensorboard.write_scalars(step, scalars)
 
-    def write_distribution(self, name: str, step: int, shares: Sequence[float]) -> None:
-        """A distribution over [0, 1] from a step on, for TensorBoard: the share of each of equal parts."""
-        if not self._is_main or self._events is None:
-            return
-        count = len(shares)
-        middles = [(index + 0.5) / count for index in range(count)]
-        self._events.add_histogram_raw(
-            name,
-            min=0.0,
-            max=1.0,
-            num=1,
-            sum=sum(share * middle for share, middle in zip(shares, middles, strict=True)),
-            sum_squares=sum(share * middle**2 for share, middle in zip(shares, middles, strict=True)),
-            bucket_limits=[(index + 1) / count for index in range(count)],
-            bucket_counts=list(shares),
-            global_step=step,
-        )
-
-
-def bar_seconds() -> float:
-    """How often a progress bar is redrawn: seldom where each time is a new line of a file."""
-    return 0.2 if sys.stderr.isatty() else 15.0
-
-
-def bytes_in_words(count: int) -> str:
-    """As people say it: "1.23 GB"."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def table(rows: list[tuple[str, str]]) -> str:
-    """Two columns of text, aligned."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
-
-
-def say(text: str, *, is_main: bool = True) -> None:
-    """A line for the user, once."""
-    if is_main:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+    def write_distribution(self, name: str, step: int, fractions: Sequence[float]) -> None:
+        """Adds a distribution over [0, 1] to TensorBoard: the fraction in each of equally wide bins."""
+        if self._tensorboard is not None:
+            self._tensorboard.write_distribution(name, step, fractions)

@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""Metrics of a run: metrics.jsonl and TensorBoard, in a fresh and in a resumed run folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from utils.tracking.metrics import SMOOTHING, RunLog, StepMetrics, say, table
+from utils.tracking.metrics import SMOOTHING, RunLog, StepMetrics
 
 
 def open_log(folder: Path, **changes: Any) -> RunLog:
@@ -34,7 +34,7 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines(folder)]
 
 
-def test_a_line_for_each_step_with_every_number(tmp_path: Path) -> None:
+def test_each_step_has_a_line_with_every_number(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert set(lines(tmp_path)[0]) == {
@@ -48,19 +48,19 @@ def test_a_line_for_each_step_with_every_number(tmp_path: Path) -> None:
     }
 
 
-def test_a_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
+def test_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
         log.write(metrics(1), 0.5)
         assert len(lines(tmp_path)) == 1
 
 
-def test_going_on_drops_the_lines_after_the_checkpoint(tmp_path: Path) -> None:
+def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 6)
     write_steps(tmp_path, 4, 8)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_resumed_file_equals_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_resumed_file_equals_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     (tmp_path / "straight").mkdir()
     (tmp_path / "resumed").mkdir()
     write_steps(tmp_path / "straight", 1, 8)
@@ -70,7 +70,7 @@ def test_a_resumed_file_equals_that_of_an_uninterrupted_run(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("rest", ['{"step": 4, "loss": 0.', "\x00\x00\x00"])
-def test_a_half_written_line_is_dropped(tmp_path: Path, rest: str) -> None:
+def test_partial_last_line_is_dropped(tmp_path: Path, rest: str) -> None:
     write_steps(tmp_path, 1, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(rest)
@@ -78,7 +78,7 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, rest: str) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_starting_anew_in_a_used_folder_keeps_nothing(tmp_path: Path) -> None:
+def test_starting_at_step_0_in_a_used_folder_keeps_no_line(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 3)
     write_steps(tmp_path, 1, 2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
@@ -100,7 +100,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
-def test_tensorboard_events_are_written_when_asked_for(tmp_path: Path, tensorboard: bool) -> None:
+def test_tensorboard_events_are_written_if_configured(tmp_path: Path, tensorboard: bool) -> None:
     with open_log(tmp_path, tensorboard=tensorboard) as log:
         log.write(metrics(1), 0.5)
     assert bool(list(tmp_path.glob("events.out.tfevents.*"))) == tensorboard
@@ -118,25 +118,15 @@ def test_learning_rates_of_further_groups_have_entries_of_their_own(tmp_path: Pa
     assert lines(tmp_path)[0]["learning_rate_norms"] == 3e-5
 
 
-def test_two_columns_are_aligned() -> None:
-    assert table([("a", "1"), ("long", "2")]) == "  a     1\n  long  2"
-
-
-def test_a_line_for_the_user_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    say("hello", is_main=True)
-    say("again", is_main=False)
-    assert capsys.readouterr().out == "hello\n"
-
-
-def test_a_distribution_reaches_tensorboard_with_its_shares(tmp_path: Path) -> None:
+def test_distribution_reaches_tensorboard_with_its_fractions(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    shares = [0.1, 0.2, 0.4, 0.3]
+    fractions = [0.1, 0.2, 0.4, 0.3]
     with open_log(tmp_path, tensorboard=True) as log:
-        log.write_distribution("objective/t", 7, shares)
+        log.write_distribution("objective/t", 7, fractions)
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0, "histograms": 0}).Reload()
     (written,) = events.Histograms("objective/t")
-    assert list(written.histogram_value.bucket) == shares
+    assert list(written.histogram_value.bucket) == fractions
     assert list(written.histogram_value.bucket_limit) == [0.25, 0.5, 0.75, 1.0]
     assert written.histogram_value.sum == pytest.approx(0.1 * 0.125 + 0.2 * 0.375 + 0.4 * 0.625 + 0.3 * 0.875)
     assert written.step == 7
