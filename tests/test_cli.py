@@ -55,8 +55,8 @@ class Bench:
         self._patch.setenv("WORLD_SIZE", str(world_size))
         self._patch.setenv("RANK", "0")
         self._patch.setattr("sys.argv", ["train.py", *arguments])
-        self._patch.setattr(train.distributed, "finish", _exit)
-        self._patch.setattr(train.distributed, "start", lambda: pytest.fail("a process group was to be started"))
+        self._patch.setattr(train.group, "finish", _exit)
+        self._patch.setattr(train.group, "start", lambda: pytest.fail("a process group was to be started"))
         self._capture.readouterr()
         with pytest.raises(SystemExit) as caught:
             train.main()
@@ -452,7 +452,7 @@ def test_bad_files_are_left_out_when_told_so(lab: Lab, images: Path) -> None:
     experiment = lab.experiment({"dataset_file": {"on_bad_file": "skip"}, "epochs": 1}, images)
     run = lab.run(2, experiment)
     for path in bad:
-        assert run.output.count(f"left out: {path}: ") == 1
+        assert run.output.count(f"skipped: {path}: ") == 1
     listed = [json.loads(line) for line in (experiment.parent / "output" / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(entry["path"] for entry in listed) == sorted(map(str, bad))
     assert {entry["kind"] for entry in listed} == {"bad"}

@@ -29,7 +29,7 @@ from tests.distributed.launch import start_ranks
 from tests.tiny_model import make_tiny_model, write_experiment
 from utils.data.encoding.encoder_pass import EncoderPass
 from utils.data.sources.decoding import read_pixels
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run.prepare import prepare
 
 RANKS = 2

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import train
 from tests.distributed.launch import start_ranks
 from utils import background
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.pipeline import feed
 
 RANKS = 2
@@ -48,14 +49,14 @@ def _timed_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]
 def main() -> None:
     """Of a rank."""
     feed.ahead = _timed_ahead
-    finish = distributed.finish
+    finish = group.finish
 
     def write_and_finish(exit_code: int = 0) -> NoReturn:
-        path = Path(os.environ[PLACE]) / f"rank_{distributed.world().rank}.json"
+        path = Path(os.environ[PLACE]) / f"rank_{world().rank}.json"
         path.write_text(json.dumps({"waits": _waits, "moments": _moments}))
         finish(exit_code)
 
-    distributed.finish = write_and_finish
+    group.finish = write_and_finish
     train.main()
 
 

@@ -32,7 +32,8 @@ from models.sd3.network_shapes import layer_shapes
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.export import weights as export
 from utils.files.safetensors_writer import Entry, create_file, plan_file
 from utils.optim.schedules import LearningRateSchedule
@@ -89,7 +90,7 @@ def freeze(module: nn.Module) -> None:
 
 def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     """On one rank: load its stage, then save the network with all ranks, in both layouts."""
-    distributed.start()
+    group.start()
     layers = make_layers(path)
     begin = megabytes("VmHWM")
     reset_peak()
@@ -111,7 +112,7 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     for file in export.full_files(_naming(path), ["native", "diffusers"], {}):
         export._write(pipeline, file, path.parent / f"out_{file.name}", torch.bfloat16, False, {})
     return {
-        "rank": distributed.world().rank,
+        "rank": world().rank,
         "own": own / 2**20,
         "before": begin,
         "load": loaded,
@@ -169,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
         print(json.dumps(measure(arguments.rank_of, arguments.stages, arguments.trained)), flush=True)
-        distributed.finish(0)
+        group.finish(0)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "network.safetensors"
     make_file(path, arguments.depth)

@@ -25,7 +25,7 @@ from utils.data.cache.shards import ShardWriter
 from utils.data.encoding.encoded import caption_key, latents_key
 from utils.data.encoding.plan import CacheSettings, make_plan
 from utils.data.examples import ExampleTable
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]

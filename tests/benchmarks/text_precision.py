@@ -22,7 +22,7 @@ from models.sd3.family import SD3Family
 from utils.config.load import load_config
 from utils.data.encoding.text_storage import TextCacheDtype, pack, unpack
 from utils.data.sources.decoding import read_pixels
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.objective import rectified_flow
 from utils.run.prepare import prepare
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from models.family import PipelineLayer
 from models.streams import Sample, SampleShape, Streams
 from utils.config.schema.optimizer import OptimizerConfig
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.optim.registry import make_optimizer
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
@@ -79,7 +80,7 @@ class Trained:
         return itertools.repeat(MicroBatch(self._sample(step), (torch.zeros(2, 5, dtype=self._dtype),)))
 
     def _sample(self, step: int) -> Sample:
-        rows = torch.linspace(-1, 1 + step + distributed.world().rank, 6).view(2, 3)
+        rows = torch.linspace(-1, 1 + step + world().rank, 6).view(2, 3)
         return Sample({"rows": rows.to(self._dtype)}, SHAPE)
 
     def weights(self, *, ema: bool = False) -> list[Tensor]:
@@ -146,12 +147,12 @@ def check(optimizer: str, arguments: dict[str, Any], dtype: torch.dtype) -> None
 
 
 def main() -> None:
-    distributed.start()
+    group.start()
     for case in CASES:
         try:
             check(*case)
         except Exception:
             print(f"{case}:\n{traceback.format_exc()}", file=sys.stderr)
-            distributed.finish(1)
+            group.finish(1)
     print(f"{len(CASES)} cases")
-    distributed.finish(0)
+    group.finish(0)

@@ -30,7 +30,8 @@ from tests.distributed.toy_network import (
     target_of,
 )
 from utils.config.schema.optimizer import OptimizerConfig
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.optim.registry import make_optimizer
 from utils.pipeline.engine import EngineSettings, MakeGroups, Pipeline
 from utils.pipeline.stage import MicroBatch, StagePlan
@@ -79,7 +80,7 @@ class Trained:
 
     def __init__(self, case: Case, num_stages: int) -> None:
         self._case = case
-        self._num_replicas = distributed.world().size // num_stages
+        self._num_replicas = world().size // num_stages
 
         def prepare(layer: PipelineLayer, module: nn.Module) -> None:
             for name, parameter in module.named_parameters():
@@ -162,13 +163,13 @@ def run(case: Case, num_stages: int) -> dict[str, Any]:
 
 def main() -> None:
     folder, num_stages = Path(sys.argv[1]), int(sys.argv[2])
-    distributed.start()
+    group.start()
     results = {}
     for name in sys.argv[3:]:
         try:
             results[name] = run(CASES[name], num_stages)
         except Exception:
             print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr)
-            distributed.finish(1)
-    torch.save(results, folder / f"rank_{distributed.world().rank}.pt")
-    distributed.finish(0)
+            group.finish(1)
+    torch.save(results, folder / f"rank_{world().rank}.pt")
+    group.finish(0)

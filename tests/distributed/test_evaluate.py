@@ -22,7 +22,7 @@ from tests.tiny_model import make_tiny_dataset, write_image
 from utils.checkpoint.save import step_folder
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.plan import CacheSettings, make_plan
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.evaluation.comparison import EvaluationResult, read_evaluations
 from utils.evaluation.evaluate import EVALUATIONS
 from utils.evaluation.points import PanelEntry, make_panel, noise_of

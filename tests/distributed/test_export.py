@@ -27,7 +27,7 @@ from tests.distributed.test_layouts import BFLOAT16, FULL, LORA
 from tests.distributed.test_previews import PREVIEWS, images
 from tests.models.sd3.diffusers_reference import diffusers_network, relative_error
 from tests.tiny_model import tiny_shapes
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run.experiment import Experiment
 from utils.run.prepare import prepare
 from utils.trainable import lora

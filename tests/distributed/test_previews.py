@@ -24,7 +24,7 @@ from tests.distributed.test_layouts import FULL, LORA, assert_same_run
 from tests.models.sd3.diffusers_reference import diffusers_network
 from utils import randomness
 from utils.config.load import ConfigError
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run.experiment import Experiment
 from utils.run.prepare import prepare
 

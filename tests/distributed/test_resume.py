@@ -18,7 +18,7 @@ from tests.tiny_model import make_tiny_dataset
 from utils.checkpoint.save import find_checkpoints
 from utils.config.load import ConfigError
 from utils.data.cache.shards import KEYS
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run.experiment import Experiment
 from utils.run.prepare import prepare
 

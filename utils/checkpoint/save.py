@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.files.atomic import remove_folder, replace_file, sync_folder, write_text
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.optimizer_state import MASTER
@@ -95,12 +96,12 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
     """Write the state after `step` optimizer steps, then delete all but the last `keep_last`. All ranks together."""
     final = step_folder(parent, step)
     temporary = parent / f".{final.name}.tmp"
-    here = distributed.world()
+    here = world()
     if here.is_main:
         for left_over in parent.glob(".step_*"):
             shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
-    distributed.wait_for_all(f"checkpoint {step} begins")
+    group.wait_for_all(f"checkpoint {step} begins")
     for layer in pipeline.local_layers():
         tensors = _layer_tensors(pipeline, layer)
         if tensors and pipeline.replica == 0:
@@ -108,7 +109,7 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
             partial = path.with_suffix(".partial")
             save_file(tensors, partial)
             replace_file(partial, path)
-    distributed.wait_for_all(f"checkpoint {step} written")
+    group.wait_for_all(f"checkpoint {step} written")
     if here.is_main:
         state = {"format": FORMAT_VERSION, "step": step, "identity": identity}
         write_text(temporary / "state.json", json.dumps(state, indent=1))
@@ -118,7 +119,7 @@ def save(pipeline: Pipeline, parent: Path, step: int, identity: dict[str, Any], 
         sync_folder(parent)
         for old in find_checkpoints(parent)[:-keep_last]:
             remove_folder(old.folder)
-    distributed.wait_for_all(f"checkpoint {step} named")
+    group.wait_for_all(f"checkpoint {step} named")
 
 
 def _layer_file(index: int) -> str:

@@ -23,15 +23,16 @@ from tqdm import tqdm
 from models.family import ModelFamily
 from models.streams import Sample, SampleShape
 from utils.config.schema.evaluation import EvalConfig
+from utils.console import bar_interval_seconds, print_line
 from utils.data.encoding.encoded import EncodedData
-from utils.distributed import group as distributed
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
 from utils.evaluation.points import PanelEntry, fingerprint, make_rounds, noise_of
 from utils.objective import rectified_flow
 from utils.objective.rectified_flow import PredictionType
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
-from utils.tracking.metrics import bar_seconds, say
 
 EVALUATIONS = "evaluations.jsonl"
 MAX_BATCHES_AT_ONCE = 32
@@ -78,15 +79,15 @@ class Evaluation:
         self._groups = make_groups(panel)
         at_once = min(4 * pipeline.num_stages, MAX_BATCHES_AT_ONCE)
         self._rounds = make_rounds(panel, config.batch_size, at_once * num_replicas)
-        self._earlier = self._read_earlier(start_step) if distributed.world().is_main else []
-        self._has_begun = distributed.broadcast(bool(self._earlier))
+        self._earlier = self._read_earlier(start_step) if world().is_main else []
+        self._has_begun = group.broadcast(bool(self._earlier))
 
     def _read_earlier(self, start_step: int) -> list[Measured]:
         """The evaluations of this panel that the run folder has; rank 0 only, which alone compares."""
         kept = keep_until(self._path, start_step)
         comparable = [result for result in kept if result.can_be_compared(self._fingerprint, self._config.weights)]
         if len(comparable) < len(kept):
-            say(
+            print_line(
                 f"{len(kept) - len(comparable)} evaluations in {self._path} are of other images, captions, times, "
                 "encoders or weights; what comes now is not compared with them"
             )
@@ -110,7 +111,7 @@ class Evaluation:
             now = Measured(step, self._measure())
         self._has_begun = True
         result = None
-        if distributed.world().is_main:
+        if world().is_main:
             result = compare(
                 now,
                 self._earlier,
@@ -122,8 +123,8 @@ class Evaluation:
             self._earlier.append(now)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(to_line(result))
-            say(describe(result))
-        shared = distributed.broadcast(result)
+            print_line(describe(result))
+        shared = group.broadcast(result)
         assert shared is not None
         return shared
 
@@ -132,8 +133,8 @@ class Evaluation:
     def _measure(self) -> Tensor:
         """The loss of every entry, (N,) float64, on every rank."""
         own: dict[int, float] = {}
-        is_main = distributed.world().is_main
-        seconds = bar_seconds()
+        is_main = world().is_main
+        seconds = bar_interval_seconds()
         with tqdm(
             total=len(self._panel), desc="evaluating", leave=False, delay=2, disable=not is_main, mininterval=seconds
         ) as bar:
@@ -141,7 +142,7 @@ class Evaluation:
                 own.update(self._measure_round(batches))
                 bar.update(sum(len(batch) for batch in batches))
         losses: dict[int, float] = {}
-        for part in distributed.gather(own):
+        for part in group.gather(own):
             losses.update(part)
         measured = torch.tensor([losses[index] for index in range(len(self._panel))], dtype=torch.float64)
         self._stop_if_not_finite(measured)

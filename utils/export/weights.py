@@ -21,13 +21,14 @@ from torch import Tensor
 from models.family import FileTensor, ModelFamily, ModelFilesError
 from utils.checkpoint.save import step_folder
 from utils.config.schema.experiment import ExperimentConfig
-from utils.distributed import group as distributed
+from utils.console import print_line
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.export.metadata import kohya_metadata, run_metadata
 from utils.files.atomic import remove_folder, sync_folder, write_text
 from utils.files.safetensors_writer import Entry, FileLayout, create_file, plan_file, write_tensors
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.stage import LocalLayer
-from utils.tracking.metrics import say
 from utils.trainable import lora
 
 EXPORT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -170,10 +171,10 @@ def write_weights(pipeline: Pipeline, family: ModelFamily, config: ExperimentCon
     final = step_folder(parent, step)
     temporary = parent / f".{final.name}.tmp"
     name = f"{parent.name}/{final.name}"
-    is_main = distributed.world().is_main
+    is_main = world().is_main
     own = run_metadata(config, family, step) if is_main else {}
-    distributed.wait_for_all(f"hashes of export {name}")  # a large base file may take longer than a collective waits
-    metadata = distributed.broadcast(own)
+    group.wait_for_all(f"hashes of export {name}")  # a large base file may take longer than a collective waits
+    metadata = group.broadcast(own)
     formats = wanted_formats(config)
     if config.adapter is None:
         files = full_files(family, formats, metadata)
@@ -185,27 +186,27 @@ def write_weights(pipeline: Pipeline, family: ModelFamily, config: ExperimentCon
             shutil.rmtree(left_over)
         for ema in averages:
             (temporary / EMA_FOLDER if ema else temporary).mkdir(parents=True)
-    distributed.wait_for_all(f"export {name} begins")
+    group.wait_for_all(f"export {name} begins")
     for ema in averages:
         for file in files:
             folder = temporary / EMA_FOLDER if ema else temporary
             marked = replace(file, metadata={**file.metadata, "mmdit_pipe.weights": "average" if ema else "last"})
             _write(pipeline, marked, folder / file.name, EXPORT_DTYPES[config.save.dtype], ema, family.diffusers_config())
-    distributed.wait_for_all(f"export {name} written")
+    group.wait_for_all(f"export {name} written")
     if is_main:
         if final.exists():
             remove_folder(final)
         sync_folder(temporary)
         temporary.replace(final)
         sync_folder(parent)
-    distributed.wait_for_all(f"export {name} named")
+    group.wait_for_all(f"export {name} named")
 
 
 def drop_weights_after(parent: Path, step: int) -> None:
     """Remove weights of later steps: a run that goes on from `step` makes others. One process only."""
     for folder in sorted(parent.glob("step_*")):
         if folder.name > step_folder(parent, step).name:
-            say(f"removed {folder}: this run goes on from step {step}")
+            print_line(f"removed {folder}: this run goes on from step {step}")
             remove_folder(folder)
 
 
@@ -223,23 +224,23 @@ def _write(
 ) -> None:
     shapes = Reader(pipeline, ema, shapes_only=True)
     entries = [tensor.entry(dtype) for tensor in file.tensors(shapes)] if pipeline.replica == 0 else []
-    everyones = distributed.gather(entries)
+    everyones = group.gather(entries)
     if file.per_stage:
         _write_stages(pipeline, file, path, dtype, ema, everyones)
-        if distributed.world().is_main:
+        if world().is_main:
             write_text(path / "config.json", json.dumps(diffusers_config, indent=2))
-        distributed.wait_for_all(f"shards of {path}")
+        group.wait_for_all(f"shards of {path}")
         return
     beside = [Entry(part.key, part.dtype or dtype, part.shape) for part in file.beside]
     layout = plan_file([entry for part in everyones for entry in part] + beside, file.metadata)
-    if distributed.world().is_main:
+    if world().is_main:
         create_file(path, layout)
-    distributed.wait_for_all(f"header of {path}")
+    group.wait_for_all(f"header of {path}")
     _write_own(pipeline, file, path, layout, dtype, ema)
-    if distributed.world().is_main:
+    if world().is_main:
         write_tensors(path, layout, ((part.key, part.read(part.dtype or dtype)) for part in file.beside))
     # Writing what is beside the network may take longer than a collective waits.
-    distributed.wait_for_all(f"tensors of {path}")
+    group.wait_for_all(f"tensors of {path}")
 
 
 def _write_stages(
@@ -248,13 +249,13 @@ def _write_stages(
     """One file for each stage, and the index that says which tensor is where."""
     stages = [entries for entries in everyones if entries]
     names = [f"{DIFFUSERS_NAME}-{i:05d}-of-{len(stages):05d}.safetensors" for i in range(1, len(stages) + 1)]
-    if distributed.world().is_main:
+    if world().is_main:
         folder.mkdir()
         where = {entry.key: name for name, entries in zip(names, stages, strict=True) for entry in entries}
         size = sum(entry.num_bytes for entries in stages for entry in entries)
         index = {"metadata": {"total_size": size, **file.metadata}, "weight_map": where}
         write_text(folder / f"{DIFFUSERS_NAME}.safetensors.index.json", json.dumps(index, indent=2))
-    distributed.wait_for_all(f"folder {folder}")
+    group.wait_for_all(f"folder {folder}")
     layout = plan_file(stages[pipeline.stage], file.metadata)
     path = folder / names[pipeline.stage]
     if pipeline.replica == 0:

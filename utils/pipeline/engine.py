@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
-import utils.distributed.group  # noqa: F401  before DeepSpeed: it sets what DeepSpeed reads from the environment
+import utils.distributed.library_settings  # noqa: F401  before DeepSpeed, which reads the environment when it is imported
 from models.streams import Sample, SampleShape
 from utils.pipeline.gradient_norm import use_exact_norm
 from utils.pipeline.optimizer_state import (

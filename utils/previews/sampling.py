@@ -29,8 +29,10 @@ from tqdm import tqdm
 from models.family import ModelFamily
 from utils import randomness
 from utils.config.schema.sampling import SamplingConfig
+from utils.console import bar_interval_seconds
 from utils.data.encoding.encoded import EncodedData
-from utils.distributed import group as distributed
+from utils.distributed.group import free_memory, gather
+from utils.distributed.world import world
 from utils.files.atomic import remove_folder, sync_folder, write_text
 from utils.objective import rectified_flow
 from utils.objective.rectified_flow import PredictionType
@@ -38,7 +40,6 @@ from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
 from utils.previews import samplers
 from utils.previews.prompt_list import Prompt
-from utils.tracking.metrics import bar_seconds
 
 Batch = list[int]
 """Places in the list of prompts."""
@@ -112,7 +113,7 @@ class Previews:
         averaged = self._config.weights == "ema" and step > 0  # before the first step there is no average
         with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
             latents = self._draw_all()
-        if distributed.world().is_main:
+        if world().is_main:
             entries = [
                 listing_entry(prompt, self._config, self._shift_at(prompt.width * prompt.height)) for prompt in self._prompts
             ]
@@ -120,15 +121,15 @@ class Previews:
 
     def _draw_all(self) -> list[Tensor]:
         """Latents (C, H, W) of each prompt, float32 on the CPU; none off rank 0."""
-        is_main = distributed.world().is_main
+        is_main = world().is_main
         drawn: dict[int, Tensor] = {}
         at_once = self._pipeline.num_stages * self._num_replicas  # more micro-batches than stages keep them busy
         with tqdm(
-            total=len(self._prompts), desc="drawing", leave=False, disable=not is_main, mininterval=bar_seconds()
+            total=len(self._prompts), desc="drawing", leave=False, disable=not is_main, mininterval=bar_interval_seconds()
         ) as bar:
             for group, batches in make_batches(self._prompts, self._config.batch_size).items():
                 for start in range(0, len(batches), at_once):
-                    for part in distributed.gather(self._draw_round(group, batches[start : start + at_once])):
+                    for part in gather(self._draw_round(group, batches[start : start + at_once])):
                         drawn.update(part)
                     bar.update(len(drawn) - bar.n)
         return [drawn[index] for index in range(len(self._prompts))] if is_main else []
@@ -212,7 +213,7 @@ class Previews:
         decode = self._family.load_decoder(self._pipeline.device, self._config.decode_tile_pixels)
         images = [Image.fromarray(decode(sample[None])[0].permute(1, 2, 0).numpy()) for sample in latents]
         del decode
-        distributed.free_memory()
+        free_memory()
         return images
 
 

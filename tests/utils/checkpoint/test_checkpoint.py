@@ -95,7 +95,7 @@ class OneParameter:
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch: Any, weight: float) -> None:
-    monkeypatch.setattr("utils.checkpoint.save.distributed.wait_for_all", lambda name: None)
+    monkeypatch.setattr("utils.checkpoint.save.group.wait_for_all", lambda name: None)
     save(OneParameter(1.0), tmp_path, 1, IDENTITY, keep_last=1)  # type: ignore[arg-type]
     with pytest.raises(FloatingPointError, match=r"one\.weight"):
         save(OneParameter(weight), tmp_path, 2, IDENTITY, keep_last=1)  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ class Workshop:
         self.settings = CacheSettings(folder / "cache", posterior=False, text_dtype=None)
         self._scan, self._noting = Scan(readers, folder / "cache" / "files"), NotingReaders(readers)
         patch.setattr(precompute, "Readers", lambda num_workers: nullcontext(self._noting))  # one for all tests
-        patch.setattr(precompute.distributed, "free_memory", lambda: None)  # garbage collection is most of a test's time
+        patch.setattr(precompute.group, "free_memory", lambda: None)  # garbage collection is most of a test's time
 
     @property
     def asked(self) -> list[tuple[str, str]]:

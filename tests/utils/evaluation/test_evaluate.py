@@ -23,7 +23,6 @@ from utils.data.scan import scan
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.listing import Lister
 from utils.data.sources.readers import Readers
-from utils.distributed import group as distributed
 from utils.evaluation.comparison import (
     Difference,
     EvaluationResult,
@@ -486,8 +485,8 @@ class OneProcess:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process without a group."""
-    monkeypatch.setattr(distributed, "broadcast", lambda value: value)
-    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    monkeypatch.setattr("utils.evaluation.evaluate.group.broadcast", lambda value: value)
+    monkeypatch.setattr("utils.evaluation.evaluate.group.gather", lambda value: [value])
 
 
 def evaluation(

@@ -12,7 +12,7 @@ import torch
 from tests.model_copies import linked_copy, rewrite
 from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.export.metadata import training_config
 from utils.export.weights import Exported, _rounded, wanted_formats
 from utils.run.experiment import Experiment

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from models.family import EncodedItem, EncodeFunction, FrozenEncoder, ModelFamily
 from utils.background import Behind
+from utils.console import bar_interval_seconds, print_line
 from utils.data.cache.locks import WriterLock
 from utils.data.cache.shards import ShardWriter
 from utils.data.encoding.encoded import caption_key, latents_key, mask_key
@@ -31,8 +32,8 @@ from utils.data.encoding.text_storage import pack
 from utils.data.examples import Example, ExampleTable
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
-from utils.distributed import group as distributed
-from utils.tracking.metrics import bar_seconds, say
+from utils.distributed import group
+from utils.distributed.world import world
 
 Item = tuple[int, int, int]
 """Table, example, variant; as in plan.Work."""
@@ -149,7 +150,7 @@ def encode_missing(
         if len(work.items):
             failures += EncoderPass(encoder, work, source, device, num_ahead, writer.name).run()
     writer.close()
-    return [failure for found in distributed.gather(failures) for failure in found]
+    return [failure for found in group.gather(failures) for failure in found]
 
 
 class EncoderPass:
@@ -166,10 +167,10 @@ class EncoderPass:
 
     def run(self) -> list[Failure]:
         """All ranks; returns when everything is encoded, with what this rank could not encode."""
-        is_main, total = distributed.world().is_main, len(self._work.items)
-        queue = distributed.WorkQueue(f"encode {self._encoder.name}", total)
+        is_main, total = world().is_main, len(self._work.items)
+        queue = group.WorkQueue(f"encode {self._encoder.name}", total)
         encode: EncodeFunction | None = None
-        title, seconds = f"caching {self._encoder.name}", bar_seconds()
+        title, seconds = f"caching {self._encoder.name}", bar_interval_seconds()
         began = time.monotonic()
         with (
             tqdm(total=total, desc=title, unit="item", disable=not is_main, mininterval=seconds) as bar,
@@ -188,10 +189,10 @@ class EncoderPass:
                     bar.update(queue.num_taken() - bar.n)
         self._writer.flush()
         seconds = time.monotonic() - began
-        distributed.wait_for_all(f"encoded {self._encoder.name}")
+        group.wait_for_all(f"encoded {self._encoder.name}")
         self._tell(seconds)
         del encode
-        distributed.free_memory()
+        group.free_memory()
         return self._failures
 
     def _read_ahead(self, queue: Iterable[int]) -> Iterator[tuple[Item, Future[Any]]]:
@@ -237,9 +238,11 @@ class EncoderPass:
 
     def _tell(self, seconds: float) -> None:
         """How fast it was, and how much of the time the encoder had something to do."""
-        everyones = distributed.gather((self._num_done, seconds, self._waited_seconds))
+        everyones = group.gather((self._num_done, seconds, self._waited_seconds))
         done, spent, waited = (sum(numbers) for numbers in zip(*everyones, strict=True))
-        if distributed.world().is_main and done:
+        if world().is_main and done:
             longest = max(seconds for _, seconds, _ in everyones)
             busy = 1 - waited / spent
-            say(f"{self._encoder.name}: {done:,} in {longest:.1f} s, {done / longest:.1f}/s; encoders busy {busy:.0%}")
+            print_line(
+                f"{self._encoder.name}: {done:,} in {longest:.1f} s, {done / longest:.1f}/s; encoders busy {busy:.0%}"
+            )

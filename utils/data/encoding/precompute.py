@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from models.family import ModelFamily
+from utils.console import print_line
 from utils.data.cache.locks import SharedUse, remove_leftovers
 from utils.data.dataset import ContentMemory
 from utils.data.encoding.encoded import EncodedData
@@ -34,8 +35,8 @@ from utils.data.encoding.plan import (
 from utils.data.examples import Example, ExampleTable
 from utils.data.sources.decoding import CONTENT_BYTES, BadFile
 from utils.data.sources.readers import Readers
-from utils.distributed import group as distributed
-from utils.tracking.metrics import say
+from utils.distributed import group
+from utils.distributed.world import world
 
 
 class CacheError(Exception):
@@ -81,15 +82,15 @@ def cache_dataset(
     Raises CacheError on every rank when the disk has no room for it, or a text of no image cannot be encoded.
     """
     use = SharedUse(settings.folder)  # before anything is planned: what is there now must stay
-    is_main = distributed.world().is_main
+    is_main = world().is_main
     with Readers(num_readers) as readers:
         decided = _decide(family, run_data, settings, readers) if is_main else None
-        distributed.wait_for_all("cache planned")  # reading a large dataset may outlast a collective's time limit
-        decision = distributed.broadcast(decided)
+        group.wait_for_all("cache planned")  # reading a large dataset may outlast a collective's time limit
+        decision = group.broadcast(decided)
         assert decision is not None
         plan, texts = decision.plan, decision.texts
         for line in (*decision.notes, plan.describe()):
-            say(line, is_main=is_main)
+            print_line(line, is_main=is_main)
         if decision.error is not None:
             raise CacheError(decision.error)
         tables = [ExampleTable.open(path) for path in decision.table_files]
@@ -98,7 +99,7 @@ def cache_dataset(
     for failure in failures:
         if failure.item[0] == TEXTS:
             raise CacheError(f"{texts[failure.item[1]]!r}: {failure.reason}")
-    unusable = distributed.broadcast(_blame(tables, failures, decision.unread) if is_main else None)
+    unusable = group.broadcast(_blame(tables, failures, decision.unread) if is_main else None)
     assert unusable is not None
     data = EncodedData(plan.folders)
     del use
