@@ -191,11 +191,14 @@ class SD3Family(ModelFamily):
         files = self._require_files("a complete single file")
         encoders = files.text_encoders.values()
         errors = [("vae", text) for text in vae_files.single_file_errors(files.vae)]
-        errors += [(part.key, text) for part in encoders for text in text_encoder_files.single_file_errors(part)]
+        for component in encoders:
+            errors += [(component.key, text) for text in text_encoder_files.single_file_errors(component)]
         if errors:
             raise ModelFilesError(errors)
         tensors = vae_files.file_tensors(files.vae)
-        return tensors + [tensor for part in encoders for tensor in text_encoder_files.file_tensors(part)]
+        for component in encoders:
+            tensors += text_encoder_files.file_tensors(component)
+        return tensors
 
     def export_metadata(self) -> dict[str, str]:
         return {"modelspec.architecture": architecture_id(self.config)}
@@ -210,6 +213,6 @@ def _make_text_encoders(files: ModelFiles) -> tuple[SD3TextEncoder, ...]:
     settings = files.settings
     lengths = {"t5xxl": settings.t5xxl_max_token_length}
     return tuple(
-        SD3TextEncoder(part, files.tokenizers[name], lengths.get(name, settings.clip_max_token_length), settings.dtype)
-        for name, part in files.text_encoders.items()
+        SD3TextEncoder(component, files.tokenizers[name], lengths.get(name, settings.clip_max_token_length), settings.dtype)
+        for name, component in files.text_encoders.items()
     )

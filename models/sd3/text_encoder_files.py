@@ -23,31 +23,30 @@ _UNUSED = re.compile(r".*position_ids|logit_scale|spiece_model|(vision_model|vis
 """Names of tensors that files contain besides the encoder: constants, a tokenizer, the other half of CLIP or T5."""
 
 
-def encoder_tensors(part: Component) -> TensorFiles:
+def encoder_tensors(component: Component) -> TensorFiles:
     """Returns the tensors of the encoder alone, under their names in the public files."""
-    tensors = part.tensors.without(lambda name: _UNUSED.fullmatch(name) is not None)
-    if part.key == "t5xxl":
+    tensors = component.tensors.without(lambda name: _UNUSED.fullmatch(name) is not None)
+    if component.key == "t5xxl":
         table, copy = "shared.weight", "encoder.embed_tokens.weight"
         if table in tensors:
             return tensors.without(lambda name: name == copy)
         return tensors.renamed(lambda name: table if name == copy else name)
     if "embeddings.token_embedding.weight" in tensors:  # CLIPTextModel in transformers 5
         tensors = tensors.renamed(lambda name: f"text_model.{name}")
-    return tensors.without(lambda name: name == "text_projection.weight") if part.key == "clip_l" else tensors
+    return tensors.without(lambda name: name == "text_projection.weight") if component.key == "clip_l" else tensors
 
 
-def encoder_config(part: Component) -> dict[str, Any]:
+def encoder_config(component: Component) -> dict[str, Any]:
     """Returns the config of transformers' class: config.json, or inferred from the tensor shapes of a bare file.
 
     Raises ValueError when a bare file lacks a defining tensor.
     """
-    if part.config is not None:
-        settings: dict[str, Any] = part.config.get(
-            "text_config", part.config
-        )  # nested in the config of a CLIP with its image encoder
+    if component.config is not None:
+        # The config of a CLIP with its image encoder contains that of the text encoder.
+        settings: dict[str, Any] = component.config.get("text_config", component.config)
         return settings
-    shapes = encoder_tensors(part).shapes
-    return _t5_config(shapes) if part.key == "t5xxl" else _clip_config(part.key, shapes)
+    shapes = encoder_tensors(component).shapes
+    return _t5_config(shapes) if component.key == "t5xxl" else _clip_config(component.key, shapes)
 
 
 def _shape_of(shapes: Mapping[str, Shape], name: str) -> Shape:
@@ -136,9 +135,9 @@ def _t5_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"shared.weight": (config["vocab_size"], width), "encoder.final_layer_norm.weight": (width,)}
     for index in range(config["num_layers"]):
         name, mlp = _T5_ATTENTION.format(index), f"encoder.block.{index}.layer.1"
-        shapes |= {f"{name}.{part}.weight": (attention, width) for part in ("q", "k", "v")}
+        shapes |= {f"{name}.{projection}.weight": (attention, width) for projection in ("q", "k", "v")}
         shapes |= {f"{name}.o.weight": (width, attention), f"encoder.block.{index}.layer.0.layer_norm.weight": (width,)}
-        shapes |= {f"{mlp}.DenseReluDense.wi_{part}.weight": (inner, width) for part in (0, 1)}
+        shapes |= {f"{mlp}.DenseReluDense.wi_{index}.weight": (inner, width) for index in (0, 1)}
         shapes |= {f"{mlp}.DenseReluDense.wo.weight": (width, inner), f"{mlp}.layer_norm.weight": (width,)}
     buckets = config.get("relative_attention_num_buckets", 32)
     shapes[f"{_T5_ATTENTION.format(0)}.relative_attention_bias.weight"] = (buckets, heads)
@@ -148,26 +147,28 @@ def _t5_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 # --- checking and writing ----------------------------------------------------------------------------------------------
 
 
-def text_encoder_errors(parts: Mapping[str, Component], settings: SD3Settings, config: MMDiTConfig | None) -> FileErrors:
+def text_encoder_errors(
+    components: Mapping[str, Component], settings: SD3Settings, config: MMDiTConfig | None
+) -> FileErrors:
     """Returns the errors of the encoders' files, and of their sizes if the network is known.
 
     Reads headers and config.json only.
     """
     errors: FileErrors = []
     configs: dict[str, dict[str, Any]] = {}
-    for name, part in parts.items():
+    for name, component in components.items():
         try:
-            configs[name] = encoder_config(part)
-            found = encoder_tensors(part)
+            configs[name] = encoder_config(component)
+            found = encoder_tensors(component)
             lines = shape_errors(found.shapes, encoder_shapes(name, configs[name]))
         except ValueError as error:
-            kind = describe_tensors(list(part.tensors.shapes))
-            errors.append((name, f"{part.tensors.source} is {kind}, not a whole {_KINDS[name]}: it {error}"))
+            kind = describe_tensors(list(component.tensors.shapes))
+            errors.append((name, f"{component.tensors.source} is {kind}, not a whole {_KINDS[name]}: it {error}"))
             continue
         except KeyError as error:
-            errors.append((name, f"{part.folder / 'config.json'} has no {error.args[0]}"))
+            errors.append((name, f"{component.folder / 'config.json'} has no {error.args[0]}"))
             continue
-        errors += [(name, f"{part.tensors.source} {line}") for line in lines + found.storage_errors()]
+        errors += [(name, f"{component.tensors.source} {line}") for line in lines + found.storage_errors()]
     if errors or config is None:
         return errors
     return _size_errors(settings, configs, config.context_dim, config.pooled_dim)
@@ -207,28 +208,28 @@ def pooled_width(name: str, config: Mapping[str, Any]) -> int:
     return int(config["hidden_size"] if name == "clip_l" else config.get("projection_dim", config["hidden_size"]))
 
 
-def single_file_errors(part: Component) -> list[str]:
+def single_file_errors(component: Component) -> list[str]:
     """Returns one line for each setting that a single file, which has no config, cannot represent."""
-    if part.config is None:
+    if component.config is None:
         return []
-    config = encoder_config(part)
+    config = encoder_config(component)
     try:
-        bare = encoder_config(Component(part.key, encoder_tensors(part), None, part.folder))
+        bare = encoder_config(Component(component.key, encoder_tensors(component), None, component.folder))
     except ValueError as error:
-        return [f"{part.tensors.source} {error}; a single file cannot represent this"]
+        return [f"{component.tensors.source} {error}; a single file cannot represent this"]
     not_inferred = ("num_attention_heads", "hidden_act", "feed_forward_proj")
     return [
-        f"{part.tensors.source} has {key} {config[key]}; a single file always implies {bare[key]}"
+        f"{component.tensors.source} has {key} {config[key]}; a single file always implies {bare[key]}"
         for key in not_inferred
         if key in config and config[key] != bare[key]
     ]
 
 
-def file_tensors(part: Component) -> list[FileTensor]:
+def file_tensors(component: Component) -> list[FileTensor]:
     """Returns the encoder's tensors as in a complete single file."""
-    tensors = encoder_tensors(part)
-    prefix = PREFIXES[part.key][0]
+    tensors = encoder_tensors(component)
+    prefix = PREFIXES[component.key][0]
     return [
         FileTensor(prefix + name, tensors.shapes[name], partial(tensors.read_one, name))
-        for name in encoder_shapes(part.key, encoder_config(part))
+        for name in encoder_shapes(component.key, encoder_config(component))
     ]

@@ -2,7 +2,7 @@
 
 From each CLIP, SD3 uses the hidden states before the last layer, without the final norm, and the pooled vector: the normed
 output of the last layer at the end token, projected for CLIP-G but not for CLIP-L. From T5 it uses the normed output of
-the last layer. No attention mask is used: padding tokens take part, so their id and number affect the encoding.
+the last layer. No attention mask is used: padding tokens are attended to, so their id and number affect the encoding.
 Source: Stability-AI/sd3.5, SD3 paper appendix B.
 """
 
@@ -28,18 +28,18 @@ class SD3TextEncoder(TextEncoder):
     Captions are encoded one by one, so that a cached item does not depend on the rest of its batch.
     """
 
-    def __init__(self, part: Component, tokenizer_folder: Path, num_tokens: int, dtype: str) -> None:
-        self.name = part.key
-        self.part = part
+    def __init__(self, component: Component, tokenizer_folder: Path, num_tokens: int, dtype: str) -> None:
+        self.name = component.key
+        self.component = component
         self.tokenizer_folder = tokenizer_folder
         self.num_tokens = num_tokens
         self.dtype = DTYPES[dtype]
-        self.files = (*part.files, *tokenizer_files(tokenizer_folder))
-        self.settings = {"encoder": part.key, "num_tokens": num_tokens, "dtype": dtype}
-        config = encoder_config(part)
-        self.shapes = {"sequence": (num_tokens, int(config["d_model" if part.key == "t5xxl" else "hidden_size"]))}
-        if part.key != "t5xxl":
-            self.shapes["pooled"] = (pooled_width(part.key, config),)
+        self.files = (*component.files, *tokenizer_files(tokenizer_folder))
+        self.settings = {"encoder": component.key, "num_tokens": num_tokens, "dtype": dtype}
+        config = encoder_config(component)
+        self.shapes = {"sequence": (num_tokens, int(config["d_model" if component.key == "t5xxl" else "hidden_size"]))}
+        if component.key != "t5xxl":
+            self.shapes["pooled"] = (pooled_width(component.key, config),)
 
     def load(self, device: torch.device) -> EncodeFunction:
         tokenizer = self._load_tokenizer()
@@ -66,8 +66,8 @@ class SD3TextEncoder(TextEncoder):
     def _load_model(self) -> Any:
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-        settings = encoder_config(self.part)
-        state = dict(encoder_tensors(self.part).read(encoder_shapes(self.name, settings), self.dtype))
+        settings = encoder_config(self.component)
+        state = dict(encoder_tensors(self.component).read(encoder_shapes(self.name, settings), self.dtype))
         model_type: Any = T5EncoderModel if self.name == "t5xxl" else CLIPTextModelWithProjection
         config: Any = (T5Config if self.name == "t5xxl" else CLIPTextConfig).from_dict(settings)
         if self.name == "clip_l":  # transformers requires it; SD3 does not use it, and many files do not have it

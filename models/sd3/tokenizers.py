@@ -36,7 +36,7 @@ _TOKENIZER_FILES = (
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
-def find_tokenizers(settings: SD3Settings, parts: dict[str, Component]) -> tuple[dict[str, Path], FileErrors]:
+def find_tokenizers(settings: SD3Settings, components: dict[str, Component]) -> tuple[dict[str, Path], FileErrors]:
     """Returns (encoder -> folder of its tokenizer, errors of those not found)."""
     configured = {
         "clip_l": settings.clip_l_tokenizer,
@@ -45,10 +45,10 @@ def find_tokenizers(settings: SD3Settings, parts: dict[str, Component]) -> tuple
     }
     found: dict[str, Path] = {}
     errors: FileErrors = []
-    for name, part in parts.items():
+    for name, component in components.items():
         value = configured[name]
         try:
-            found[name] = _configured(name, value) if value is not None else _nearby(name, part)
+            found[name] = _configured(name, value) if value is not None else _nearby(name, component)
         except LookupError as error:
             errors.append((f"{name}_tokenizer", str(error.args[0])))
     return found, errors
@@ -104,9 +104,9 @@ def _configured(name: str, value: str) -> Path:
         ) from error
 
 
-def _nearby(name: str, part: Component) -> Path:
-    neighbour = (part.folder if part.config is None else part.folder.parent) / FOLDERS[name]
-    for folder in (part.folder, neighbour):
+def _nearby(name: str, component: Component) -> Path:
+    neighbour = (component.folder if component.config is None else component.folder.parent) / FOLDERS[name]
+    for folder in (component.folder, neighbour):
         if _is_tokenizer(name, folder):
             return folder
     try:

@@ -27,13 +27,13 @@ class SD3ImageEncoder(ImageEncoder):
 
     name = "vae"
 
-    def __init__(self, part: Component) -> None:
-        self.part = part
-        self.files = part.files
+    def __init__(self, component: Component) -> None:
+        self.component = component
+        self.files = component.files
         self.settings = {"class": "AutoencoderKL", "dtype": "float32"}
 
     def load(self, device: torch.device) -> EncodeFunction:
-        autoencoder = _load_autoencoder(self.part, device)
+        autoencoder = _load_autoencoder(self.component, device)
         shift, scale = autoencoder.config.shift_factor or 0.0, autoencoder.config.scaling_factor
 
         @torch.no_grad()
@@ -48,13 +48,13 @@ class SD3ImageEncoder(ImageEncoder):
         return encode
 
 
-def load_decoder(part: Component, device: torch.device, tile_pixels: int) -> DecodeFunction:
+def load_decoder(component: Component, device: torch.device, tile_pixels: int) -> DecodeFunction:
     """Reads the decoder; the returned function maps latents (B, C, H, W) to uint8 pixels (B, 3, 8H, 8W) on the CPU.
 
     Images with a side above `tile_pixels`, a multiple of 32, are decoded in overlapping tiles of that size, as in diffusers:
     norms and attention are computed per tile, and tiles are blended over a quarter of their side.
     """
-    autoencoder = _load_autoencoder(part, device)
+    autoencoder = _load_autoencoder(component, device)
     autoencoder.enable_tiling()
     autoencoder.tile_overlap_factor = TILE_OVERLAP
     autoencoder.tile_sample_min_size = tile_pixels
@@ -72,15 +72,15 @@ def load_decoder(part: Component, device: torch.device, tile_pixels: int) -> Dec
     return decode
 
 
-def _load_autoencoder(part: Component, device: torch.device) -> Any:
+def _load_autoencoder(component: Component, device: torch.device) -> Any:
     from diffusers import AutoencoderKL  # imported here: it takes seconds, and a run with a full cache does not need it
 
-    config = part.config if part.config is not None else native_config(part.tensors.shapes)
+    config = component.config if component.config is not None else native_config(component.tensors.shapes)
     with torch.device("meta"):
         autoencoder: Any = AutoencoderKL.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    file_names = names_in_files(part)
+    file_names = names_in_files(component)
     state = {}
     for name, parameter in autoencoder.state_dict().items():
-        state[name] = part.tensors.read_one(file_names[name], torch.float32).reshape(parameter.shape)
+        state[name] = component.tensors.read_one(file_names[name], torch.float32).reshape(parameter.shape)
     autoencoder.load_state_dict(state, assign=True)
     return autoencoder.eval().requires_grad_(False).to(device)

@@ -23,11 +23,11 @@ SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 NATIVE_NORM_GROUPS = 32
 
 
-def names_in_files(part: Component) -> dict[str, str]:
+def names_in_files(component: Component) -> dict[str, str]:
     """Returns AutoencoderKL's name of every tensor -> its name in the files."""
-    if part.config is None:
-        return native_names(native_config(part.tensors.shapes))
-    return {_newer_name(name): name for name in part.tensors.shapes}
+    if component.config is None:
+        return native_names(native_config(component.tensors.shapes))
+    return {_newer_name(name): name for name in component.tensors.shapes}
 
 
 _OLDER_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -96,45 +96,45 @@ def native_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 class _Shapes(dict[str, Shape]):
     """Native tensor name -> shape, added to by kind of module."""
 
-    def conv(self, name: str, inside: int, outside: int, size: int = 3) -> None:
-        self.update({f"{name}.weight": (outside, inside, size, size), f"{name}.bias": (outside,)})
+    def conv(self, name: str, in_channels: int, out_channels: int, size: int = 3) -> None:
+        self.update({f"{name}.weight": (out_channels, in_channels, size, size), f"{name}.bias": (out_channels,)})
 
     def norm(self, name: str, width: int) -> None:
         self.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
 
-    def resnet(self, name: str, inside: int, outside: int) -> None:
-        self.norm(f"{name}.norm1", inside)
-        self.conv(f"{name}.conv1", inside, outside)
-        self.norm(f"{name}.norm2", outside)
-        self.conv(f"{name}.conv2", outside, outside)
-        if inside != outside:
-            self.conv(f"{name}.nin_shortcut", inside, outside, 1)
+    def resnet(self, name: str, in_channels: int, out_channels: int) -> None:
+        self.norm(f"{name}.norm1", in_channels)
+        self.conv(f"{name}.conv1", in_channels, out_channels)
+        self.norm(f"{name}.norm2", out_channels)
+        self.conv(f"{name}.conv2", out_channels, out_channels)
+        if in_channels != out_channels:
+            self.conv(f"{name}.nin_shortcut", in_channels, out_channels, 1)
 
     def middle(self, name: str, width: int, has_attention: bool) -> None:
         for block in ("block_1", "block_2"):
             self.resnet(f"{name}.{block}", width, width)
         if has_attention:
             self.norm(f"{name}.attn_1.norm", width)
-            for part in ("q", "k", "v", "proj_out"):
-                self.conv(f"{name}.attn_1.{part}", width, width, 1)
+            for projection in ("q", "k", "v", "proj_out"):
+                self.conv(f"{name}.attn_1.{projection}", width, width, 1)
 
     def levels(self, name: str, widths: Mapping[int, int], num_blocks: int, step: str) -> None:
         """Adds all levels. widths: level -> width, in order of execution; step: name of the resampling between levels."""
-        inside = next(iter(widths.values()))
-        for place, (level, width) in enumerate(widths.items()):
+        in_channels = next(iter(widths.values()))
+        for position, (level, width) in enumerate(widths.items()):
             for index in range(num_blocks):
-                self.resnet(f"{name}.{level}.block.{index}", inside, width)
-                inside = width
-            if place < len(widths) - 1:
+                self.resnet(f"{name}.{level}.block.{index}", in_channels, width)
+                in_channels = width
+            if position < len(widths) - 1:
                 self.conv(f"{name}.{level}.{step}.conv", width, width)
 
 
 def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """Returns native tensor name -> shape of an autoencoder of this config."""
-    widths, latent, colours = config["block_out_channels"], config["latent_channels"], config["in_channels"]
+    widths, latent, image_channels = config["block_out_channels"], config["latent_channels"], config["in_channels"]
     first, last, num_blocks = widths[0], widths[-1], config["layers_per_block"]
     shapes = _Shapes()
-    shapes.conv("encoder.conv_in", colours, first)
+    shapes.conv("encoder.conv_in", image_channels, first)
     shapes.levels("encoder.down", dict(enumerate(widths)), num_blocks, "downsample")
     shapes.middle("encoder.mid", last, config["mid_block_add_attention"])
     shapes.norm("encoder.norm_out", last)
@@ -143,7 +143,7 @@ def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     shapes.middle("decoder.mid", last, config["mid_block_add_attention"])
     shapes.levels("decoder.up", dict(reversed(list(enumerate(widths)))), num_blocks + 1, "upsample")
     shapes.norm("decoder.norm_out", first)
-    shapes.conv("decoder.conv_out", first, colours)
+    shapes.conv("decoder.conv_out", first, image_channels)
     if config["use_quant_conv"]:
         shapes.conv("quant_conv", 2 * latent, 2 * latent, 1)
     if config["use_post_quant_conv"]:
@@ -154,13 +154,13 @@ def native_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 # --- checking and writing ----------------------------------------------------------------------------------------------
 
 
-def vae_errors(part: Component, num_channels: int | None) -> FileErrors:
+def vae_errors(component: Component, num_channels: int | None) -> FileErrors:
     """Returns the errors of the autoencoder's files; reads headers and config.json only.
 
     num_channels: latent channels of the network; None when it is not known.
     """
-    source, shapes = part.tensors.source, part.tensors.shapes
-    config = part.config
+    source, shapes = component.tensors.source, component.tensors.shapes
+    config = component.config
     if config is None:
         try:
             config = native_config(shapes)
@@ -168,9 +168,9 @@ def vae_errors(part: Component, num_channels: int | None) -> FileErrors:
             kind = describe_tensors(list(shapes))
             hint = "; set the path of its folder, which has its config.json" if "in diffusers' layout" in kind else ""
             return [("vae", f"{source} is {kind}, not a whole autoencoder with native keys: it {error}{hint}")]
-        lines = shape_errors(shapes, native_shapes(config)) + part.tensors.storage_errors()
+        lines = shape_errors(shapes, native_shapes(config)) + component.tensors.storage_errors()
     else:
-        lines = _folder_errors(part, config)
+        lines = _folder_errors(component, config)
     channels, widths = config.get("latent_channels"), config.get("block_out_channels")
     if num_channels is not None and channels not in (None, num_channels):
         return [("vae", f"{source} has {channels} latent channels, the network has {num_channels}")]
@@ -198,7 +198,7 @@ _OTHER_FAMILIES = {
 """scaling_factor -> the model family whose autoencoder has it."""
 
 
-def _folder_errors(part: Component, config: Mapping[str, Any]) -> list[str]:
+def _folder_errors(component: Component, config: Mapping[str, Any]) -> list[str]:
     """Returns one line for each setting that is not SD3's and each tensor that does not match the config."""
     needed = ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor")
     missing = [key for key in needed if config.get(key) is None]
@@ -211,8 +211,8 @@ def _folder_errors(part: Component, config: Mapping[str, Any]) -> list[str]:
         ]
     shapes = native_shapes({**_DEFAULTS, **config})
     expected = {name: shapes[native] for name, native in native_names(config).items()}
-    found = {_newer_name(name): _as_convolution(shape) for name, shape in part.tensors.shapes.items()}
-    return shape_errors(found, expected) + part.tensors.storage_errors()
+    found = {_newer_name(name): _as_convolution(shape) for name, shape in component.tensors.shapes.items()}
+    return shape_errors(found, expected) + component.tensors.storage_errors()
 
 
 def _as_convolution(shape: Shape) -> Shape:
@@ -220,39 +220,39 @@ def _as_convolution(shape: Shape) -> Shape:
     return (*shape, 1, 1) if len(shape) == 2 else shape
 
 
-def scale_notes(part: Component) -> list[str]:
+def scale_notes(component: Component) -> list[str]:
     """Returns remarks on latents that are scaled differently from SD3's."""
     released = {"scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
-    config = part.config if part.config is not None else released
+    config = component.config if component.config is not None else released
     return [
-        f"{part.tensors.source} has {key} {config.get(key)}; SD3's autoencoder has {value}"
+        f"{component.tensors.source} has {key} {config.get(key)}; SD3's autoencoder has {value}"
         for key, value in released.items()
         if config.get(key) != value
     ]
 
 
-def single_file_errors(part: Component) -> list[str]:
+def single_file_errors(component: Component) -> list[str]:
     """Returns one line for each setting that a single file, which has no config, cannot represent."""
-    if part.config is None:
+    if component.config is None:
         return []
     implied = {"norm_num_groups": NATIVE_NORM_GROUPS, "scaling_factor": SCALING_FACTOR, "shift_factor": SHIFT_FACTOR}
     return [
-        f"{part.tensors.source} has {key} {part.config.get(key)}; a single file always implies {value}"
+        f"{component.tensors.source} has {key} {component.config.get(key)}; a single file always implies {value}"
         for key, value in implied.items()
-        if part.config.get(key) != value
+        if component.config.get(key) != value
     ]
 
 
-def file_tensors(part: Component) -> list[FileTensor]:
+def file_tensors(component: Component) -> list[FileTensor]:
     """Returns the autoencoder's tensors as in a complete single file, float32."""
-    native = native_names(part.config if part.config is not None else native_config(part.tensors.shapes))
+    native = native_names(component.config if component.config is not None else native_config(component.tensors.shapes))
     tensors = []
-    for name, file_name in names_in_files(part).items():
-        shape = _as_convolution(part.tensors.shapes[file_name])
-        read = partial(_read_as, part, file_name, shape)
+    for name, file_name in names_in_files(component).items():
+        shape = _as_convolution(component.tensors.shapes[file_name])
+        read = partial(_read_as, component, file_name, shape)
         tensors.append(FileTensor(PREFIXES["vae"][0] + native[name], shape, read, torch.float32))
     return tensors
 
 
-def _read_as(part: Component, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
-    return part.tensors.read_one(name, dtype).reshape(shape)
+def _read_as(component: Component, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+    return component.tensors.read_one(name, dtype).reshape(shape)

@@ -9,9 +9,7 @@ from torch import Tensor
 from models.sd3.diffusers_names import diffusers_modules, swaps_halves
 from models.sd3.mmdit import MMDiT
 from models.sd3.variants import MMDiTConfig
-from models.shared import embedders
 from models.shared.attention import Attention
-from models.shared.position_table import crop_position_table
 from tests.models.sd3.diffusers_reference import convert_module, diffusers_network, relative_error, to_diffusers
 from tests.tiny_model import native_shapes, random_weights
 
@@ -161,29 +159,3 @@ def test_timesteps_keep_float32_precision_in_a_bfloat16_network() -> None:
     _, _, conditioning = network.embed(*inputs)
     assert torch.tensor(999.0).to(torch.bfloat16) == 1000
     assert relative_error(conditioning[0].float(), conditioning[1].float()) > 0.05
-
-
-def test_sinusoids_are_computed_in_float32_for_any_timestep_dtype() -> None:
-    whole = torch.tensor([0.0, 1.0, 256.0, 1000.0])  # exact in bfloat16
-    assert torch.equal(
-        embedders.sinusoidal_embedding(whole.to(torch.bfloat16), 256), embedders.sinusoidal_embedding(whole, 256)
-    )
-    assert torch.equal(embedders.sinusoidal_embedding(torch.zeros(1), 256), torch.tensor([[1.0] * 128 + [0.0] * 128]))
-
-
-def test_position_table_is_cropped_at_its_centre() -> None:
-    table = torch.arange(36.0).view(1, 36, 1)  # 6 x 6, row * 6 + column
-    crop = crop_position_table(table, rows=2, columns=4)
-    assert crop.flatten().tolist() == [13, 14, 15, 16, 19, 20, 21, 22]
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(7, 2), (2, 7)])
-def test_image_larger_than_the_position_table_is_refused(rows: int, columns: int) -> None:
-    with pytest.raises(ValueError, match="6 x 6"):
-        crop_position_table(torch.zeros(1, 36, 8), rows, columns)
-
-
-def test_unpatchify_puts_every_patch_in_its_place() -> None:
-    image = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
-    patches = image.view(2, 16, 3, 2, 5, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 15, 64)  # rows first; (p, q, C)
-    assert torch.equal(embedders.unpatchify(patches, 6, 10, patch_size=2), image)
