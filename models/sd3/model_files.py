@@ -48,7 +48,8 @@ class ModelFiles:
         settings = self.settings
         notes = vae_files.scale_notes(self.vae)
         notes += [
-            f"merged {file.path} into {len(file.shapes)} modules, strength {strength:g}" for file, strength in self.merges
+            f"merged into the network: {file.path} ({len(file.shapes)} modules, strength {strength:g})"
+            for file, strength in self.merges
         ]
         notes += [
             f"skipped {len(file.skipped_keys)} tensors for text encoders in {file.path}"

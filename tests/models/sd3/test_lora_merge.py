@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.sd3.family import SD3Family
 from models.sd3.layers import layer_prefix, num_layers
 from models.sd3.lora_export import diffusers_adapter, native_adapter
 from models.sd3.weights import NetworkFiles
 from models.tensor_files import open_file
+from tests.model_copies import settings_for
 from tests.models.sd3.diffusers_reference import relative_error, to_diffusers
 from tests.models.sd3.lora_cases import (
     CONFIG,
@@ -104,3 +106,17 @@ def test_both_formats_merge_into_a_network_with_diffusers_names(tmp_path: Path) 
         network.merge(opened(tmp_path / f"{index}", tensors), 1.0)
         found = layers_read(network, torch.float32)
         assert all(relative_error(found[name], expected[name]) <= TOLERANCE for name in WEIGHTS)
+
+
+def test_merged_adapters_and_skipped_keys_are_noted(tiny_model: Path, tmp_path: Path) -> None:
+    adapters = draw_adapters("lora")
+    text_encoder_keys = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(1)}
+    path = tmp_path / "adapter.safetensors"
+    save_file({**native_adapter(adapters), **text_encoder_keys}, path)
+    family = SD3Family.from_files(settings_for(tiny_model, merge_adapters=[{"path": path, "strength": 0.7}]))
+    assert family.notes == (
+        f"merged into the network: {path} ({len(MODULES)} modules, strength 0.7)",
+        f"skipped 1 tensors for text encoders in {path}",
+    )
+    assert family.network_files == (tiny_model / "mmdit.safetensors", path)
+    assert family.network_settings == {"merge strengths": [0.7]}
