@@ -1,4 +1,4 @@
-"""What the page on a dataset shows, gathered before any of it is put into HTML. Texts are as the user wrote them."""
+"""The content of the dataset page as data, before rendering. Texts are unescaped."""
 
 from __future__ import annotations
 
@@ -8,91 +8,91 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BucketFacts:
-    """One size that images are trained at. A showing is one place of an image in an epoch."""
+    """One bucket: a size at which images are trained."""
 
     name: str
-    """As "1024x1024"."""
+    """Such as "1024x1024"."""
     num_images: int
     shown_per_epoch: int
-    """Showings, repeats and fillers included."""
+    """Draws of its examples per epoch, repeats and fillers included."""
     num_fillers: int
-    """Of these, showings that only fill the last batch."""
+    """Draws that only fill the last batch."""
     num_enlarged: int
-    """Images that are smaller than the bucket."""
+    """Images that are smaller than the bucket and upscaled."""
 
     @property
     def num_repeats(self) -> int:
-        """Showings, other than fillers, of images that the epoch has shown before; 0 where some are not shown at all."""
+        """Draws, other than fillers, beyond the first of each image; 0 where an epoch does not use every image."""
         return max(0, self.shown_per_epoch - self.num_fillers - self.num_images)
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One image, small: as it is in its file, and as its latents have it."""
+    """One image twice: as in its file, and decoded from its cached latents."""
 
     image: str
-    """Its path."""
+    """Path of the file."""
     caption: str
     bucket: str
-    """Name of a bucket."""
+    """Name of its bucket."""
     width: int
-    """Of the original in pixels, as it is looked at."""
+    """Width of the original in pixels, after its EXIF rotation."""
     height: int
     crop: tuple[float, float, float, float]
-    """Left, top, right, bottom of what is trained on, as shares of the original from 0 to 1, before mirroring."""
+    """Left, top, right, bottom of the trained area as fractions of the original, from 0 to 1, before a flip."""
     original: bytes
     """A JPEG of the whole image."""
     encoded: bytes
-    """A JPEG of the decoded latents: of the crop only."""
+    """A JPEG of the decoded latents, which cover the crop only."""
     flipped: bool
 
 
 @dataclass(frozen=True)
 class CutCaption:
-    """A caption that is longer than an encoder reads."""
+    """A caption that exceeds the token limit of an encoder."""
 
     image: str
     """Path of the image."""
     kept: str
     cut: str
     num_tokens: int
-    """Of the whole caption."""
+    """Tokens of the whole caption."""
 
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """How long the captions are for one text encoder."""
+    """Caption lengths for one text encoder."""
 
     name: str
-    """As "t5xxl"."""
+    """Such as "t5xxl"."""
     max_tokens: int
     histogram: Sequence[tuple[int, int]]
-    """(number of tokens, number of captions of that length), in order of length."""
+    """(tokens, captions of that length), in order of length."""
     num_cut: int
     cut: Sequence[CutCaption]
-    """Some of the `num_cut`."""
+    """The first of the `num_cut` truncated captions."""
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """All that the page says. A list beside a `num_` of it may hold only some of them."""
+    """Everything on the page. A list with a `num_` counterpart may hold only the first entries."""
 
     title: str
     rows: Sequence[tuple[str, str]]
-    """The summary: what, and how much or which."""
+    """The summary: name and value."""
     buckets: Sequence[BucketFacts]
     thumbnails: Sequence[Thumbnail]
     encoders: Sequence[EncoderFacts]
     exposure: Sequence[tuple[float, int]]
-    """(showings of an image in an epoch, number of images), in order of showings."""
+    """(draws of an image per epoch, number of such images), in order of draws."""
     bad_files: Sequence[tuple[str, str]]
     """(path, reason)."""
     num_bad: int
-    left_out: Sequence[tuple[str, str]]
-    """(path, why) of usable files that are left out on purpose."""
-    num_left_out: int
+    skipped: Sequence[tuple[str, str]]
+    """(path, reason) of usable files that the configuration skips."""
+    num_skipped: int
     duplicates: Sequence[Sequence[str]]
-    """Groups of paths of equal content."""
+    """Groups of paths with equal content."""
     num_duplicates: int
-    """Groups in all."""
+    """The number of all groups."""
     warnings: Sequence[str]

@@ -1,6 +1,6 @@
-"""Gathers what the page on a dataset shows, out of tables and the cache; and lists in a file what was not used.
+"""Collects the content of the dataset page from the example table and the cache, and writes the list of skipped files.
 
-Numbers are of all images; images, cut captions and equal files are shown as examples. Nothing here knows HTML.
+Counts cover all images; images, truncated captions and duplicates are listed up to a limit. Nothing here knows HTML.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from models.family import LENGTH, DecodeFunction, ModelFamily
+from utils.console import format_bytes, print_line
 from utils.data.batches import BatchOrder
 from utils.data.cache.shards import SHARD_FILES
 from utils.data.cache.store import Store
 from utils.data.dataset import Dataset
 from utils.data.encoding.encoded import EncodedData
-from utils.data.encoding.plan import Wanted, wanted_captions
+from utils.data.encoding.plan import Wanted, required_captions
 from utils.data.examples import Example, ExampleTable
 from utils.data.sources.decoding import BadFile, read_thumbnail
 from utils.data.sources.image_files import ImageFile
@@ -28,21 +29,20 @@ from utils.files.atomic import write_text
 from utils.randomness import permutation
 from utils.report.dataset_facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts, Thumbnail
 from utils.report.dataset_page import render
-from utils.tracking.metrics import bytes_in_words, say
 
 DATASET_REPORT = "dataset_report.html"
 BAD_FILES = "bad_files.jsonl"
 NUM_THUMBNAILS = 48
 THUMBNAIL_PIXELS = 256
-"""Longest side of an image on the page."""
+"""Longest side of a thumbnail."""
 JPEG_QUALITY = 80
-NUM_CUT_SHOWN, NUM_DUPLICATES_SHOWN, NUM_FILES_SHOWN = 50, 300, 300
+MAX_CUT_CAPTIONS, MAX_DUPLICATES, MAX_FILES = 50, 300, 300
 MAX_SHOWN_IN_LOG = 20
 
 
 def write_bad_files(folder: Path, dataset: Dataset, unusable: Sequence[BadFile]) -> None:
-    """List every file that is not used in BAD_FILES, with its reason; no file when there is none. Says how many."""
-    entries = [("bad", bad) for bad in (*dataset.bad_files, *unusable)] + [("left out", bad) for bad in dataset.left_out]
+    """Writes every skipped file and the reason to BAD_FILES, and prints how many; removes the list when there are none."""
+    entries = [("bad", bad) for bad in (*dataset.bad_files, *unusable)] + [("skipped", bad) for bad in dataset.left_out]
     path = folder / BAD_FILES
     if not entries:
         path.unlink(missing_ok=True)
@@ -50,25 +50,27 @@ def write_bad_files(folder: Path, dataset: Dataset, unusable: Sequence[BadFile])
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"path": str(bad.path), "kind": kind, "reason": bad.reason}) for kind, bad in entries)
     write_text(path, "".join(f"{line}\n" for line in lines))
-    num_left_out = len(dataset.left_out)
-    say(f"{len(entries) - num_left_out} bad files, {num_left_out} left out on purpose; each with its reason in {path}")
+    num_skipped = len(dataset.left_out)
+    print_line(
+        f"{len(entries) - num_skipped} bad files, {num_skipped} skipped by configuration; listed with reasons in {path}"
+    )
 
 
 class Gatherer:
-    """Looks at one dataset as it will be trained."""
+    """Collects the facts of one dataset."""
 
     def __init__(
         self, family: ModelFamily, data: EncodedData, table: ExampleTable, order: BatchOrder, tile_pixels: int
     ) -> None:
-        """tile_pixels: as of `load_decoder`."""
+        """`tile_pixels`: see ModelFamily.load_decoder."""
         self._family, self._data, self._table, self._order = family, data, table, order
         self._tile_pixels = tile_pixels
-        self._captions = wanted_captions([table], ())
+        self._captions = required_captions([table], ())
 
     def facts(
         self, title: str, dataset: Dataset, bad_files: Sequence[BadFile], num_steps: int, device: torch.device
     ) -> DatasetFacts:
-        """Everything the page says."""
+        """The content of the page."""
         encoders = [self._encoder(encoder.name, encoder.num_tokens) for encoder in self._family.text_encoders]
         duplicates, num_duplicates = self._duplicates()
         return DatasetFacts(
@@ -78,10 +80,10 @@ class Gatherer:
             thumbnails=self._thumbnails(device),
             encoders=encoders,
             exposure=self._exposure(),
-            bad_files=[(str(bad.path), bad.reason) for bad in bad_files[:NUM_FILES_SHOWN]],
+            bad_files=[(str(bad.path), bad.reason) for bad in bad_files[:MAX_FILES]],
             num_bad=len(bad_files),
-            left_out=[(str(bad.path), bad.reason) for bad in dataset.left_out[:NUM_FILES_SHOWN]],
-            num_left_out=len(dataset.left_out),
+            skipped=[(str(bad.path), bad.reason) for bad in dataset.left_out[:MAX_FILES]],
+            num_skipped=len(dataset.left_out),
             duplicates=duplicates,
             num_duplicates=num_duplicates,
             warnings=dataset.warnings,
@@ -95,11 +97,11 @@ class Gatherer:
         total = sum(path.stat().st_size for path in folder.glob(f"*/*/{SHARD_FILES}"))
         return [
             ("images", f"{table.num_images:,} files"),
-            ("examples", f"{len(table):,}: each image at each resolution ({sizes})"),
-            ("captions", f"{len(np.unique(_as_numbers(self._captions.keys), axis=0)):,} different ones"),
-            ("an epoch", f"{order.steps_per_epoch:,} steps, {order.num_fillers:,} showings only fill batches"),
-            ("the run", f"{num_steps:,} steps: {epochs:,.2f} epochs"),
-            ("cache", f"{folder}: {bytes_in_words(total)}, all that is in it"),
+            ("examples", f"{len(table):,}: every image at every resolution ({sizes})"),
+            ("captions", f"{len(np.unique(_as_numbers(self._captions.keys), axis=0)):,} distinct"),
+            ("epoch", f"{order.steps_per_epoch:,} steps; {order.num_fillers:,} draws only fill batches"),
+            ("run", f"{num_steps:,} steps: {epochs:,.2f} epochs"),
+            ("cache", f"{folder}: {format_bytes(total)} in all"),
         ]
 
     def _buckets(self) -> list[BucketFacts]:
@@ -113,7 +115,7 @@ class Gatherer:
         return facts
 
     def _exposure(self) -> list[tuple[float, int]]:
-        """(Showings in an epoch on the average, number of images), fillers shared out evenly over their bucket."""
+        """(Mean draws per epoch, number of images), with fillers distributed evenly over their bucket."""
         table, showings = self._table, self._order.bucket_showings()
         factors = np.ones(len(table.buckets))
         for bucket, (shown, fillers) in showings.items():
@@ -124,7 +126,7 @@ class Gatherer:
         return [(float(value), int(count)) for value, count in zip(values, counts, strict=True)]
 
     def _duplicates(self) -> tuple[list[list[str]], int]:
-        """(Some groups of files of equal content, how many there are); one file under two names is no such group."""
+        """(The first groups of files with equal content, number of groups); two names of one file are not a group."""
         table = self._table
         images = np.unique(table.rows[:, 0])
         numbers = _as_numbers(table.images.content[images])
@@ -132,15 +134,15 @@ class Gatherer:
         repeated = np.flatnonzero(counts > 1)
         order = np.argsort(groups.reshape(-1), kind="stable")
         ends = np.cumsum(counts)
-        shown: list[list[str]] = []
+        listed: list[list[str]] = []
         num_groups = 0
         for group in repeated.tolist():
             members = images[order[ends[group] - counts[group] : ends[group]]]
             files = {_identity(file): str(file) for file in map(table.file, members.tolist())}
             num_groups += len(files) > 1
-            if len(files) > 1 and len(shown) < NUM_DUPLICATES_SHOWN:
-                shown.append(list(files.values()))
-        return shown, num_groups
+            if len(files) > 1 and len(listed) < MAX_DUPLICATES:
+                listed.append(list(files.values()))
+        return listed, num_groups
 
     # --- captions ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class Gatherer:
         values, counts = np.unique(lengths[:, 0], return_counts=True)
         is_cut = np.flatnonzero(lengths[:, 0] > max_tokens)
         cut = []
-        for place in is_cut[:NUM_CUT_SHOWN].tolist():
+        for place in is_cut[:MAX_CUT_CAPTIONS].tolist():
             _, row, variant = self._captions.items[place].tolist()
             tokens, characters = lengths[place].tolist()
             example = self._table[row]
@@ -161,7 +163,7 @@ class Gatherer:
     # --- images ----------------------------------------------------------------------------------------------------
 
     def _thumbnails(self, device: torch.device) -> list[Thumbnail]:
-        """Some images of each bucket, always the same ones."""
+        """A fixed selection of images of each bucket."""
         table = self._table
         chosen: list[int] = []
         buckets = list(table.bucket_counts())
@@ -171,12 +173,12 @@ class Gatherer:
             places = permutation(0, "thumbnails", str(bucket), length=len(members))[:each]
             chosen += np.sort(members[places]).tolist()
         decode = self._family.load_decoder(device, self._tile_pixels)
-        found = (self._thumbnail(table[row], decode, wants_flip=place % 2 == 1) for place, row in enumerate(chosen))
+        found = (self._thumbnail(table[row], decode, prefer_flipped=place % 2 == 1) for place, row in enumerate(chosen))
         return [thumbnail for thumbnail in found if thumbnail is not None]
 
-    def _thumbnail(self, example: Example, decode: DecodeFunction, *, wants_flip: bool) -> Thumbnail | None:
-        """None for a file that has gone since it was encoded. Mirrored, if it is wanted and ever trained on so."""
-        flipped = wants_flip and example.may_flip
+    def _thumbnail(self, example: Example, decode: DecodeFunction, *, prefer_flipped: bool) -> Thumbnail | None:
+        """None for a file that was removed after it was encoded. Flipped if that is wanted and the example may be."""
+        flipped = prefer_flipped and example.may_flip
         try:
             image, (width, height) = read_thumbnail(example.image, THUMBNAIL_PIXELS)
         except BadFile:
@@ -199,21 +201,21 @@ class Gatherer:
 
 
 def _identity(file: ImageFile) -> tuple[object, ...]:
-    """Equal for two names of one file."""
+    """A key that is equal for two names of one file."""
     try:
         status = file.path.stat()
     except OSError:
-        return (file,)  # it has gone since it was encoded
+        return (file,)  # removed after it was encoded
     return status.st_dev, status.st_ino, file.start
 
 
 def _as_numbers(keys: np.ndarray) -> np.ndarray:
-    """(n, 16) uint8 to (n, 2) uint64, which sort fast."""
+    """(n, 16) uint8 -> (n, 2) uint64, which sort faster."""
     return np.ascontiguousarray(keys).view("<u8")
 
 
 def _lengths(folder: Path, captions: Wanted) -> np.ndarray:
-    """Of each caption tokens, if it were not cut, and characters that are read: (n, 2)."""
+    """For each caption its number of tokens before truncation and the number of characters that are used: (n, 2)."""
     return Store(folder).column(captions.keys, LENGTH)
 
 
@@ -226,6 +228,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def write_page(folder: Path, facts: DatasetFacts) -> Path:
+    """Writes the page into the folder; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / DATASET_REPORT, render(facts))
     return folder / DATASET_REPORT

@@ -1,7 +1,7 @@
-"""The page on a dataset as it will be trained: how it is cut, what of it is read, what is shown how often, what is not used.
+"""The dataset page: crops, buckets, truncated captions, draws per epoch, duplicates and skipped files of a dataset.
 
-It is one file; images stand in it. What there is nothing of is left out, heading and all. Long lists are folded, very long
-ones shortened, and each says how much more there is.
+The page is one file with embedded images. Sections without content are omitted. Long lists are folded, very long ones
+shortened with the number of entries that are missing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_OPEN, MAX_LISTED = 10, 300
-"""Entries of a list that are seen at once, and those that are there when it is unfolded."""
+"""Entries of a list that are visible at first, and after unfolding."""
 MAX_OPEN_CAPTIONS = 3
 MAX_GROUP = 20
-"""Paths of one group of equal files."""
+"""Listed paths of one group of duplicates."""
 START_CHARACTERS, MAX_CHARACTERS = 180, 8000
-"""Of a caption: what is seen while it is folded, and what is there of a very long one."""
+"""Characters of a caption that are visible while it is folded, and at most."""
 MAX_HEIGHT_REM, MAX_RATIO = 17, 3.0
-"""Of the two images of a pair. Their widths are as their shapes, so that both are of one height; not so very wide ones."""
+"""Limits of the two images of a pair. Their widths follow their aspect ratios, so that both have one height."""
 
 _CSS = """
 :root { --box: #eef1f6; --first: #2f6fbd; --again: #cc5a14; --filler: #8a8a8a; --mark: #ffe3b8; }
@@ -73,7 +73,7 @@ mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--a
 
 
 def render(facts: DatasetFacts) -> str:
-    """The page. The same facts give the same text."""
+    """The HTML of the page; the same facts give the same text."""
     sections = [
         ("Summary", _warnings(facts.warnings) + table_of(facts.rows)),
         ("Buckets", _buckets(facts.buckets)),
@@ -81,7 +81,7 @@ def render(facts: DatasetFacts) -> str:
         ("Captions", "".join(_encoder(encoder) for encoder in facts.encoders)),
         ("Exposure", _exposure(facts.exposure)),
         ("Duplicates", _duplicates(facts.duplicates, facts.num_duplicates)),
-        ("Left out", _reasons(facts.left_out, facts.num_left_out, "that could be used and are not, on purpose")),
+        ("Skipped", _reasons(facts.skipped, facts.num_skipped, "skipped by configuration")),
         ("Bad files", _reasons(facts.bad_files, facts.num_bad, "that cannot be used")),
     ]
     return page(facts.title, sections, _CSS, contents=True)
@@ -95,9 +95,9 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _list(kind: str, items: Sequence[str], total: int, num_open: int = MAX_OPEN) -> str:
-    """The first entries (HTML each), the others folded, and how many more than these there are in all."""
-    seen, folded = _items(kind, items[:num_open]), items[num_open:]
-    parts = [seen]
+    """A list of HTML entries: the first visible, the others folded, and the number of entries beyond `items`."""
+    visible, folded = _items(kind, items[:num_open]), items[num_open:]
+    parts = [visible]
     if folded:
         parts.append(f'<details class="more"><summary>{len(folded):,} more</summary>{_items(kind, folded)}</details>')
     if total > len(items):
@@ -110,7 +110,7 @@ def _items(kind: str, items: Sequence[str]) -> str:
 
 
 def _long(start: str, whole: str) -> str:
-    """HTML of which only the start is seen until it is unfolded."""
+    """Folded HTML: only `start` is visible until it is unfolded."""
     return (
         f'<details class="long"><summary><span class="text" dir="auto">{start}</span></summary>'
         f'<div class="text" dir="auto">{whole}</div></details>'
@@ -137,15 +137,15 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 
 def _buckets(buckets: Sequence[BucketFacts]) -> str:
-    """A table of numbers, each row with a bar of the showings."""
+    """A table of counts with a bar of the draws per epoch in each row."""
     if not buckets:
         return ""
-    names = ["bucket", "images", "shown in an epoch", "repeats", "fillers", "enlarged", ""]
+    names = ["bucket", "images", "draws per epoch", "repeats", "fillers", "upscaled", ""]
     most = max(1, *(bucket.shown_per_epoch for bucket in buckets))
     rows = "".join(_bucket_row(bucket.name, _numbers(bucket), _bar(bucket, most)) for bucket in buckets)
     if len(buckets) > 1:
         rows += _bucket_row("all", [sum(column) for column in zip(*map(_numbers, buckets), strict=True)], "")
-    key = '<span><i></i>first showings</span><span><i class="again"></i>repeats</span>'
+    key = '<span><i></i>first draws</span><span><i class="again"></i>repeats</span>'
     return (
         '<div class="numbers" tabindex="0" role="region" aria-label="Table of buckets">'
         f'<table class="buckets">{header_row(names)}{rows}</table></div>'
@@ -163,7 +163,7 @@ def _bucket_row(name: str, numbers: Sequence[int], bar: str) -> str:
 
 
 def _bar(bucket: BucketFacts, most: int) -> str:
-    """Its length is the showings, against the bucket that has most."""
+    """A bar whose length is the draws per epoch relative to the largest bucket."""
     first = bucket.shown_per_epoch - bucket.num_repeats - bucket.num_fillers
     parts = [("first", first), ("again", bucket.num_repeats), ("filler", bucket.num_fillers)]
     pieces = "".join(f'<i class="{name}" style="width:{number / most:.3%}"></i>' for name, number in parts if number)
@@ -174,13 +174,13 @@ def _bar(bucket: BucketFacts, most: int) -> str:
 
 
 def _images(thumbnails: Sequence[Thumbnail], buckets: Sequence[BucketFacts]) -> str:
-    """The images of each bucket, in the order in which buckets come up."""
+    """The thumbnails of each bucket, in the order of their first one."""
     if not thumbnails:
         return ""
     in_all = {bucket.name: bucket.num_images for bucket in buckets}
     parts = [
-        '<p class="soft">Left: the whole image; what is trained on is in the frame. '
-        "Right: the same out of the cache, its latents decoded.</p>"
+        '<p class="soft">Left: the whole image; the frame shows the trained area. '
+        "Right: that area, decoded from the cached latents.</p>"
     ]
     for name in dict.fromkeys(thumbnail.bucket for thumbnail in thumbnails):
         cards = [_card(thumbnail) for thumbnail in thumbnails if thumbnail.bucket == name]
@@ -201,30 +201,30 @@ def _card(thumbnail: Thumbnail) -> str:
         f'<figure class="card"><div class="pair" style="max-width:{MAX_HEIGHT_REM * sum(ratios) + 0.3:.2f}rem">'
         f'<div style="flex:{100 * ratios[0]:.2f} 1 0">{whole}<div class="crop" style="{box}"></div></div>'
         f'<div style="flex:{100 * ratios[1]:.2f} 1 0">{encoded}</div></div>'
-        f"<figcaption><bdi>{html_of(thumbnail.image)}</bdi><div>{_told(thumbnail)}</div>{_text(thumbnail.caption)}"
+        f"<figcaption><bdi>{html_of(thumbnail.image)}</bdi><div>{_crop_text(thumbnail)}</div>{_text(thumbnail.caption)}"
         "</figcaption></figure>"
     )
 
 
 def _image(jpeg: bytes, name: str, size: tuple[float, float]) -> str:
-    """The size is there so that the page does not jump; only its shape counts."""
+    """An <img> with its aspect ratio, so that the layout does not shift while images load."""
     width, height = (max(1, round(side)) for side in size)
     source = f"data:image/jpeg;base64,{b64encode(jpeg).decode()}"
     return f'<img src="{source}" alt="{html_of(name)}" width="{width}" height="{height}">'
 
 
-def _told(thumbnail: Thumbnail) -> str:
+def _crop_text(thumbnail: Thumbnail) -> str:
     left, top, right, bottom = thumbnail.crop
     cut = 1 - (right - left) * (bottom - top)
     words = "nothing" if cut < 1e-4 else "less than 1%" if cut < 0.01 else f"{cut:.0%}"
-    return f"{thumbnail.width}x{thumbnail.height}, {words} cut off{', flipped' if thumbnail.flipped else ''}"
+    return f"{thumbnail.width}x{thumbnail.height}, {words} cropped{', flipped' if thumbnail.flipped else ''}"
 
 
 # --- captions ----------------------------------------------------------------------------------------------------------
 
 
 def _encoder(encoder: EncoderFacts) -> str:
-    """How long captions are for one encoder, and those that are too long for it."""
+    """The caption lengths for one encoder, and the captions that it truncates."""
     num_captions = sum(count for _, count in encoder.histogram)
     if not num_captions:
         return ""
@@ -234,7 +234,7 @@ def _encoder(encoder: EncoderFacts) -> str:
         items = [_cut_caption(caption) for caption in encoder.cut[:MAX_LISTED]]
         beside = (
             f'<div class="beside"><p>{encoder.num_cut:,} of {_counted(num_captions, "caption")} {verb} longer than the '
-            f"{encoder.max_tokens} tokens that are read. What is <mark>marked</mark> is cut off.</p>"
+            f"limit of {encoder.max_tokens} tokens. The <mark>marked</mark> text is truncated.</p>"
             f"{_list('texts', items, encoder.num_cut, MAX_OPEN_CAPTIONS)}</div>"
         )
     return f'<h3>{html_of(encoder.name)}</h3><div class="side">{_token_plot(encoder)}{beside}</div>'
@@ -247,42 +247,42 @@ def _token_plot(encoder: EncoderFacts) -> str:
         return plots.token_figure(encoder.histogram, encoder.max_tokens)
 
     longest = max(tokens for tokens, count in encoder.histogram if count)
-    fits = "" if encoder.num_cut else " Every caption is read to its end."
+    fits = "" if encoder.num_cut else " No caption is truncated."
     return plot_figure(f"captions by tokens of {encoder.name}", f"The longest has {_counted(longest, 'token')}.{fits}", draw)
 
 
 def _cut_caption(caption: CutCaption) -> str:
-    """Folded, a long one is seen around its cut."""
+    """A truncated caption; a long one is folded around the point of truncation."""
     kept, cut = caption.kept, caption.cut
-    about = f'<div class="soft"><bdi>{html_of(caption.image)}</bdi>, {_counted(caption.num_tokens, "token")}</div>'
+    heading = f'<div class="soft"><bdi>{html_of(caption.image)}</bdi>, {_counted(caption.num_tokens, "token")}</div>'
     if len(kept) + len(cut) <= 2 * START_CHARACTERS:
-        return f'{about}<div class="text" dir="auto">{html_of(kept)}<mark>{html_of(cut)}</mark></div>'
+        return f'{heading}<div class="text" dir="auto">{html_of(kept)}<mark>{html_of(cut)}</mark></div>'
     half = START_CHARACTERS // 2
     before, behind = ("…" if len(kept) > half else ""), ("…" if len(cut) > half else "")
     start = f"{before}{html_of(kept[-half:])}<mark>{html_of(cut[:half])}</mark>{behind}"
-    return about + _long(start, f"{_shortened(kept)}<mark>{_shortened(cut)}</mark>")
+    return heading + _long(start, f"{_shortened(kept)}<mark>{_shortened(cut)}</mark>")
 
 
 # --- exposure and files ------------------------------------------------------------------------------------------------
 
 
 def _exposure(exposure: Sequence[tuple[float, int]]) -> str:
-    """A sentence, and a plot where images differ."""
-    exposure = [(showings, count) for showings, count in exposure if count]
+    """The draws per epoch: one sentence, and a plot where images differ."""
+    exposure = [(draws, count) for draws, count in exposure if count]
     if not exposure:
         return ""
     least, most = exposure[0][0], exposure[-1][0]
     if least == most:
-        return f"<p>An epoch shows every image {_times(most)}.</p>"
-    mean = sum(showings * count for showings, count in exposure) / sum(count for _, count in exposure)
+        return f"<p>Every image is used {_times(most)} per epoch.</p>"
+    mean = sum(draws * count for draws, count in exposure) / sum(count for _, count in exposure)
 
     def draw() -> Figure:
         from utils.report import plots
 
         return plots.exposure_figure(exposure)
 
-    caption = f"From {round(least, 2):g} to {_times(most)}, {mean:.2f} times in the mean."
-    return plot_figure("images by showings in an epoch", caption, draw)
+    caption = f"From {round(least, 2):g} to {_times(most)} per epoch, {mean:.2f} on average."
+    return plot_figure("images by uses per epoch", caption, draw)
 
 
 def _times(number: float) -> str:
@@ -293,7 +293,7 @@ def _duplicates(groups: Sequence[Sequence[str]], total: int) -> str:
     if not total:
         return ""
     items = [f'<span class="soft">{_counted(len(group), "file")}</span>{_group(group)}' for group in groups[:MAX_LISTED]]
-    return f"<p>{_counted(total, 'group')} of files of equal content.</p>{_list('group', items, total)}"
+    return f"<p>{_counted(total, 'group')} of files with equal content.</p>{_list('group', items, total)}"
 
 
 def _group(paths: Sequence[str]) -> str:

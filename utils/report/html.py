@@ -1,7 +1,7 @@
-"""What the program's HTML pages share: one file that needs no network, no script and no other program, dark or light as
-the reader has it, and as wide as a phone. Plots stand in the page itself.
+"""Building blocks of the program's HTML pages.
 
-Texts come from users. `html_of` alone puts them into HTML; whatever else takes a text calls it.
+A page is a single file without scripts and without references to the network. It follows the reader's light or dark mode
+and fits a phone. Plots are embedded as SVG. Texts come from users: every text is escaped by `html_of`.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ figure { margin: 0; }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 40rem; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; color: var(--ink); display: block; }
 """
-# Control characters, those that turn the direction of what follows, and the stand-ins for bytes of a path that are no UTF-8.
-_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, marks that change the writing direction, and surrogates (bytes of a path that are not UTF-8).
+_INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def html_of(text: str) -> str:
-    """A user's text as HTML, in an element or in a quoted attribute. What would not be seen is written as \\u202e."""
-    return escape(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    """A user's text as HTML, for an element or a quoted attribute. Invisible characters are written as \\u202e."""
+    return escape(_INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def page(title: str, sections: Sequence[tuple[str, str]], css: str, *, contents: bool = False) -> str:
-    """The page of (heading, HTML) sections; one without HTML is left out. `contents`: the headings at the top, as links."""
-    there = [(heading, content) for heading, content in sections if content]
-    body = "".join(_section(heading, content, _anchor(heading) if contents else "") for heading, content in there)
-    links = "".join(f'<a href="#{_anchor(heading)}">{html_of(heading)}</a> ' for heading, _ in there)
-    navigation = f'<nav aria-label="Sections">{links}</nav>\n' if contents and there else ""
+    """A user's text as HTML, for an element or a quoted attribute. Invisible characters become escapes such as \\u202e."""
+    present = [(heading, content) for heading, content in sections if content]
+    body = "".join(_section(heading, content, _anchor(heading) if contents else "") for heading, content in present)
+    links = "".join(f'<a href="#{_anchor(heading)}">{html_of(heading)}</a> ' for heading, _ in present)
+    navigation = f'<nav aria-label="Sections">{links}</nav>\n' if contents and present else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -69,28 +69,28 @@ def _anchor(heading: str) -> str:
 
 
 def table_of(rows: Rows) -> str:
-    """Names and texts, side by side; nothing where there are none."""
+    """A table of names and texts; empty without rows."""
     if not rows:
         return ""
     return '<table class="rows">' + "".join(table_row([name, text]) for name, text in rows) + "</table>"
 
 
 def table_row(cells: Sequence[str]) -> str:
-    """A row of a table, its first cell the name of the others."""
+    """A table row; its first cell is a row header."""
     others = "".join(f"<td>{html_of(cell)}</td>" for cell in cells[1:])
     return f'<tr><th scope="row">{html_of(cells[0])}</th>{others}</tr>'
 
 
 def header_row(cells: Sequence[str]) -> str:
-    """The row that names the columns; one without a name is no header."""
+    """A row of column headers; a cell without text is an ordinary cell."""
     return "<tr>" + "".join(f'<th scope="col">{html_of(cell)}</th>' if cell else "<td></td>" for cell in cells) + "</tr>"
 
 
 def plot_figure(name: str, caption: str, draw: Callable[[], Figure]) -> str:
-    """A figure with what is to be said of it below. `name` is what a screen reader says, and is one figure's in a page."""
-    from utils.report import plots  # here: matplotlib takes a second to import
+    """A plot with its caption. `name` is its label for screen readers and must be unique within a page."""
+    from utils.report import plots  # imported here: matplotlib takes a second
 
-    # The colour of the page's own letters, so that a dark page has light ones.
+    # The page's own text colour, which is light on a dark page.
     svg = plots.as_svg(name, draw).replace(plots.INK, "currentColor")
     below = f"<figcaption>{html_of(caption)}</figcaption>" if caption else ""
     named = svg.replace("<svg ", f'<svg role="img" aria-label="{html_of(name)}" ', 1)

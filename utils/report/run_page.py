@@ -1,7 +1,7 @@
-"""The run's report: report.html in the run folder, one page that needs no network, no script and no other program.
+"""The run page, report.html in the run folder: objective, loss, evaluations and previews of a run.
 
-Plots stand in the page itself; preview images are linked where they lie beside it. The page is made anew from the run
-folder's files each time. What there is nothing of is left out, heading and all.
+The page is rebuilt from the files of the run folder each time. Plots are embedded; preview images are linked. Sections
+without content are omitted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT = "report.html"
-# As log.py, evaluate.py and sampling.py name them; those import DeepSpeed. A test compares.
+# The names used by tracking, evaluation and previews, which import DeepSpeed; a test compares them.
 METRICS, EVALUATIONS, SAMPLES, LISTING = "metrics.jsonl", "evaluations.jsonl", "samples", "prompts.json"
 NUM_POINTS = 161
 
@@ -34,12 +34,12 @@ _CSS = """
 
 
 def write_report(folder: Path, summary: Rows, objective_rows: Rows, objective: Objective) -> None:
-    """Write the page anew from the run folder's files and these rows. Rank 0 only."""
+    """Writes the page from the files of the run folder and these rows. Rank 0 only."""
     write_text(folder / REPORT, render(folder, summary, objective_rows, objective))
 
 
 def render(folder: Path, summary: Rows, objective_rows: Rows, objective: Objective) -> str:
-    """The page."""
+    """The HTML of the page."""
     sections = [
         ("Run", table_of(summary)),
         ("Objective", _objective_section(objective_rows, objective)),
@@ -60,7 +60,7 @@ def _objective_section(rows: Rows, objective: Objective) -> str:
         config = objective.config
         t, density = objective.sampler(config.discrete_flow_shift).density_nodes(NUM_POINTS)
         weight = None if config.weighting_scheme == "none" else objective.weight_at(t, config.discrete_flow_shift)
-        title = f"How much it counts: weight {config.weighting_scheme}"
+        title = f"Loss weight: {config.weighting_scheme}"
         return plots.objective_figure(t, density, config.discrete_flow_shift, weight, title)
 
     plot = plot_figure("objective", _objective_caption(objective), draw)
@@ -68,20 +68,22 @@ def _objective_section(rows: Rows, objective: Objective) -> str:
 
 
 def _objective_caption(objective: Objective) -> str:
-    """What the plots do not say."""
+    """The facts that the plots do not show."""
     config = objective.config
     sentences = []
     if config.weighting_scheme == "none":
-        sentences.append("Every time that is drawn counts alike.")
+        sentences.append("All values of t have equal weight.")
     elif config.weighting_by == "loss":
         sentences.append("The loss is multiplied by the weight at its t.")
     else:
         mean = objective.sampler(config.discrete_flow_shift).mean_weight
-        sentences.append(f"The weight is in the density already; the loss is multiplied by the weight's mean, {mean:.4g}.")
+        sentences.append(f"The density includes the weight; the loss is multiplied by the mean weight, {mean:.4g}.")
     if config.model_prediction_type == "sigma_scaled":
-        sentences.append("Errors are those of the clean latents: sigma times those of the velocity.")
+        sentences.append("The loss is computed on the clean latents, whose error is sigma times that of the velocity.")
     if config.shift_resolution is not None:
-        sentences.append(f"At {config.shift_resolution}x{config.shift_resolution}; other sizes have another shift.")
+        sentences.append(
+            f"Shown for {config.shift_resolution}x{config.shift_resolution} pixels; other sizes have other shifts."
+        )
     return " ".join(sentences)
 
 
@@ -89,7 +91,7 @@ def _objective_caption(objective: Objective) -> str:
 
 
 def _read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of metrics.jsonl, up to one that is being written."""
+    """The entries of metrics.jsonl, up to a line that is still being written."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -111,14 +113,14 @@ def _loss_section(path: Path) -> str:
         return plots.loss_figure(*zip(*entries, strict=True))
 
     step, _, smoothed = entries[-1]
-    return plot_figure("loss", f"After step {step}: {smoothed:.5f}, smoothed.", draw)
+    return plot_figure("loss", f"Smoothed loss after step {step}: {smoothed:.5f}.", draw)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
 
 
 def _evaluation_section(results: Sequence[EvaluationResult]) -> str:
-    """The course of those that can be compared with the last, and the last one's table."""
+    """A plot of the evaluations that are comparable with the last one, and the table of the last one."""
     if not results:
         return ""
     last = results[-1]
@@ -162,21 +164,21 @@ def _evaluation_table(result: EvaluationResult) -> str:
 
 
 def _read_listings(parent: Path) -> dict[int, list[dict[str, Any]]]:
-    """Step -> entries of its prompts.json, of the images that are there, in order of steps."""
+    """Step -> entries of its prompts.json whose images exist, in order of steps."""
     listings: dict[int, list[dict[str, Any]]] = {}
     for path in sorted(parent.glob(f"step_*/{LISTING}")):
         try:
             step, entries = int(path.parent.name.removeprefix("step_")), json.loads(path.read_text(encoding="utf-8"))
-            there = [entry for entry in entries if (path.parent / entry["file"]).is_file()]
-        except (OSError, ValueError):  # someone has tidied up
+            present = [entry for entry in entries if (path.parent / entry["file"]).is_file()]
+        except (OSError, ValueError):  # files were deleted by hand
             continue
-        if there:
-            listings[step] = there
+        if present:
+            listings[step] = present
     return dict(sorted(listings.items()))
 
 
 def _previews_section(folder: Path) -> str:
-    """Each prompt's newest image, beside that of step 0 with the same settings."""
+    """The newest image of each prompt, beside that of step 0 with the same settings."""
     listings = _read_listings(folder / SAMPLES)
     if not listings:
         return ""
@@ -190,9 +192,9 @@ def _previews_section(folder: Path) -> str:
 
 
 def _preview(images: Sequence[tuple[int, dict[str, Any]]]) -> str:
-    """One prompt: (step, entry) of each image, the newest last."""
+    """The images of one prompt, as (step, entry), the newest last."""
     entry = images[-1][1]
-    links = "".join(_image(step, shown) for step, shown in images)
+    links = "".join(_image(step, listed) for step, listed in images)
     settings = [
         f"{key.replace('_', ' ')} {value}" for key, value in entry.items() if key not in ("prompt", "file") and value != ""
     ]

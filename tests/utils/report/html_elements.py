@@ -1,4 +1,4 @@
-"""Pages of the program, taken apart."""
+"""HTML pages as elements and text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """A page's elements and words; fails where elements are not balanced or an attribute is there twice."""
+    """Elements and text of a page; fails on unbalanced elements and repeated attributes."""
 
     void = frozenset(("meta", "img"))
-    """Elements that have no end."""
+    """Elements without an end tag."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

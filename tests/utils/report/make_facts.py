@@ -1,4 +1,4 @@
-"""Facts of a dataset that never was, with drawn images: a usual one, and one whose every text means harm."""
+"""Facts of invented datasets with generated images: an ordinary one, and one whose texts try to break the page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jpeg(image: Image.Image, side: int = 256) -> bytes:
 
 
 def drawn(width: int, height: int, number: int) -> Image.Image:
-    """A hill, a sun and a grid, so that a crop can be told by eye."""
+    """A hill, a sun and a grid, so that a crop is recognisable."""
     image = Image.new("RGB", (width, height), (120 + 12 * (number % 8), 170, 235 - 20 * (number % 6)))
     pen = ImageDraw.Draw(image)
     hill = [(x, height * (0.62 + 0.14 * math.sin(4 * x / width + number))) for x in range(0, width + 20, 20)]
@@ -35,19 +35,19 @@ def drawn(width: int, height: int, number: int) -> Image.Image:
     radius = min(width, height) / 8
     centre = (width * (0.25 + 0.1 * (number % 6)), height * 0.28)
     pen.ellipse([centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius], fill=(250, 220, 120))
-    for share in (0.25, 0.5, 0.75):
-        pen.line([(width * share, 0), (width * share, height)], fill=(255, 255, 255), width=3)
+    for fraction in (0.25, 0.5, 0.75):
+        pen.line([(width * fraction, 0), (width * fraction, height)], fill=(255, 255, 255), width=3)
     return image
 
 
 def make_thumbnail(number: int, bucket: str, size: tuple[int, int], caption: str, flipped: bool = False) -> Thumbnail:
-    """An image cut to its bucket as the trainer cuts it."""
+    """An image with the crop that the trainer would use."""
     width, height = size
     box = crop_box(width, height, Bucket(*map(int, bucket.split("x"))))
     left, top = box.left / box.resized_width, box.top / box.resized_height
     crop = (left, top, left + box.bucket.width / box.resized_width, top + box.bucket.height / box.resized_height)
     whole = drawn(width, height, number)
-    x0, y0, x1, y1 = (round(share * side) for share, side in zip(crop, (width, height, width, height), strict=True))
+    x0, y0, x1, y1 = (round(fraction * side) for fraction, side in zip(crop, (width, height, width, height), strict=True))
     cut = whole.crop((x0, y0, x1, y1))
     encoded = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else cut
     name = f"landscapes/2024/hill_{number:03d}.jpg"
@@ -55,7 +55,7 @@ def make_thumbnail(number: int, bucket: str, size: tuple[int, int], caption: str
 
 
 def make_encoder(name: str, max_tokens: int, middle: int, num_cut: int) -> EncoderFacts:
-    """Captions of about `middle` tokens."""
+    """Captions with about `middle` tokens."""
     bell = {tokens: round(90 * math.exp(-((3 * tokens / middle - 3) ** 2))) for tokens in range(3, 3 * middle)}
     kept = "a photograph of a hill in the morning, seen from the road below, with a pale sun over it and a few sheep " * 3
     cut = [
@@ -87,16 +87,16 @@ def usual_facts(per_bucket: int = 3) -> DatasetFacts:
         exposure=[(1.0, 1100), (2.0, 309), (5.3333, 3)],
         bad_files=[("landscapes/broken.jpg", "is cut off"), ("landscapes/empty.png", "is empty (0 bytes)")],
         num_bad=2,
-        left_out=[(f"landscapes/tiny_{index}.png", "is smaller than min_pixels: 200x180") for index in range(14)],
-        num_left_out=31,
+        skipped=[(f"landscapes/tiny_{index}.png", "is smaller than min_pixels: 200x180") for index in range(14)],
+        num_skipped=31,
         duplicates=[["landscapes/a.jpg", "landscapes/copy of a.jpg"], ["b.png", "c.png", "d.png"]],
         num_duplicates=2,
-        warnings=["Bucket 1536x640 has 3 images for a global batch of 16: each is shown 5 times an epoch or more."],
+        warnings=["Bucket 1536x640 has 3 images for a global batch of 16: each is used 5 times per epoch or more."],
     )
 
 
 def hostile_facts() -> DatasetFacts:
-    """The usual ones with texts that are to break the page, and very many of them."""
+    """The ordinary facts with very many texts that try to break the page."""
     facts = usual_facts(per_bucket=1)
     texts = [ATTACK, TURNED, UNBROKEN, "\x00\x1b[31m\udce9", ATTACK + UNBROKEN]
     shapes = [("1024x64", (3000, 100)), ("64x1024", (60, 1900)), *[("1024x1024", (900, 400))] * 2, ("640x1536", (900, 400))]
@@ -115,8 +115,8 @@ def hostile_facts() -> DatasetFacts:
         exposure=[(1 + index / 7, 1 + index % 5) for index in range(500)],
         bad_files=[(text + str(index), text) for index in range(2_000) for text in texts],
         num_bad=10_000,
-        left_out=[(text, text) for text in texts],
-        num_left_out=5,
+        skipped=[(text, text) for text in texts],
+        num_skipped=5,
         duplicates=[texts, [f"copy {index}" for index in range(5_000)]],
         num_duplicates=4_321,
         warnings=texts,

@@ -1,4 +1,4 @@
-"""The page on a dataset in a browser: at a phone's width and a screen's, with usual texts and with such as mean harm."""
+"""The dataset page in a browser, at the width of a phone and of a screen, with ordinary and with hostile texts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
 
-HEADINGS = ["Summary", "Buckets", "Images", "Captions", "Exposure", "Duplicates", "Left out", "Bad files"]
+HEADINGS = ["Summary", "Buckets", "Images", "Captions", "Exposure", "Duplicates", "Skipped", "Bad files"]
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
 FACTS: dict[str, DatasetFacts] = {"usual": usual_facts(), "hostile": hostile_facts()}
 PHONE, SCREEN = 360, 1280
-SMALLEST_LETTERS = """
+SMALLEST_TEXT = """
 const hasWords = element => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
 const sizes = [...document.body.querySelectorAll('*')]
     .filter(element => !element.closest('svg') && hasWords(element))
@@ -41,14 +41,14 @@ return [...document.querySelectorAll('.pair')].map(pair => ({
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One for all tests of the file. It keeps a log of what it says and of what it asks for."""
+    """One browser for all tests of the file, with logs of its console and its requests."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SE_OFFLINE", "true")  # selenium is not to look for a driver elsewhere
+        patch.setenv("SE_OFFLINE", "true")  # keeps selenium from downloading a driver
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
@@ -74,7 +74,7 @@ def open_page(browser: Any, path: Path, width: int = SCREEN, scheme: str = "ligh
 
 
 def requests(browser: Any) -> list[str]:
-    """Addresses that were asked for since the page was opened."""
+    """Addresses requested since the page was opened."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
@@ -87,7 +87,7 @@ both = pytest.mark.parametrize("name", FACTS)
 widths = pytest.mark.parametrize("width", [PHONE, SCREEN])
 
 
-def test_a_page_that_asks_for_more_would_be_caught(browser: Any, tmp_path: Path) -> None:
+def test_requests_of_a_page_are_detected(browser: Any, tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text('<img src="http://127.0.0.1:9/a.png"><script>boom()</script><p style="width:2000px">wide')
     open_page(browser, bad)
@@ -97,7 +97,7 @@ def test_a_page_that_asks_for_more_would_be_caught(browser: Any, tmp_path: Path)
 
 
 @both
-def test_the_page_asks_for_nothing_and_complains_of_nothing(browser: Any, pages: dict[str, Path], name: str) -> None:
+def test_page_requests_nothing_and_logs_no_error(browser: Any, pages: dict[str, Path], name: str) -> None:
     open_page(browser, pages[name])
     browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert browser.get_log("browser") == []
@@ -108,7 +108,7 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(browser: Any, pages:
 
 @both
 @widths
-def test_the_page_is_no_wider_than_the_window(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
+def test_page_fits_the_width_of_the_window(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
     open_page(browser, pages[name], width)
     assert browser.execute_script("return innerWidth") == width
     assert not is_wider_than_the_window(browser)
@@ -117,7 +117,7 @@ def test_the_page_is_no_wider_than_the_window(browser: Any, pages: dict[str, Pat
 
 
 @both
-def test_every_section_and_image_is_seen(browser: Any, pages: dict[str, Path], name: str) -> None:
+def test_every_section_and_image_is_visible(browser: Any, pages: dict[str, Path], name: str) -> None:
     open_page(browser, pages[name])
     seen = "return [...document.querySelectorAll('h2')].filter(one => one.checkVisibility()).map(one => one.innerText)"
     assert browser.execute_script(seen) == HEADINGS
@@ -127,7 +127,7 @@ def test_every_section_and_image_is_seen(browser: Any, pages: dict[str, Path], n
 
 @both
 @widths
-def test_the_frame_is_where_the_crop_is(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
+def test_frame_marks_the_crop(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
     open_page(browser, pages[name], width)
     pairs = browser.execute_script(PAIRS)
     thumbnails = FACTS[name].thumbnails
@@ -135,14 +135,14 @@ def test_the_frame_is_where_the_crop_is(browser: Any, pages: dict[str, Path], na
     in_order = sorted(thumbnails, key=lambda image: buckets.index(image.bucket))
     for thumbnail, pair in zip(in_order, pairs, strict=True):
         left, top, right, bottom = pair["images"][0]
-        shares = thumbnail.crop
-        wanted = [left + shares[0] * (right - left), top + shares[1] * (bottom - top)]
-        wanted += [left + shares[2] * (right - left), top + shares[3] * (bottom - top)]
+        fractions = thumbnail.crop
+        wanted = [left + fractions[0] * (right - left), top + fractions[1] * (bottom - top)]
+        wanted += [left + fractions[2] * (right - left), top + fractions[3] * (bottom - top)]
         assert pair["crop"] == pytest.approx(wanted, abs=1.5)
 
 
 @widths
-def test_both_images_of_a_pair_are_of_one_height_and_beside_each_other(
+def test_both_images_of_a_pair_have_one_height_and_are_side_by_side(
     browser: Any, pages: dict[str, Path], width: int
 ) -> None:
     open_page(browser, pages["usual"], width)
@@ -154,12 +154,12 @@ def test_both_images_of_a_pair_are_of_one_height_and_beside_each_other(
 
 @both
 @widths
-def test_letters_are_large_enough(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
+def test_text_is_large_enough(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
     open_page(browser, pages[name], width)
-    assert browser.execute_script(SMALLEST_LETTERS) >= 12
+    assert browser.execute_script(SMALLEST_TEXT) >= 12
 
 
-def test_the_page_is_as_dark_as_the_reader_has_it(browser: Any, pages: dict[str, Path]) -> None:
+def test_page_follows_the_colour_scheme_of_the_reader(browser: Any, pages: dict[str, Path]) -> None:
     grounds = []
     for scheme in ("light", "dark"):
         open_page(browser, pages["usual"], scheme=scheme)
@@ -167,7 +167,7 @@ def test_the_page_is_as_dark_as_the_reader_has_it(browser: Any, pages: dict[str,
     assert grounds == ["rgb(255, 255, 255)", "rgb(22, 24, 28)"]
 
 
-def test_a_long_caption_unfolds_without_a_script(browser: Any, pages: dict[str, Path]) -> None:
+def test_long_caption_unfolds_without_a_script(browser: Any, pages: dict[str, Path]) -> None:
     open_page(browser, pages["usual"])
     part = browser.find_element("css selector", "details.long")
     whole, start = part.find_element("css selector", "div.text"), part.find_element("css selector", "summary span")

@@ -1,4 +1,4 @@
-"""What the page on a dataset tells, against the dataset counted by hand."""
+"""The facts of the dataset page against counts made independently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.utils.data.image_makers import noise, quarters, read_pixels, save
 from utils.data.batches import BatchOrder
 from utils.data.buckets import Bucket
 from utils.data.dataset import Dataset
-from utils.data.encoding.precompute import Cached
+from utils.data.encoding.precompute import CachedDataset
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
 from utils.report.dataset_facts import DatasetFacts
@@ -29,7 +29,7 @@ BATCH = 3
 
 
 class Desk:
-    """Gathers facts on the dataset of a workshop."""
+    """Collects the facts of a small dataset on disk."""
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop, self.images = workshop, workshop.images
@@ -37,7 +37,7 @@ class Desk:
         self.order: BatchOrder
 
     def gather(self, **changes: Any) -> DatasetFacts:
-        cached: Cached = self.workshop.run(self.adapter, **changes)
+        cached: CachedDataset = self.workshop.run(self.adapter, **changes)
         (table,), dataset = cached.tables, self.workshop.scan(**changes)
         self.order = BatchOrder(table, BATCH, 0)
         any_adapter: Any = self.adapter
@@ -54,7 +54,7 @@ def desk(tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> D
 # --- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def test_buckets_tell_images_showings_and_what_is_enlarged(desk: Desk) -> None:
+def test_buckets_count_images_draws_and_upscaled_images(desk: Desk) -> None:
     facts = desk.gather(resolutions=[32, 64], num_repeats=2)
     assert [(bucket.name, bucket.num_images, bucket.num_enlarged) for bucket in facts.buckets] == [
         ("16x48", 1, 0),
@@ -74,7 +74,7 @@ def test_buckets_tell_images_showings_and_what_is_enlarged(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5, 0.25])
-def test_showings_of_all_images_are_those_of_all_buckets(desk: Desk, repeats: float) -> None:
+def test_draws_of_all_images_sum_to_those_of_all_buckets(desk: Desk, repeats: float) -> None:
     more = desk.workshop.folder / "more"
     more.mkdir()
     for index in range(8):
@@ -87,24 +87,24 @@ def test_showings_of_all_images_are_those_of_all_buckets(desk: Desk, repeats: fl
     assert list(facts.exposure) == sorted(facts.exposure)
 
 
-def test_a_bucket_that_an_epoch_may_not_show_is_told_of_too(desk: Desk) -> None:
-    """A tenth of one image is none."""
+def test_bucket_that_an_epoch_may_not_use_is_listed(desk: Desk) -> None:
+    """With num_repeats = 0.1, a bucket with one image has no draw in most epochs."""
     facts = desk.gather(num_repeats=0.1)
     assert {bucket.name for bucket in facts.buckets} <= {"16x48", "32x32", "48x16"}
     assert all(np.isfinite(value) for value, _ in facts.exposure)
 
 
-def test_the_summary_counts_files_examples_and_different_captions(desk: Desk) -> None:
+def test_summary_counts_files_examples_and_distinct_captions(desk: Desk) -> None:
     (desk.images / "image_001.txt").write_text((desk.images / "image_000.txt").read_text())
     rows = dict(desk.gather(resolutions=[32, 64]).rows)
     assert rows["images"] == "4 files"
-    assert rows["examples"] == "8: each image at each resolution (32 and 64)"
+    assert rows["examples"] == "8: every image at every resolution (32 and 64)"
     assert rows["captions"].startswith("3 ")
-    assert rows["the run"] == f"100 steps: {100 / desk.order.steps_per_epoch:.2f} epochs"
+    assert rows["run"] == f"100 steps: {100 / desk.order.steps_per_epoch:.2f} epochs"
     assert str(desk.workshop.folder / "cache") in rows["cache"]
 
 
-def test_files_of_equal_content_are_grouped_and_links_are_not(desk: Desk) -> None:
+def test_files_with_equal_content_are_grouped_and_links_are_not(desk: Desk) -> None:
     copies = [desk.images / name for name in ("b_copy.png", "image_001.png", "z_copy.png")]
     for path in (copies[0], copies[2]):
         path.write_bytes(copies[1].read_bytes())
@@ -120,7 +120,7 @@ def test_files_of_equal_content_are_grouped_and_links_are_not(desk: Desk) -> Non
 # --- captions ----------------------------------------------------------------------------------------------------------
 
 
-def test_lengths_of_captions_are_counted_each_image_s_once(desk: Desk) -> None:
+def test_caption_lengths_count_each_caption_of_an_image_once(desk: Desk) -> None:
     for index, caption in enumerate(["abc", "abcd", "abc", "abcdefg"]):
         (desk.images / f"image_00{index}.txt").write_text(caption)
     facts = desk.gather(resolutions=[32, 64])
@@ -132,7 +132,7 @@ def test_lengths_of_captions_are_counted_each_image_s_once(desk: Desk) -> None:
         assert cut.image == str(desk.images / "image_003.png")
 
 
-def test_each_order_of_a_caption_s_tags_is_cut_where_it_is_cut(desk: Desk) -> None:
+def test_each_tag_order_is_truncated_at_its_own_place(desk: Desk) -> None:
     for index in range(4):
         (desk.images / f"image_00{index}.txt").write_text("a, b, c, d, e")
     facts = desk.gather(cache_shuffle_num=3)
@@ -151,7 +151,7 @@ def opened(jpeg: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(np.float64)
 
 
-def test_thumbnails_show_the_file_its_crop_and_what_was_encoded(desk: Desk) -> None:
+def test_thumbnails_have_the_file_its_crop_and_the_decoded_latents(desk: Desk) -> None:
     for index, size in enumerate([(64, 64), (96, 64), (64, 96), (160, 64)]):
         save(quarters(*size), desk.images / f"image_00{index}.png")
     facts = desk.gather(enable_ar_bucket=False)
@@ -174,7 +174,7 @@ def test_thumbnails_show_the_file_its_crop_and_what_was_encoded(desk: Desk) -> N
     assert desk.adapter.tile_pixels == 64
 
 
-def test_of_images_that_are_flipped_every_other_is_shown_so(desk: Desk) -> None:
+def test_every_other_thumbnail_is_flipped_where_flips_are_trained(desk: Desk) -> None:
     for path in desk.images.glob("*.png"):
         save(quarters(64, 64), path)
     straight, flipped = (desk.gather(horizontal_flip=flip).thumbnails for flip in (False, True))
@@ -185,7 +185,7 @@ def test_of_images_that_are_flipped_every_other_is_shown_so(desk: Desk) -> None:
         assert np.abs(opened(other.encoded).astype(int) - pixels).mean() < 10, "but for JPEG"
 
 
-def test_every_bucket_has_thumbnails_and_many_images_have_a_choice_that_stays(desk: Desk) -> None:
+def test_every_bucket_has_thumbnails_and_the_selection_is_fixed(desk: Desk) -> None:
     for index in range(10, 10 + NUM_THUMBNAILS):
         save(noise(40, 40), desk.images / f"more_{index}.png").with_suffix(".txt").write_text("more")
     facts = desk.gather()
@@ -195,7 +195,7 @@ def test_every_bucket_has_thumbnails_and_many_images_have_a_choice_that_stays(de
     assert [one.image for one in again.thumbnails] == [one.image for one in facts.thumbnails]
 
 
-def test_large_images_are_shown_small(desk: Desk) -> None:
+def test_large_images_are_scaled_down(desk: Desk) -> None:
     save(noise(800, 600), desk.images / "image_000.png")
     facts = desk.gather(resolutions=[512])
     thumbnail = next(one for one in facts.thumbnails if one.image.endswith("image_000.png"))
@@ -203,7 +203,7 @@ def test_large_images_are_shown_small(desk: Desk) -> None:
     assert max(opened(thumbnail.original).shape[:2]) == max(opened(thumbnail.encoded).shape[:2]) == 256
 
 
-def test_a_image_that_has_gone_since_has_no_thumbnail(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_removed_after_encoding_has_no_thumbnail(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     load_decoder, gone = desk.adapter.load_decoder, desk.images / "image_001.png"
 
     def remove_one(device: torch.device, tile_pixels: int) -> Any:
@@ -219,38 +219,38 @@ def test_a_image_that_has_gone_since_has_no_thumbnail(desk: Desk, monkeypatch: p
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_bad_and_left_out_files_are_on_the_page(desk: Desk) -> None:
+def test_bad_and_skipped_files_are_on_the_page(desk: Desk) -> None:
     bad = desk.images / "image_001.png"
     bad.write_bytes(b"nothing")
     facts = desk.gather(max_pixels=40 * 45)
     assert ([path for path, _ in facts.bad_files], facts.num_bad) == ([str(bad)], 1)
-    assert [Path(path).name for path, _ in facts.left_out] == ["image_002.png"]
-    assert facts.num_left_out == 1
+    assert [Path(path).name for path, _ in facts.skipped] == ["image_002.png"]
+    assert facts.num_skipped == 1
     assert dict(facts.rows)["images"] == "2 files"
 
 
-def test_every_file_that_is_not_used_is_listed_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_skipped_file_is_listed_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = Dataset(bad_files=[BadFile(Path("a.png"), "is bad")], left_out=[BadFile(Path("b.png"), "is small")])
     write_bad_files(tmp_path / "new", dataset, [BadFile(Path('c "ü".png'), "is damaged")])
     lines = [json.loads(line) for line in (tmp_path / "new" / BAD_FILES).read_text(encoding="utf-8").splitlines()]
     assert lines == [
         {"path": "a.png", "kind": "bad", "reason": "is bad"},
         {"path": 'c "ü".png', "kind": "bad", "reason": "is damaged"},
-        {"path": "b.png", "kind": "left out", "reason": "is small"},
+        {"path": "b.png", "kind": "skipped", "reason": "is small"},
     ]
-    told = capsys.readouterr().out
-    assert told.startswith("2 bad files, 1 left out on purpose") and str(tmp_path / "new" / BAD_FILES) in told
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 bad files, 1 skipped by configuration") and str(tmp_path / "new" / BAD_FILES) in printed
 
 
-def test_a_list_of_bad_files_that_are_mended_is_taken_away(tmp_path: Path) -> None:
+def test_list_is_removed_once_no_file_is_bad(tmp_path: Path) -> None:
     write_bad_files(tmp_path, Dataset(bad_files=[BadFile(Path("a.png"), "is bad")]), [])
     write_bad_files(tmp_path, Dataset(), [])
     assert not (tmp_path / BAD_FILES).exists()
     write_bad_files(tmp_path / "none", Dataset(), [])
-    assert not (tmp_path / "none").exists(), "nor is a folder made for nothing"
+    assert not (tmp_path / "none").exists(), "no folder is created without need"
 
 
-def test_the_page_is_written_with_what_was_gathered(desk: Desk) -> None:
+def test_page_is_written_with_the_collected_facts(desk: Desk) -> None:
     path = write_page(desk.workshop.folder / "output", desk.gather())
     assert path == desk.workshop.folder / "output" / DATASET_REPORT
     page = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The run's report: one page out of the run folder's files, with whatever parts there are."""
+"""The run page: its sections from the files of a run folder, complete and incomplete ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT = sd3_objective()
 
 
 class ReportPage(Page):
-    """The page on a run."""
+    """The run page as elements and text."""
 
     void = Page.void | {"br"}
 
@@ -76,7 +76,7 @@ def fill(folder: Path) -> None:
         add_previews(folder, step, ["a fox", NASTY])
 
 
-def test_a_full_run_has_every_section(tmp_path: Path) -> None:
+def test_full_run_has_every_section(tmp_path: Path) -> None:
     fill(tmp_path)
     page = page_of(tmp_path)
     assert page.headings == ["Run", "Objective", "Loss", "Evaluation", "Previews"]
@@ -84,7 +84,7 @@ def test_a_full_run_has_every_section(tmp_path: Path) -> None:
     assert "a tiny one" in page.text
 
 
-def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
+def test_sections_without_content_are_omitted(tmp_path: Path) -> None:
     assert page_of(tmp_path).headings == ["Run", "Objective"]
     add_losses(tmp_path, [0.5])
     assert page_of(tmp_path).headings == ["Run", "Objective", "Loss"]
@@ -93,7 +93,7 @@ def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
     assert "Run" not in ReportPage(render(tmp_path, [], OBJECTIVE_ROWS, DEFAULT)).headings
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     fill(tmp_path)
     page, text = page_of(tmp_path), render(tmp_path, SUMMARY, OBJECTIVE_ROWS, DEFAULT)
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.elements}
@@ -110,7 +110,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert "@import" not in text
 
 
-def test_every_reference_within_the_page_has_one_place(tmp_path: Path) -> None:
+def test_every_reference_has_exactly_one_target(tmp_path: Path) -> None:
     fill(tmp_path)
     ids = [attributes["id"] for _, attributes in page_of(tmp_path).elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -118,7 +118,7 @@ def test_every_reference_within_the_page_has_one_place(tmp_path: Path) -> None:
     assert referred == set(ids)
 
 
-def test_everything_is_escaped(tmp_path: Path) -> None:
+def test_every_text_is_escaped(tmp_path: Path) -> None:
     folder = tmp_path / "<i>run"
     folder.mkdir()
     add_previews(folder, 0, [NASTY], negative_prompt=NASTY)
@@ -129,7 +129,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert "set <x>" in page.text
 
 
-def test_letters_have_the_colour_of_the_page(tmp_path: Path) -> None:
+def test_plots_use_the_text_colour_of_the_page(tmp_path: Path) -> None:
     fill(tmp_path)
     text = render(tmp_path, SUMMARY, OBJECTIVE_ROWS, DEFAULT)
     body = text[text.index("<body>") :]
@@ -146,7 +146,7 @@ def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
     assert first.startswith(b"<!doctype html>")
 
 
-def test_files_have_the_names_that_are_written(tmp_path: Path) -> None:
+def test_file_names_are_those_of_the_writers(tmp_path: Path) -> None:
     add_losses(tmp_path, [1.0])
     assert (tmp_path / report.METRICS).is_file()
     assert (report.EVALUATIONS, report.LISTING) == (evaluate.EVALUATIONS, sampling.LISTING)
@@ -158,15 +158,15 @@ def test_files_have_the_names_that_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({}, "the loss is multiplied by the weight's mean, 1."),
-        ({"weighting_scheme": "mode"}, "the loss is multiplied by the weight's mean, 0.4479."),
+        ({}, "the loss is multiplied by the mean weight, 1."),
+        ({"weighting_scheme": "mode"}, "the loss is multiplied by the mean weight, 0.4479."),
         ({"weighting_by": "loss"}, "The loss is multiplied by the weight at its t."),
-        ({"weighting_scheme": "none"}, "Every time that is drawn counts alike."),
-        ({"model_prediction_type": "sigma_scaled"}, "Errors are those of the clean latents"),
-        ({"shift_resolution": 512}, "At 512x512; other sizes have another shift."),
+        ({"weighting_scheme": "none"}, "All values of t have equal weight."),
+        ({"model_prediction_type": "sigma_scaled"}, "The loss is computed on the clean latents"),
+        ({"shift_resolution": 512}, "Shown for 512x512 pixels; other sizes have other shifts."),
     ],
 )
-def test_the_objective_is_put_in_words(tmp_path: Path, settings: dict[str, object], sentence: str) -> None:
+def test_caption_describes_the_objective(tmp_path: Path, settings: dict[str, object], sentence: str) -> None:
     assert sentence in page_of(tmp_path, sd3_objective(**settings)).text
 
 
@@ -181,7 +181,7 @@ def test_the_objective_is_put_in_words(tmp_path: Path, settings: dict[str, objec
         {"logit_std": 10.0, "weighting_by": "loss"},
     ],
 )
-def test_an_extreme_objective_is_drawn_in_numbers(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_plots_of_extreme_objectives_are_finite(tmp_path: Path, settings: dict[str, object]) -> None:
     text = render(tmp_path, SUMMARY, OBJECTIVE_ROWS, sd3_objective(**settings))
     ReportPage(text)
     paths = re.findall(r'<path d="([^"]*)"', text)
@@ -192,33 +192,33 @@ def test_an_extreme_objective_is_drawn_in_numbers(tmp_path: Path, settings: dict
 # --- loss --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+def test_partial_last_line_is_ignored(tmp_path: Path) -> None:
     add_losses(tmp_path, [3.0, 1.0])
     with (tmp_path / report.METRICS).open("a") as file:
         file.write('{"step": 3, "lo')
-    assert "After step 2: 1.98990, smoothed." in page_of(tmp_path).text
+    assert "Smoothed loss after step 2: 1.98990." in page_of(tmp_path).text
 
 
-def test_a_long_run_makes_no_larger_page(tmp_path: Path) -> None:
+def test_long_run_has_no_larger_page(tmp_path: Path) -> None:
     add_losses(tmp_path, [1.0 + step % 7 for step in range(MAX_POINTS)])
     short = len(render(tmp_path, SUMMARY, OBJECTIVE_ROWS, DEFAULT))
     add_losses(tmp_path, [1.0 + step % 7 for step in range(20 * MAX_POINTS)])
     text = render(tmp_path, SUMMARY, OBJECTIVE_ROWS, DEFAULT)
     assert len(text) < 1.1 * short
-    assert "mean of 20 steps" in text and f"After step {20 * MAX_POINTS}" in text
+    assert "mean of 20 steps" in text and f"after step {20 * MAX_POINTS}" in text
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def test_one_evaluation_is_a_table_and_no_curve(tmp_path: Path) -> None:
+def test_single_evaluation_has_a_table_and_no_plot(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [0])
     page = page_of(tmp_path)
     assert [svg["aria-label"] for svg in page.all("svg")] == ["objective"]
     assert "Step 0: loss" in page.text and "change since" not in page.text
 
 
-def test_the_last_evaluation_is_told_with_its_change(tmp_path: Path) -> None:
+def test_last_evaluation_is_shown_with_its_change(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [0, 1000])
     text = page_of(tmp_path).text
     assert "Step 1000: loss of the averaged weights" in text
@@ -226,14 +226,14 @@ def test_the_last_evaluation_is_told_with_its_change(tmp_path: Path) -> None:
     assert re.search(r"-0\.1\d+ \(-0\.\d+ to -0\.\d+\)", text)
 
 
-def test_too_few_images_have_a_change_without_interval(tmp_path: Path) -> None:
+def test_few_images_have_a_change_without_interval(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [0, 1000], num_images=3)
     page = page_of(tmp_path)
     assert "Change since step 0" not in page.text
     assert re.search(r"^-0\.\d+$", page.text, flags=re.MULTILINE)
 
 
-def test_evaluations_of_other_images_are_not_in_the_curve(tmp_path: Path) -> None:
+def test_evaluations_of_other_images_are_not_in_the_plot(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [0, 100], panel="one")
     add_evaluations(tmp_path, [200], panel="another")
     assert "Lowest at" not in page_of(tmp_path).text
@@ -244,7 +244,7 @@ def test_evaluations_of_other_images_are_not_in_the_curve(tmp_path: Path) -> Non
 # --- previews ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_image_stands_beside_that_of_the_start(tmp_path: Path) -> None:
+def test_newest_image_is_beside_that_of_step_0(tmp_path: Path) -> None:
     for step in (0, 500, 1500):
         add_previews(tmp_path, step, ["a fox", "a hen"])
     images = [image["src"] for image in page_of(tmp_path).all("img")]
@@ -256,20 +256,20 @@ def test_the_newest_image_stands_beside_that_of_the_start(tmp_path: Path) -> Non
     ]
 
 
-def test_a_prompt_that_came_later_stands_alone(tmp_path: Path) -> None:
+def test_prompt_added_later_is_shown_alone(tmp_path: Path) -> None:
     add_previews(tmp_path, 0, ["a hen", "a fox"])
     add_previews(tmp_path, 500, ["a fox", "a cat"])
     images = [image["src"] for image in page_of(tmp_path).all("img")]
     assert images == ["samples/step_000000/001.png", "samples/step_000500/000.png", "samples/step_000500/001.png"]
 
 
-def test_a_prompt_of_other_settings_is_not_compared(tmp_path: Path) -> None:
+def test_prompt_with_other_settings_is_not_compared(tmp_path: Path) -> None:
     add_previews(tmp_path, 0, ["a fox"])
     add_previews(tmp_path, 500, ["a fox"], seed=8)
     assert [image["src"] for image in page_of(tmp_path).all("img")] == ["samples/step_000500/000.png"]
 
 
-def test_images_that_someone_deleted_are_left_out(tmp_path: Path) -> None:
+def test_deleted_images_are_omitted(tmp_path: Path) -> None:
     add_previews(tmp_path, 0, ["a fox"])
     add_previews(tmp_path, 500, ["a fox", "a hen"])
     add_previews(tmp_path, 600, ["a fox"])
@@ -279,7 +279,7 @@ def test_images_that_someone_deleted_are_left_out(tmp_path: Path) -> None:
     assert [image["src"] for image in page_of(tmp_path).all("img")] == ["samples/step_000500/000.png"]
 
 
-def test_images_have_their_size_so_that_the_page_does_not_jump(tmp_path: Path) -> None:
+def test_images_have_their_size_so_that_the_layout_is_stable(tmp_path: Path) -> None:
     add_previews(tmp_path, 0, ["a fox"])
     (image,) = page_of(tmp_path).all("img")
     assert (image["width"], image["height"], image["loading"]) == ("32", "16", "lazy")
