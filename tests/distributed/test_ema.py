@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, that it depends on no layout, and that it is saved and gone on from."""
+"""The average of the weights: its definition, its independence of the layout, and exact resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 AVERAGED: dict[str, Any] = {"ema": {"decay": 0.35}, "save.checkpoint_every_n_steps": 1, "save.keep_last": 10}
 DECAYS = {2: 3 / 12, 3: 4 / 13, 4: 0.35, 5: 0.35, 6: 0.35}
-"""Step -> decay: the warm-up, and its end. The first step begins the average."""
+"""Step -> decay: the warm-up and its end. The first step starts the average."""
 NO_WARMUP: dict[str, Any] = {**AVERAGED, "ema": {"decay": 0.35, "warmup": False}}
 AVERAGED_LORA: dict[str, Any] = {**LORA, **AVERAGED}
 TWO_REPLICAS: dict[str, Any] = {"pipeline.pipeline_stages": 1, "pipeline.gradient_accumulation_steps": 2}
@@ -58,7 +58,7 @@ def weights_of(run: Run, step: int) -> dict[str, Tensor]:
     return {name.removesuffix(MASTER): tensor for name, tensor in saved_state(run, step, MASTER).items()}
 
 
-# --- what it is --------------------------------------------------------------------------------------------------------
+# --- definition --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def weights_of(run: Run, step: int) -> dict[str, Tensor]:
     [AVERAGED, AVERAGED_LORA, BFLOAT16_REPLICAS, SGD_REPLICAS],
     ids=["full", "lora", "bfloat16 on replicas", "SGD on replicas"],
 )
-def test_average_is_that_of_the_weights_of_each_step(lab: Lab, changes: dict[str, Any]) -> None:
-    """Worked out again in float64 from the float32 weights of the checkpoints."""
+def test_average_is_that_of_the_weights_after_each_step(lab: Lab, changes: dict[str, Any]) -> None:
+    """Recomputed in float64 from the float32 weights of the checkpoints."""
     run = lab.shared_run(2, changes)
     average = {name: tensor.double() for name, tensor in weights_of(run, 1).items()}
     assert len(average) > 20
@@ -81,24 +81,24 @@ def test_average_is_that_of_the_weights_of_each_step(lab: Lab, changes: dict[str
             {name: tensor.double() for name, tensor in averages.items()}, average, rtol=1e-6, atol=1e-7
         )
     lag = max(float((averages[name] - weights[name]).abs().max()) for name in weights)
-    assert lag > 1e-4, "it lies behind the weights"
+    assert lag > 1e-4, "the average lags behind the weights"
 
 
-def test_decay_without_warmup_is_in_force_at_once(lab: Lab) -> None:
+def test_decay_without_warmup_applies_from_the_second_step(lab: Lab) -> None:
     run = lab.shared_run(2, NO_WARMUP)
     first, second = weights_of(run, 1), weights_of(run, 2)
     expected = {name: 0.35 * tensor + 0.65 * second[name] for name, tensor in first.items()}
     torch.testing.assert_close(averages_of(run, 2), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_every_optimizer_can_be_averaged_beside(tmp_path: Path) -> None:
-    """See ema_ranks.py: on two replicas, with and without state of its own, in float32 and bfloat16."""
+def test_an_average_can_be_kept_with_every_optimizer(tmp_path: Path) -> None:
+    """See ema_ranks.py: on two replicas, with optimizers with and without state, in float32 and bfloat16."""
     finished = start_ranks(2, [], tmp_path / "log.txt", module="tests.distributed.ema_ranks").wait()
     assert finished.exit_code == 0, finished.output
     assert f"{len(CASES)} cases" in finished.output
 
 
-def test_average_changes_nothing_in_training(lab: Lab) -> None:
+def test_keeping_an_average_does_not_change_training(lab: Lab) -> None:
     plain, averaged = lab.shared_run(2, FULL), lab.shared_run(2, AVERAGED)
     assert plain.metrics == averaged.metrics
     everything = saved(averaged, averaged.last_step)
@@ -106,7 +106,7 @@ def test_average_changes_nothing_in_training(lab: Lab) -> None:
     assert_same_weights(saved(plain, plain.last_step), without_average)
     assert "averaged weights" not in plain.output
     (row,) = [line for line in averaged.output.splitlines() if "averaged weights" in line]
-    assert "decay 0.35, less in the first steps" in row
+    assert "decay 0.35, lower in the first steps" in row
 
 
 # --- layouts -----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_average_of_two_stages_equals_that_of_one_bitwise(lab: Lab) -> None:
 
 
 def test_average_of_two_replicas_equals_that_of_one_to_reduction_order(lab: Lab) -> None:
-    """With SGD, whose steps are as near to each other as the gradients are."""
+    """With SGD, whose steps differ by no more than the gradients."""
     one, two = lab.shared_run(1, SGD), lab.shared_run(2, SGD_REPLICAS)
     averages, others = averages_of(one, one.last_step), averages_of(two, two.last_step)
     assert averages.keys() == others.keys()
@@ -126,7 +126,7 @@ def test_average_of_two_replicas_equals_that_of_one_to_reduction_order(lab: Lab)
         assert torch.linalg.vector_norm(others[name] - average) <= REPLICA_TOLERANCE * torch.linalg.vector_norm(average)
 
 
-# --- going on ----------------------------------------------------------------------------------------------------------
+# --- resume ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,9 @@ def test_average_of_two_replicas_equals_that_of_one_to_reduction_order(lab: Lab)
     [AVERAGED, AVERAGED_LORA, BFLOAT16_REPLICAS, SGD_REPLICAS],
     ids=["full", "lora", "bfloat16 on replicas", "SGD on replicas"],
 )
-def test_average_gone_on_from_equals_that_of_an_uninterrupted_run(lab: Lab, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_average_of_a_resumed_run_equals_that_of_an_uninterrupted_run(
+    lab: Lab, changes: dict[str, Any], tmp_path: Path
+) -> None:
     straight = lab.shared_run(2, changes)
     experiment = copy_of(straight, tmp_path / "copy")
     checkpoints = newest_run(experiment.parent / "output") / "checkpoints"
@@ -155,17 +157,17 @@ def refusal(experiment: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("override", ["ema.decay=0.5", "ema.warmup=false"])
-def test_another_average_is_refused(lab: Lab, override: str) -> None:
+def test_resuming_with_other_settings_of_the_average_is_refused(lab: Lab, override: str) -> None:
     message = refusal(lab.shared_run(2, AVERAGED).experiment, override)
     assert message.startswith("ema was {'decay': 0.35, 'warmup': True} in ")
 
 
-def test_an_average_begun_on_the_way_is_refused(lab: Lab) -> None:
+def test_resuming_with_an_average_that_was_not_kept_is_refused(lab: Lab) -> None:
     message = refusal(lab.shared_run(2, FULL).experiment, "ema.decay=0.5")
     assert message.startswith("ema was 'none' in ")
 
 
-def test_an_average_given_up_on_the_way_is_refused(lab: Lab, tmp_path: Path) -> None:
+def test_resuming_without_the_average_that_was_kept_is_refused(lab: Lab, tmp_path: Path) -> None:
     settings = toml.loads(lab.shared_run(2, AVERAGED).experiment.read_text())
     del settings["ema"]
     (tmp_path / "experiment.toml").write_text(toml.dumps(settings))

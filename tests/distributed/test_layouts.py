@@ -1,7 +1,7 @@
-"""A layout does not change the result: stages, replicas and launchers leave the numbers alone.
+"""Training results do not depend on the layout: the number of stages, of replicas, and the launcher.
 
-What is compared: loss and gradient norm of every step, and every exported tensor. Bitwise where the arithmetic is the
-same: cutting the network into stages moves activations and changes no sum, and the global norm is summed in float64.
+Compared are loss and gradient norm of every step, and every exported tensor. They are compared bitwise where the arithmetic
+is the same: cutting the network into stages moves activations and changes no sum, and the norm is summed in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run, read_metrics, read_weights, run_alone, run_deepspeed, run_torchrun
 from utils.data.batches import BatchOrder
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run.prepare import prepare
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def numbers(run: Run, key: str) -> Tensor:
 
 
 def assert_same_run(one: Run, other: Run) -> None:
-    """Equal in every bit: every metric of every step, every exported tensor."""
+    """Bitwise equality of every metric of every step and of every exported tensor."""
     assert one.metrics == other.metrics
     assert_same_weights(one.weights, other.weights)
 
@@ -45,16 +45,16 @@ def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 
 
 def assert_close_run(one: Run, other: Run, tolerance: float) -> None:
-    """Losses and norms within a relative tolerance; weights much nearer to each other than training has moved them."""
+    """Losses and norms within a relative tolerance; weights that differ by much less than training has changed them."""
     for key in ("loss", "grad_norm"):
         torch.testing.assert_close(numbers(one, key), numbers(other, key), rtol=tolerance, atol=0)
-    moved = sum(line["learning_rate"] for line in one.metrics)  # what AdamW moves a weight by, at most
+    moved = sum(line["learning_rate"] for line in one.metrics)  # the most by which AdamW changes a weight
     distances = {name: float((tensor - other.weights[name]).abs().max()) for name, tensor in one.weights.items()}
     assert {name: distance for name, distance in distances.items() if distance > moved / 20} == {}
 
 
 def unmoved(run: Run, start: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors in which no weight has gone as far as one step of AdamW; decay alone is a hundredth of it."""
+    """Names of the tensors in which no weight changed by as much as one step of AdamW; weight decay is a hundredth of it."""
     step = run.metrics[0]["learning_rate"] / 2
     return {name for name, tensor in run.weights.items() if float((tensor - start[name]).abs().max()) < step}
 
@@ -67,39 +67,39 @@ def test_two_stages_equal_one_bitwise(lab: Lab, changes: dict[str, Any]) -> None
     one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
     assert "stage 2 of 2" in two.output
     assert "stage 2" not in one.output
-    assert max(numbers(one, "grad_norm")) > CLIP, "the clipping must bite, or a wrong norm would not show"
+    assert max(numbers(one, "grad_norm")) > CLIP, "gradients must be clipped, or a wrong norm would not show"
     assert_same_run(one, two)
 
 
-def test_stage_between_others_changes_nothing(lab: Lab) -> None:
+def test_three_stages_equal_one_bitwise(lab: Lab) -> None:
     assert_same_run(lab.shared_run(1, FULL), lab.shared_run(3, FULL))
 
 
-def test_training_moves_every_weight(lab: Lab) -> None:
-    """All but the position table, a constant, and the queries of the last block's text, of which nothing is used."""
+def test_training_changes_every_weight(lab: Lab) -> None:
+    """Except the position table, a constant, and the norm of the last block's text queries, which have no effect."""
     run = lab.shared_run(2, FULL)
     last_text = "joint_blocks.2.context_block.attn.ln_q.weight"
     assert unmoved(run, load_file(lab.model / "mmdit.safetensors")) == {"pos_embed", last_text}
 
 
-def test_training_moves_every_adapter(lab: Lab) -> None:
+def test_training_changes_every_adapter(lab: Lab) -> None:
     run = lab.shared_run(2, LORA)
     ups = {name: tensor for name, tensor in run.weights.items() if name.endswith(("lora_up.weight", "lora_B.weight"))}
     unchanged = [name for name, tensor in ups.items() if not tensor.any()]
     assert len(ups) == 23 + 35
-    assert unchanged == ["transformer.transformer_blocks.2.attn.add_q_proj.lora_B.weight"], "nothing uses this one"
+    assert unchanged == ["transformer.transformer_blocks.2.attn.add_q_proj.lora_B.weight"], "its output has no effect"
 
 
 def test_steps_of_an_epoch_differ_in_shape(lab: Lab) -> None:
-    """What makes the comparisons above cover activations whose shape changes between steps."""
+    """So the comparisons above cover activations whose shape changes between steps."""
     config = prepare(lab.shared_run(2, FULL).experiment, [], None, World(0, 0, 2, 2))
     order = BatchOrder(config.dataset.examples, config.global_batch, config.config.experiment.seed)
     shapes = [order.global_batch(step)[0].example.bucket for step in range(order.steps_per_epoch)]
     assert len(set(shapes)) == 3
-    assert order.steps_per_epoch < config.num_steps(order), "and an epoch ends on the way"
+    assert order.steps_per_epoch < config.num_steps(order), "and the run continues after the first epoch"
 
 
-def test_bfloat16_trains_as_float32(lab: Lab) -> None:
+def test_losses_in_bfloat16_are_close_to_float32(lab: Lab) -> None:
     low, high = lab.shared_run(2, BFLOAT16), lab.shared_run(2, FULL)
     torch.testing.assert_close(numbers(low, "loss"), numbers(high, "loss"), rtol=0.02, atol=0)
 
@@ -108,12 +108,12 @@ def test_bfloat16_trains_as_float32(lab: Lab) -> None:
 def test_bfloat16_two_stages_equal_one_bitwise(lab: Lab, clipping: float) -> None:
     changes = {**BFLOAT16, "optimizer.gradient_clipping": clipping}
     one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
-    assert max(numbers(one, "grad_norm")) > CLIP, "the clipping bites where it is on"
+    assert max(numbers(one, "grad_norm")) > CLIP, "gradients are clipped where clipping is on"
     assert_same_run(one, two)
 
 
 def test_bfloat16_replicas_equal_one_to_the_order_of_summation(lab: Lab) -> None:
-    """Gradients are added up in float32, over micro-batches and over replicas."""
+    """Gradients are accumulated in float32, over micro-batches and over replicas."""
     changes = {**BFLOAT16, "pipeline.pipeline_stages": 1, "pipeline.gradient_accumulation_steps": 2}
     one, two = lab.shared_run(1, BFLOAT16), lab.shared_run(2, changes)
     torch.testing.assert_close(numbers(one, "loss"), numbers(two, "loss"), rtol=5e-4, atol=0)
@@ -143,8 +143,8 @@ def test_stage_without_trained_weights_changes_nothing(lab: Lab, targets: list[s
     ],
     ids=lambda optimizer: optimizer["type"],
 )
-def test_other_optimizers_train_alike_and_resume_exactly(lab: Lab, optimizer: dict[str, Any]) -> None:
-    """State that is a vector (momentum), made in the constructor (Adagrad), or a lone number (NAdam)."""
+def test_other_optimizers_train_equally_on_two_stages_and_resume_exactly(lab: Lab, optimizer: dict[str, Any]) -> None:
+    """Their state is a vector (momentum), created in the constructor (Adagrad), or a number (NAdam)."""
     changes = {"optimizer": optimizer}
     one, two = lab.shared_run(1, changes), lab.run(2, lab.experiment(changes), "--set", "max_steps=4")
     assert two.metrics == one.metrics[:4]
@@ -156,7 +156,7 @@ def test_other_optimizers_train_alike_and_resume_exactly(lab: Lab, optimizer: di
 
 @pytest.mark.parametrize(("num_processes", "stages"), [(2, 1), (4, 2)], ids=["1 stage", "2 stages"])
 def test_two_replicas_equal_one_to_reduction_order(lab: Lab, num_processes: int, stages: int) -> None:
-    """Half the accumulation on each of two replicas: the same global batch."""
+    """Each replica accumulates half as many micro-batches: the same global batch."""
     changes = {"pipeline.pipeline_stages": stages, "pipeline.gradient_accumulation_steps": 2}
     run = lab.shared_run(num_processes, changes)
     assert "x 2 replicas" in run.output
@@ -177,7 +177,7 @@ def test_micro_batch_size_does_not_change_the_global_batch(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
-def test_launchers_give_the_same_numbers(lab: Lab, launcher: str) -> None:
+def test_all_launchers_give_the_same_numbers(lab: Lab, launcher: str) -> None:
     experiment = lab.experiment(FULL)
     arguments = ("--config", str(experiment))
     if launcher == "python":

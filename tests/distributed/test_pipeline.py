@@ -179,7 +179,7 @@ def test_every_parameter_of_every_group_has_moments_and_an_average(layouts: Layo
 
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_two_replicas_equal_one_to_reduction_order(layouts: Layouts, num_stages: int) -> None:
-    """With SGD, whose steps are as near to each other as the gradients are."""
+    """With SGD, whose steps differ by no more than the gradients."""
     one, two = layouts.outcome("groups of SGD", 1), layouts.outcome("groups of SGD", num_stages, 2)
     torch.testing.assert_close(torch.tensor(two.metrics), torch.tensor(one.metrics), rtol=REPLICA_TOLERANCE, atol=0)
     torch.testing.assert_close(two.states, one.states, rtol=1e-4, atol=1e-6)
