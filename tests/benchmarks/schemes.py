@@ -18,8 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils.evaluation.comparison import read_evaluations
-from utils.evaluation.evaluate import EVALUATIONS
+from utils.evaluation.results import EVALUATIONS, read_evaluations
 
 CONFIG = "examples/quickstart.toml"
 SCHEMES = {

@@ -9,8 +9,7 @@ import torch
 
 from tests.distributed.lab import Lab
 from tests.utils.objective.sd3_objective import sd3_objective
-from utils.evaluation.comparison import read_evaluations
-from utils.evaluation.evaluate import EVALUATIONS
+from utils.evaluation.results import EVALUATIONS, read_evaluations
 
 pytestmark = pytest.mark.distributed
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from tests.distributed.launch import newest_run, read_metrics, read_weights, run_alone, run_torchrun
 from tests.tiny_model import write_experiment
-from utils.evaluation.comparison import read_evaluations
-from utils.evaluation.evaluate import EVALUATIONS
+from utils.evaluation.results import EVALUATIONS, read_evaluations
 
 pytestmark = [
     pytest.mark.gpu,

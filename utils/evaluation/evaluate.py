@@ -1,12 +1,12 @@
-"""Evaluation: how far the network's velocity is off on images it is not trained on, through the pipeline it is trained in.
+"""Evaluation: the error of the network's velocity on images that are not trained on, measured through the training pipeline.
 
-Measured is the mean squared error of the velocity at the entries of a fixed panel (panel.py): in float32, averaged in
-float64, each entry for itself, with the caption as it is, no flip and no weight; where an image has a mask, errors are
-multiplied by it. That holds for every objective, so that their runs can be compared; it is not the loss that is trained.
+The loss of an evaluation point (points.py) is the mean squared error of the velocity, of a float32 output, averaged in
+float64, with the first caption, without flipping and without a weight; where an image has a mask, squared errors are
+multiplied by it. It is the same for every objective, so that their runs can be compared; it is not the training loss.
 
-Batches are put together without regard to the layout, so any number of stages gives the same bits, and replicas do where
-their weights are the same. DeepSpeed's pass through the pipeline waits for all processes, so all replicas make the same
-passes, and one without work of its own repeats a batch. Nothing is drawn from any generator of the training.
+Batches do not depend on the layout: any number of stages gives the same bits, and so do replicas with equal weights. A
+forward pass through DeepSpeed's pipeline needs all processes, so all replicas make the same passes, and a replica without
+a batch of its own repeats one. No random generator of the training is used.
 """
 
 from __future__ import annotations
@@ -27,89 +27,87 @@ from utils.console import bar_interval_seconds, print_line
 from utils.data.encoding.encoded import EncodedData
 from utils.distributed import group
 from utils.distributed.world import world
-from utils.evaluation.comparison import EvaluationResult, Measured, compare, describe, keep_until, make_groups, to_line
-from utils.evaluation.points import PanelEntry, fingerprint, make_rounds, noise_of
+from utils.evaluation.comparison import Measurement, compare, make_groups
+from utils.evaluation.points import EvaluationPoint, fingerprint, make_rounds, noise_of
+from utils.evaluation.result_table import describe
+from utils.evaluation.results import EVALUATIONS, EvaluationResult, keep_until, to_line
 from utils.objective import rectified_flow
-from utils.objective.rectified_flow import PredictionType
+from utils.objective.objective import Objective
 from utils.pipeline.engine import Pipeline
 from utils.pipeline.feed import stack_text
 
-EVALUATIONS = "evaluations.jsonl"
 MAX_BATCHES_AT_ONCE = 32
-"""Of a replica in one pass: what is fed and what comes out is held until the pass ends."""
+"""Batches of a replica in one forward pass; all inputs and outputs of the pass are in memory."""
 
 
 @dataclass(frozen=True)
-class EntryBatch:
-    """What the two ends of the pipeline know of a batch of entries."""
+class PointBatch:
+    """A batch of evaluation points on the first and the last stage."""
 
-    noisy: Tensor
+    noisy_latents: Tensor
     """(B, C, H, W) float32."""
     sigma: Tensor
     """(B,) float32."""
     velocity: Tensor
-    """(B, C, H, W) float32: what the network should answer."""
+    """(B, C, H, W) float32: the target."""
     masks: Sequence[Tensor | None]
     """(1, H, W) each."""
 
 
 class Evaluation:
-    """Evaluates the panel, and compares with what was measured before in the run folder. All ranks together."""
+    """Measures the losses at all points and compares them with earlier evaluations in the run folder. All ranks together."""
 
     def __init__(
         self,
         family: ModelFamily,
         data: EncodedData,
         pipeline: Pipeline,
+        objective: Objective,
         config: EvalConfig,
-        panel: Sequence[PanelEntry],
+        points: Sequence[EvaluationPoint],
         *,
-        prediction_type: PredictionType,
         dtype: torch.dtype,
         folder: Path,
         seed: int,
         num_replicas: int,
         start_step: int,
     ) -> None:
-        """`seed` is the panel's; `start_step`: where the run begins or goes on, as if what came after had never been."""
-        self._family, self._data, self._pipeline, self._config, self._panel = family, data, pipeline, config, panel
-        self._prediction_type, self._dtype, self._seed, self._num_replicas = prediction_type, dtype, seed, num_replicas
+        """`seed`: that of the points. `start_step`: where the run starts or resumes; later evaluations are removed."""
+        self._family, self._data, self._pipeline, self._config, self._points = family, data, pipeline, config, points
+        self._objective, self._dtype, self._seed, self._num_replicas = objective, dtype, seed, num_replicas
         self._path = folder / EVALUATIONS
-        self._fingerprint = fingerprint(panel, data.content_keys)
-        self._groups = make_groups(panel)
+        self._fingerprint = fingerprint(points, data.content_keys)
+        self._groups = make_groups(points)
         at_once = min(4 * pipeline.num_stages, MAX_BATCHES_AT_ONCE)
-        self._rounds = make_rounds(panel, config.batch_size, at_once * num_replicas)
+        self._rounds = make_rounds(points, config.batch_size, at_once * num_replicas)
         self._earlier = self._read_earlier(start_step) if world().is_main else []
-        self._has_begun = group.broadcast(bool(self._earlier))
+        self._has_results = group.broadcast(bool(self._earlier))
 
-    def _read_earlier(self, start_step: int) -> list[Measured]:
-        """The evaluations of this panel that the run folder has; rank 0 only, which alone compares."""
+    @property
+    def has_results(self) -> bool:
+        """Whether these points have been evaluated before, in this process or in the run that is resumed."""
+        return self._has_results
+
+    def _read_earlier(self, start_step: int) -> list[Measurement]:
+        """Reads the earlier evaluations of the same points; on rank 0 only, which makes the comparisons."""
         kept = keep_until(self._path, start_step)
         comparable = [result for result in kept if result.can_be_compared(self._fingerprint, self._config.weights)]
         if len(comparable) < len(kept):
             print_line(
-                f"{len(kept) - len(comparable)} evaluations in {self._path} are of other images, captions, times, "
-                "encoders or weights; what comes now is not compared with them"
+                f"{len(kept) - len(comparable)} evaluations in {self._path} have other images, captions, timesteps, "
+                "encoders or weights; new evaluations are not compared with them"
             )
-        return [Measured(result.step, torch.tensor(result.losses, dtype=torch.float64)) for result in comparable]
-
-    def due(self, step: int, num_steps: int) -> bool:
-        """Whether an evaluation is wanted after `step` steps: at the start, at the end, and every `every_n_steps`.
-
-        Also when nothing of this panel was measured yet, so that a run that goes on with other images has a beginning.
-        """
-        every = self._config.every_n_steps
-        return not self._has_begun or step in (0, num_steps) or (every is not None and step % every == 0)
+        return [Measurement(result.step, torch.tensor(result.losses, dtype=torch.float64)) for result in comparable]
 
     def run(self, step: int) -> EvaluationResult:
-        """Measure, compare, tell and write down; the same result on every rank.
+        """Measures, compares, prints and stores the result; returns the same result on every rank.
 
-        Raises FloatingPointError on every rank when an error is no number.
+        Raises FloatingPointError on every rank when a loss is non-finite.
         """
         averaged = self._config.weights == "ema" and step > 0
         with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
-            now = Measured(step, self._measure())
-        self._has_begun = True
+            now = Measurement(step, self._measure())
+        self._has_results = True
         result = None
         if world().is_main:
             result = compare(
@@ -117,7 +115,7 @@ class Evaluation:
                 self._earlier,
                 self._groups,
                 weights=self._config.weights,
-                panel=self._fingerprint,
+                fingerprint=self._fingerprint,
                 seed=self._seed,
             )
             self._earlier.append(now)
@@ -131,12 +129,12 @@ class Evaluation:
     # --- measuring ---------------------------------------------------------------------------------------------------
 
     def _measure(self) -> Tensor:
-        """The loss of every entry, (N,) float64, on every rank."""
+        """Returns the loss at every point, (N,) float64, on every rank."""
         own: dict[int, float] = {}
         is_main = world().is_main
         seconds = bar_interval_seconds()
         with tqdm(
-            total=len(self._panel), desc="evaluating", leave=False, delay=2, disable=not is_main, mininterval=seconds
+            total=len(self._points), desc="evaluating", leave=False, delay=2, disable=not is_main, mininterval=seconds
         ) as bar:
             for batches in self._rounds:
                 own.update(self._measure_round(batches))
@@ -144,57 +142,61 @@ class Evaluation:
         losses: dict[int, float] = {}
         for part in group.gather(own):
             losses.update(part)
-        measured = torch.tensor([losses[index] for index in range(len(self._panel))], dtype=torch.float64)
+        measured = torch.tensor([losses[index] for index in range(len(self._points))], dtype=torch.float64)
         self._stop_if_not_finite(measured)
         return measured
 
     def _measure_round(self, batches: Sequence[list[int]]) -> dict[int, float]:
-        """One pass of all replicas over batches of one shape; place in the panel -> loss, on this replica's last stage."""
+        """One forward pass of all replicas over batches of one shape.
+
+        Returns index of the point -> loss for this replica's batches, on its last stage; {} on other stages.
+        """
         mine = batches[self._pipeline.replica :: self._num_replicas]
-        num_passes = -(-len(batches) // self._num_replicas)
-        # Without work of its own a replica repeats a batch, and nobody looks at the result.
-        passed = [*mine, *[batches[0]] * (num_passes - len(mine))]
+        num_passed = -(-len(batches) // self._num_replicas)
+        # A replica with fewer batches than others repeats one; the result is discarded.
+        passed = [*mine, *[batches[0]] * (num_passed - len(mine))]
         is_first, is_last = self._pipeline.stage == 0, self._pipeline.stage == self._pipeline.num_stages - 1
-        entry_batches = [self._entry_batch(batch) for batch in passed] if is_first or is_last else []
-        samples = [self._sample(*pair) for pair in zip(passed, entry_batches, strict=True)] if is_first else []
+        point_batches = [self._point_batch(batch) for batch in passed] if is_first or is_last else []
+        samples = [self._sample(*pair) for pair in zip(passed, point_batches, strict=True)] if is_first else []
         outputs = self._pipeline.predict([self._shape(batch) for batch in passed], samples)
         losses: dict[int, float] = {}
-        for batch, entry_batch, output in zip(mine, entry_batches, outputs or [], strict=False):
-            losses.update(zip(batch, self._losses(output, entry_batch, self._shape(batch)), strict=True))
+        for batch, point_batch, output in zip(mine, point_batches, outputs or [], strict=False):
+            losses.update(zip(batch, self._losses(output, point_batch, self._shape(batch)), strict=True))
         return losses
 
     def _shape(self, batch: Sequence[int]) -> SampleShape:
-        bucket, downscale = self._panel[batch[0]].example.bucket, self._family.latent.downscale
+        bucket, downscale = self._points[batch[0]].example.bucket, self._family.latent.downscale
         return self._family.sample_shape(len(batch), bucket.height // downscale, bucket.width // downscale)
 
-    def _entry_batch(self, batch: Sequence[int]) -> EntryBatch:
-        entries = [self._panel[index] for index in batch]
-        latents = torch.stack([self._data.latents(entry.example) for entry in entries])
-        noise = torch.stack([noise_of(entry, tuple(latents.shape[1:]), self._seed) for entry in entries])
-        sigma = torch.tensor([entry.sigma for entry in entries])
-        return EntryBatch(
-            noisy=rectified_flow.add_noise(latents, noise, sigma),
+    def _point_batch(self, batch: Sequence[int]) -> PointBatch:
+        points = [self._points[index] for index in batch]
+        latents = torch.stack([self._data.latents(point.example) for point in points])
+        noise = torch.stack([noise_of(point, tuple(latents.shape[1:]), self._seed) for point in points])
+        sigma = torch.tensor([point.sigma for point in points])
+        return PointBatch(
+            noisy_latents=rectified_flow.add_noise(latents, noise, sigma),
             sigma=sigma,
             velocity=rectified_flow.velocity_target(latents, noise),
-            masks=[self._data.mask(entry.example) for entry in entries],
+            masks=[self._data.mask(point.example) for point in points],
         )
 
-    def _sample(self, batch: Sequence[int], entries: EntryBatch) -> Sample:
-        text = stack_text([self._data.text(self._panel[index].example.caption()) for index in batch])
-        return self._family.sample(entries.noisy.to(self._dtype), entries.sigma, text)
+    def _sample(self, batch: Sequence[int], points: PointBatch) -> Sample:
+        text = stack_text([self._data.text(self._points[index].example.caption()) for index in batch])
+        return self._family.sample(points.noisy_latents.to(self._dtype), points.sigma, text)
 
-    def _losses(self, output: Tensor, entries: EntryBatch, shape: SampleShape) -> list[float]:
-        """Mean squared error of each row's velocity."""
+    def _losses(self, output: Tensor, points: PointBatch, shape: SampleShape) -> list[float]:
+        """Returns the mean squared error of each row's velocity."""
         prediction = self._family.velocity(output.float(), shape)
-        velocity = rectified_flow.velocity_of(prediction, entries.noisy.to(prediction.device), self._prediction_type)
-        squares = (velocity - entries.velocity.to(velocity.device)).square()
+        noisy_latents = points.noisy_latents.to(prediction.device)
+        velocity = rectified_flow.velocity_of(prediction, noisy_latents, self._objective.prediction_type)
+        squares = (velocity - points.velocity.to(velocity.device)).square()
         masked = [
-            row if mask is None else row * mask.to(row.device) for row, mask in zip(squares, entries.masks, strict=True)
+            row if mask is None else row * mask.to(row.device) for row, mask in zip(squares, points.masks, strict=True)
         ]
         return [float(row.mean(dtype=torch.float64)) for row in masked]
 
     def _stop_if_not_finite(self, losses: Tensor) -> None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
-            names = ", ".join(dict.fromkeys(self._panel[index].example.key for index in bad))
-            raise FloatingPointError(f"evaluation: the network's error is no number at {names}; nothing was written")
+            names = ", ".join(dict.fromkeys(self._points[index].example.key for index in bad))
+            raise FloatingPointError(f"evaluation: the loss is NaN or infinite at {names}; the evaluation was not stored")

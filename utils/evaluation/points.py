@@ -1,8 +1,8 @@
-"""What evaluation measures: a fixed list of (image, noise, time), drawn once from the seed. Pure.
+"""Evaluation points: the fixed list of (image, noise, t) at which a run is evaluated, drawn once from the seed. Pure.
 
-Times are stratified: (0, 1) is cut into equal bands, and each image is measured once in each, at a time of its own. All
-of (0, 1) is covered whatever the run's densities, weights, min_t and max_t, so that runs with different objectives can be
-compared. Every draw's key names the image, so one more image changes nothing for the others.
+t is stratified: (0, 1) is divided into equal timestep bins, and each image is evaluated once in each bin, at a t of its own.
+The bins cover (0, 1) whatever the run's density, weight, min_t and max_t, so that runs with different objectives can be
+compared. The key of every random draw contains the key of the image, so adding an image does not change other points.
 """
 
 from __future__ import annotations
@@ -21,81 +21,76 @@ from utils.objective import rectified_flow
 
 
 @dataclass(frozen=True, slots=True)
-class PanelEntry:
-    """One measurement."""
+class EvaluationPoint:
+    """One measurement: an image with a noise and a t."""
 
     example: Example
     set_name: str
     repeat: int
-    """Below the example's `repeats`: more noise and times for one image, so a more exact measurement of it."""
-    band: int
-    """Below num_t_bands; the first is nearest to the data."""
+    """From 0 to the example's `repeats` - 1. Each repeat has its own noise and t, for a more precise mean of the image."""
+    t_bin: int
+    """From 0, the bin closest to the data, to the number of bins - 1."""
     t: float
     sigma: float
 
 
-def make_panel(
-    sets: Mapping[str, Sequence[Example]], num_t_bands: int, seed: int, shift_at: Callable[[int], float]
-) -> list[PanelEntry]:
-    """Every example of every set, in order; `shift_at` tells the shift for a number of pixels.
+def make_points(
+    sets: Mapping[str, Sequence[Example]], num_bins: int, seed: int, shift_at: Callable[[int], float]
+) -> list[EvaluationPoint]:
+    """Returns the points of every example of every set, in order. `shift_at` maps a number of pixels to the shift.
 
-    Keys of examples must differ, also between sets: they name the draws.
+    Keys of examples must be unique, also across sets: the random draws depend on them.
     """
     keys = [example.key for examples in sets.values() for example in examples]
     assert len(set(keys)) == len(keys), "examples share keys"
     return [
-        _entry(example, set_name, repeat, band, num_t_bands, seed, shift_at)
+        EvaluationPoint(example, set_name, repeat, t_bin, *_t_and_sigma(example, repeat, t_bin, num_bins, seed, shift_at))
         for set_name, examples in sets.items()
         for example in examples
         for repeat in range(round(example.repeats))
-        for band in range(num_t_bands)
+        for t_bin in range(num_bins)
     ]
 
 
-def _entry(
-    example: Example,
-    set_name: str,
-    repeat: int,
-    band: int,
-    num_t_bands: int,
-    seed: int,
-    shift_at: Callable[[int], float],
-) -> PanelEntry:
-    t = (band + randomness.uniform(seed, "evaluation time", example.key, repeat, band)) / num_t_bands
+def _t_and_sigma(
+    example: Example, repeat: int, t_bin: int, num_bins: int, seed: int, shift_at: Callable[[int], float]
+) -> tuple[float, float]:
+    t = (t_bin + randomness.uniform(seed, "evaluation time", example.key, repeat, t_bin)) / num_bins
     shift = shift_at(example.bucket.width * example.bucket.height)
-    sigma = float(rectified_flow.shift_time(torch.tensor(t, dtype=torch.float64), shift))
-    return PanelEntry(example, set_name, repeat, band, t, sigma)
+    return t, float(rectified_flow.shift_time(torch.tensor(t, dtype=torch.float64), shift))
 
 
-def noise_of(entry: PanelEntry, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The entry's noise, float32."""
-    return randomness.normal(seed, "evaluation noise", entry.example.key, entry.repeat, entry.band, shape=shape)
+def noise_of(point: EvaluationPoint, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Returns the noise of the point, float32."""
+    return randomness.normal(seed, "evaluation noise", point.example.key, point.repeat, point.t_bin, shape=shape)
 
 
-def fingerprint(panel: Sequence[PanelEntry], contents: Callable[[Example], Sequence[str]]) -> str:
-    """Twelve hexadecimal digits of what is measured: names, captions, crops and times, and what `contents` names for an
-    example: what is in its image, mask and caption. Where files lie does not count."""
+def fingerprint(points: Sequence[EvaluationPoint], contents: Callable[[Example], Sequence[str]]) -> str:
+    """Returns twelve hexadecimal digits that identify what is evaluated: names, captions, crops, t and sigma of all points.
+
+    `contents` returns the content keys of an example's image, mask and captions. Paths are not included.
+    """
     digest = hashlib.blake2b(digest_size=6)
-    for entry in panel:
-        example = entry.example
-        image = (entry.set_name, example.key, example.caption(), example.box.key(), example.mask is not None)
-        digest.update(repr((image, *contents(example), entry.repeat, entry.t, entry.sigma)).encode())
+    for point in points:
+        example = point.example
+        image = (point.set_name, example.key, example.caption(), example.box.key(), example.mask is not None)
+        digest.update(repr((image, *contents(example), point.repeat, point.t, point.sigma)).encode())
     return digest.hexdigest()
 
 
-def make_rounds(panel: Sequence[PanelEntry], batch_size: int, batches_at_once: int) -> list[list[list[int]]]:
-    """Places in the panel as batches of one bucket, and these as rounds of batches of one shape.
+def make_rounds(points: Sequence[EvaluationPoint], batch_size: int, batches_per_round: int) -> list[list[list[int]]]:
+    """Groups indices of points into batches of one bucket, and batches of one shape into rounds: one forward pass each.
 
-    A bucket's last batch is as small as it must be: nothing is left out or filled up. Which batch an entry is in does not
-    depend on batches_at_once, so neither does its loss.
+    The last batch of a bucket may be smaller: no point is skipped or repeated. The batch of a point does not depend on
+    `batches_per_round`, so neither does its loss.
     """
     buckets: dict[Bucket, list[int]] = {}
-    for index, entry in enumerate(panel):
-        buckets.setdefault(entry.example.bucket, []).append(index)
+    for index, point in enumerate(points):
+        buckets.setdefault(point.example.bucket, []).append(index)
     rounds = []
     for _, members in sorted(buckets.items()):
         batches = [members[start : start + batch_size] for start in range(0, len(members), batch_size)]
         partial = [batches.pop()] if len(batches[-1]) < batch_size else []
-        rounds += [batches[start : start + batches_at_once] for start in range(0, len(batches), batches_at_once)]
+        rounds += [batches[start : start + batches_per_round] for start in range(0, len(batches), batches_per_round)]
         rounds += [partial] if partial else []
     return rounds

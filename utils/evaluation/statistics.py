@@ -1,19 +1,19 @@
-"""What a difference between two measurements is worth: means by group, and bootstrap intervals of a mean. Float64, pure.
+"""Statistics of paired differences: means by group, and bootstrap confidence intervals of a mean. Float64, pure.
 
-The interval is the bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sect. 12.5): every resample
-gives a t statistic of its own, and the quantiles of those take the place of Student's. With few samples the usual
-percentile interval is too narrow; this one is not, and where the differences are skewed it leans to the right side.
+The interval is the bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sect. 12.5): each resample
+gives a t statistic, and the quantiles of these replace those of Student's distribution. With few samples the usual
+percentile interval is too narrow; this one is not, and for skewed differences it is asymmetric accordingly.
 
-How often a 95% interval held the true mean, in percent of 4000 draws, by what the samples came from (Student: with 3
-degrees of freedom):
+Coverage of the 95% intervals in percent of 4000 trials, by the distribution of the samples (Student: with 3 degrees of
+freedom):
 
                    5 samples                   10 samples                  30 samples
                    normal exponential Student  normal exponential Student  normal exponential Student
     percentile         84          78      84      90          86      89      94          92      93
     bootstrap-t        95          93      95      95          94      93      95          95      93
 
-With normal samples it is wider than Student's own interval by 30% for 5 samples, by 5% for 10. With fewer than 5 there
-is none: of 3 samples, one resample in nine is a single one three times, and says nothing of the spread.
+With normal samples it is wider than Student's interval by 30% for 5 samples, by 5% for 10. There is none for fewer than 5:
+of 3 samples, one resample in nine consists of a single sample three times, which has no variance.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from utils import randomness
 MIN_SAMPLES = 5
 NUM_RESAMPLES = 2000
 _TAIL = 50
-"""Of the 2000 sorted statistics, the 50th from either end: 2.5%."""
+"""The quantile: the 50th of 2000 sorted statistics from either end is the 2.5% quantile."""
 _DRAWS_AT_ONCE = 2**20
 _NO_SPREAD = 1e-12
-"""Share of the samples' variance below which a resample's is rounding: it is one sample many times."""
+"""Fraction of the samples' variance below which a resample's variance is a rounding error: all its samples are equal."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a mean lies, at 95%."""
+    """The 95% confidence interval of a mean."""
 
     low: float
     high: float
@@ -48,7 +48,7 @@ class Interval:
 
 
 def group_means(values: Tensor, groups: Sequence[int]) -> Tensor:
-    """Mean of the values (N,) of each group, in the order of the groups' numbers, which may be any: (G,) float64."""
+    """Returns the mean of the values (N,) of each group: (G,) float64, in the order of the group numbers, any integers."""
     _, places = torch.unique(torch.tensor(groups), return_inverse=True)
     counts = torch.bincount(places)
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, places, values.double())
@@ -56,9 +56,9 @@ def group_means(values: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 def mean_intervals(samples: Tensor, seed: int) -> list[Interval | None]:
-    """95% intervals of the means of some columns, samples (n, K) -> K; all columns are resampled alike.
+    """Returns the 95% interval of the mean of each column of samples (n, K); all columns use the same resamples.
 
-    None where there can be none: fewer than 5 samples, or nearly all of them equal. All equal: no width.
+    None for fewer than 5 samples, or when nearly all of them are equal. If all are equal, the interval has width 0.
     """
     samples = samples.double()
     number, num_columns = samples.shape
@@ -68,7 +68,7 @@ def mean_intervals(samples: Tensor, seed: int) -> list[Interval | None]:
     centered = samples - means
     variances = centered.square().mean(0)
     statistics = _resampled_statistics(centered, variances, seed).sort(0).values
-    # Of one image's standard error, the factor sqrt(1 / n) is on both sides of the fraction and left out.
+    # The factor sqrt(1 / n) of the standard error cancels out and is omitted.
     low = means - statistics[NUM_RESAMPLES - _TAIL] * variances.sqrt()
     high = means - statistics[_TAIL - 1] * variances.sqrt()
     low, high = torch.where(variances > 0, low, means), torch.where(variances > 0, high, means)
@@ -77,7 +77,7 @@ def mean_intervals(samples: Tensor, seed: int) -> list[Interval | None]:
 
 
 def _resampled_statistics(centered: Tensor, variances: Tensor, seed: int) -> Tensor:
-    """(mean of a resample) / (its standard deviation) for every resample of the centered columns: (2000, K)."""
+    """Returns mean / standard deviation of every resample of the centered columns: (2000, K)."""
     number = len(centered)
     columns = torch.cat([centered, centered.square()], dim=1)
     at_once = max(1, _DRAWS_AT_ONCE // number)

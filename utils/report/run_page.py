@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from utils.evaluation.comparison import EvaluationResult, read_evaluations, told
+from utils.evaluation.result_table import format_difference
+from utils.evaluation.results import EVALUATIONS, EvaluationResult, read_evaluations
 from utils.files.atomic import write_text
 from utils.objective.objective import Objective
 from utils.report.html import Rows, header_row, html_of, page, plot_figure, table_of, table_row
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 # The names used by tracking, evaluation and previews, which import DeepSpeed; a test compares them.
-METRICS, EVALUATIONS, SAMPLES, LISTING = "metrics.jsonl", "evaluations.jsonl", "samples", "prompts.json"
+METRICS, SAMPLES, LISTING = "metrics.jsonl", "samples", "prompts.json"
 NUM_POINTS = 161
 
 _CSS = """
@@ -124,7 +125,7 @@ def _evaluation_section(results: Sequence[EvaluationResult]) -> str:
     if not results:
         return ""
     last = results[-1]
-    comparable = [result for result in results if result.can_be_compared(last.panel, last.weights)]
+    comparable = [result for result in results if result.can_be_compared(last.fingerprint, last.weights)]
     plot = _evaluation_plot(comparable) if len(comparable) > 1 else ""
     return f'<div class="side">{plot}<div class="numbers">{_evaluation_table(last)}</div></div>'
 
@@ -153,7 +154,13 @@ def _evaluation_table(result: EvaluationResult) -> str:
     if start is not None and best is not None and best.to_step != start.to_step:
         header.append(f"since step {best.to_step}, the best (95%)")
     rows = [
-        [group.name, str(group.num_images), f"{group.loss:.5f}", told(group.to_start), told(group.to_best)][: len(header)]
+        [
+            group.name,
+            str(group.num_images),
+            f"{group.loss:.5f}",
+            format_difference(group.to_start),
+            format_difference(group.to_best),
+        ][: len(header)]
         for group in result.groups
     ]
     caption = f"<caption>Step {result.step}: loss{weights}</caption>"

@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import save as checkpoint
+from utils.checkpoint.save import save
+from utils.config.schema.optimizer import DEFAULT_GROUP
 from utils.distributed.world import world
 from utils.evaluation.evaluate import Evaluation
-from utils.evaluation.points import make_panel
-from utils.export import weights as export
+from utils.evaluation.points import make_points
+from utils.export.weights import Exporter, drop_weights_after, keep_newest_weights
 from utils.objective.rectified_flow import shift_time
 from utils.pipeline.engine import StepResult
 from utils.previews.sampling import Previews
 from utils.report.run_page import write_report
 from utils.run.banner import objective_rows, summary
-from utils.run.build import Run
+from utils.run.build import LOG, Run
 from utils.run.folder import BEST_WEIGHTS, CHECKPOINTS, SAMPLES, WEIGHTS
 from utils.run.schedule import EVERY_STEP, Clock, Schedule
 from utils.tracking.metrics import RunLog, StepMetrics
 
 NUM_TIME_BINS = 64
-DEFAULT_GROUP = "default"
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Event:
         """Called on all ranks together."""
         raise NotImplementedError
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs to know of earlier events; saved as JSON with every checkpoint."""
+    def state(self, clock: Clock) -> dict[str, Any]:
+        """What a resumed run needs to know of earlier events; saved as JSON with every checkpoint, if it is not empty."""
         return {}
 
 
@@ -77,7 +77,7 @@ def make_events(run: Run, log: RunLog) -> list[Event]:
     config = run.experiment.config.experiment
     write_timestep_density(run, log)
     if world().is_main:
-        export.drop_weights_after(run.folder / BEST_WEIGHTS, run.clock.step)
+        drop_weights_after(run.folder / BEST_WEIGHTS, run.clock.step)
     events: list[Event] = [StopIfNotFinite(run), LogStep(log)]
     if config.eval is not None:
         evaluate = Evaluate(run, log)
@@ -117,9 +117,9 @@ class StopIfNotFinite(Event):
 
 
 class LogStep(Event):
-    """Writes the metrics of the step."""
+    """Writes the metrics of the step. Its state is the time spent in steps, from which schedules in minutes continue."""
 
-    name = "log"
+    name = LOG
     schedule = EVERY_STEP
 
     def __init__(self, log: RunLog) -> None:
@@ -131,6 +131,9 @@ class LogStep(Event):
         others = {name: rate for name, rate in state.learning_rates.items() if name != DEFAULT_GROUP}
         metrics = StepMetrics(clock.step, clock.epoch, result.loss, state.learning_rates[DEFAULT_GROUP], result.grad_norm)
         self._log.write(metrics, clock.seconds_of_step, others)
+
+    def state(self, clock: Clock) -> dict[str, Any]:
+        return {"minutes": clock.minutes}
 
 
 def write_timestep_density(run: Run, log: RunLog) -> None:
@@ -158,18 +161,20 @@ class Evaluate(Event):
     def __init__(self, run: Run, log: RunLog) -> None:
         config = run.experiment.config.experiment
         assert config.eval is not None
-        panel = make_panel(run.experiment.eval_sets, config.eval.num_t_bands, config.seed, run.objective.shift_at)
+        points = make_points(run.experiment.eval_sets, config.eval.num_t_bands, config.seed, run.objective.shift_at)
         self.schedule = Schedule(config.eval.every_n_steps, at_start=True, at_end=True)
         self.is_best = False
         """Whether the last evaluation had the lowest loss so far."""
+        self._best: dict[str, Any] = run.saved_events.get(self.name, {})
+        """Points and loss of the best evaluation; kept in checkpoints, so that evaluations.jsonl may be lost."""
         self._log = log
         self._evaluation = Evaluation(
             run.experiment.family,
             run.data,
             run.pipeline,
+            run.objective,
             config.eval,
-            panel,
-            prediction_type=run.objective.prediction_type,
+            points,
             dtype=config.model.torch_dtype,
             folder=run.folder,
             seed=config.seed,
@@ -178,12 +183,18 @@ class Evaluate(Event):
         )
 
     def is_due(self, state: TrainingState) -> bool:
-        return super().is_due(state) or not self._evaluation._has_begun
+        return super().is_due(state) or not self._evaluation.has_results
 
     def run(self, state: TrainingState) -> None:
         result = self._evaluation.run(state.clock.step)
-        self.is_best = result.is_best
+        comparable = self._best.get("points") == result.fingerprint
+        self.is_best = result.is_best and not (comparable and self._best["loss"] <= result.loss)
+        if self.is_best:
+            self._best = {"points": result.fingerprint, "step": result.step, "loss": result.loss}
         self._log.write_scalars(state.clock.step, result.scalars())
+
+    def state(self, clock: Clock) -> dict[str, Any]:
+        return self._best
 
 
 class ExportBest(Event):
@@ -260,7 +271,9 @@ class Export(Event):
 
 
 def _export(run: Run, folder: str, step: int) -> None:
-    export.write_weights(run.pipeline, run.experiment.family, run.experiment.config.experiment, run.folder / folder, step)
+    experiment = run.experiment
+    exporter = Exporter(run.pipeline, experiment.family, experiment.trainable, experiment.config.experiment)
+    exporter.write(run.folder / folder, step)
 
 
 class SaveCheckpoint(Event):
@@ -269,12 +282,14 @@ class SaveCheckpoint(Event):
     name = "checkpoint"
 
     def __init__(self, run: Run, events: Sequence[Event]) -> None:
-        save = run.experiment.config.experiment.save
-        self.schedule = Schedule(save.checkpoint_every_n_steps, at_end=True)
-        self._run, self._events, self._keep_last = run, events, save.keep_last
+        config = run.experiment.config.experiment.save
+        self.schedule = Schedule(config.checkpoint_every_n_steps, at_end=True)
+        self._run, self._events, self._keep_last = run, events, config.keep_last
 
     def run(self, state: TrainingState) -> None:
         run = self._run
-        checkpoint.save(run.pipeline, run.folder / CHECKPOINTS, state.clock.step, run.experiment.identity, self._keep_last)
+        states = {event.name: event.state(state.clock) for event in self._events}
+        states = {name: entries for name, entries in states.items() if entries}
+        save(run.pipeline, run.folder / CHECKPOINTS, state.clock.step, run.experiment.identity, self._keep_last, states)
         if world().is_main:  # no run resumes from an earlier step, so the newest best weights are enough
-            export.keep_newest_weights(run.folder / BEST_WEIGHTS)
+            keep_newest_weights(run.folder / BEST_WEIGHTS)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.utils.objective.sd3_objective import sd3_objective
 from tests.utils.report.html_elements import Page
-from utils.evaluation import evaluate
-from utils.evaluation.comparison import Group, Measured, compare, to_line
+from utils.evaluation.comparison import Group, Measurement, compare
+from utils.evaluation.results import EVALUATIONS, to_line
 from utils.objective.objective import Objective
 from utils.objective.timestep_sampling import MAX_MODE_SCALE, MIN_MODE_SCALE
 from utils.previews import sampling
@@ -50,13 +50,13 @@ def add_losses(folder: Path, losses: list[float]) -> None:
 
 def add_evaluations(folder: Path, steps: list[int], num_images: int = 8, panel: str = "one") -> None:
     groups = [Group("all", tuple(range(num_images)), tuple(range(num_images)), True), Group("set <x>", (0,), (0,), True)]
-    earlier: list[Measured] = []
+    earlier: list[Measurement] = []
     generator = torch.Generator().manual_seed(0)
-    with (folder / report.EVALUATIONS).open("a") as file:
+    with (folder / EVALUATIONS).open("a") as file:
         for step in steps:
             noise = 0.01 * torch.rand(num_images, dtype=torch.float64, generator=generator)
-            now = Measured(step, 0.5 - step / 1e4 + noise)
-            file.write(to_line(compare(now, earlier, groups, weights="ema" if step else "last", panel=panel, seed=0)))
+            now = Measurement(step, 0.5 - step / 1e4 + noise)
+            file.write(to_line(compare(now, earlier, groups, weights="ema" if step else "last", fingerprint=panel, seed=0)))
             earlier.append(now)
 
 
@@ -149,7 +149,7 @@ def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
 def test_file_names_are_those_of_the_writers(tmp_path: Path) -> None:
     add_losses(tmp_path, [1.0])
     assert (tmp_path / report.METRICS).is_file()
-    assert (report.EVALUATIONS, report.LISTING) == (evaluate.EVALUATIONS, sampling.LISTING)
+    assert report.LISTING == sampling.LISTING
 
 
 # --- objective ---------------------------------------------------------------------------------------------------------
@@ -234,10 +234,10 @@ def test_few_images_have_a_change_without_interval(tmp_path: Path) -> None:
 
 
 def test_evaluations_of_other_images_are_not_in_the_plot(tmp_path: Path) -> None:
-    add_evaluations(tmp_path, [0, 100], panel="one")
-    add_evaluations(tmp_path, [200], panel="another")
+    add_evaluations(tmp_path, [0, 100], fingerprint="one")
+    add_evaluations(tmp_path, [200], fingerprint="another")
     assert "Lowest at" not in page_of(tmp_path).text
-    add_evaluations(tmp_path, [300, 400], panel="another")
+    add_evaluations(tmp_path, [300, 400], fingerprint="another")
     assert "Lowest at step 400" in page_of(tmp_path).text
 
 
