@@ -97,7 +97,7 @@ class Pipeline:
             )
             (stage,) = module.forward_funcs
             assert isinstance(stage, Stage)
-            self._stage = stage
+            self._stage: Stage = stage
             trainable = stage.named_trainable()
             self.groups = groups(trainable) if trainable else []
             """The parameter groups of this stage; other stages may have others."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from models.family import ModelFamily
 from models.streams import Sample, SampleShape
 from utils import randomness
-from utils.background import ahead
+from utils.background import prefetch
 from utils.data.batches import BatchOrder, SampleDraw
 from utils.data.encoding.encoded import EncodedData
 from utils.objective import rectified_flow
@@ -137,7 +137,7 @@ class Feed:
 
         The micro-batches of a step must be used before those of the next are taken; unused ones are dropped.
         """
-        everything = ahead((batch for step in steps for batch in self.micro_batches(step)), MICRO_BATCHES_AHEAD)
+        everything = prefetch((batch for step in steps for batch in self.micro_batches(step)), MICRO_BATCHES_AHEAD)
 
         def in_turn() -> Iterator[Iterator[MicroBatch]]:
             for _ in steps:

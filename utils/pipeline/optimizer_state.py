@@ -138,7 +138,9 @@ def _make_states(zero_optimizer: Any, partition: Partition, states: dict[nn.Para
     """Creates the optimizer states of a group from those given: zeros for vectors, copies of numbers. False if none are."""
     flat, fresh = partition.flat, dict[str, Tensor]()
     parameter = next((parameter for parameter in partition.parameters if parameter in states), None)
-    for name, value in states[parameter].items() if parameter is not None else ():
+    if parameter is None:
+        return False
+    for name, value in states[parameter].items():
         if name == MASTER:
             continue
         if value.dim() > 0 and value.shape == parameter.shape:

@@ -124,6 +124,7 @@ class Stage(nn.Module):
         for local in self.layers:
             value, outputs = local.module(value), local.layer.outputs
             if outputs:
+                assert not isinstance(value, Tensor)
                 value = passed_on(value, outputs)
         output = value if isinstance(value, Tensor) else pack(value, outputs)
         return output if self.anchor is None else output + self.anchor.to(output.dtype) * 0

@@ -21,7 +21,7 @@ from utils.data.cache.shards import SHARD_FILES
 from utils.data.cache.store import Store
 from utils.data.dataset import Dataset
 from utils.data.encoding.encoded import EncodedData
-from utils.data.encoding.plan import Wanted, required_captions
+from utils.data.encoding.required import RequiredEntries, required_captions
 from utils.data.examples import Example, ExampleTable
 from utils.data.sources.decoding import BadFile, read_thumbnail
 from utils.data.sources.image_files import ImageFile
@@ -42,7 +42,7 @@ MAX_SHOWN_IN_LOG = 20
 
 def write_bad_files(folder: Path, dataset: Dataset, unusable: Sequence[BadFile]) -> None:
     """Writes every skipped file and the reason to BAD_FILES, and prints how many; removes the list when there are none."""
-    entries = [("bad", bad) for bad in (*dataset.bad_files, *unusable)] + [("skipped", bad) for bad in dataset.left_out]
+    entries = [("bad", bad) for bad in (*dataset.bad_files, *unusable)] + [("skipped", bad) for bad in dataset.skipped]
     path = folder / BAD_FILES
     if not entries:
         path.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def write_bad_files(folder: Path, dataset: Dataset, unusable: Sequence[BadFile])
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"path": str(bad.path), "kind": kind, "reason": bad.reason}) for kind, bad in entries)
     write_text(path, "".join(f"{line}\n" for line in lines))
-    num_skipped = len(dataset.left_out)
+    num_skipped = len(dataset.skipped)
     print_line(
         f"{len(entries) - num_skipped} bad files, {num_skipped} skipped by configuration; listed with reasons in {path}"
     )
@@ -82,8 +82,8 @@ class Gatherer:
             exposure=self._exposure(),
             bad_files=[(str(bad.path), bad.reason) for bad in bad_files[:MAX_FILES]],
             num_bad=len(bad_files),
-            skipped=[(str(bad.path), bad.reason) for bad in dataset.left_out[:MAX_FILES]],
-            num_skipped=len(dataset.left_out),
+            skipped=[(str(bad.path), bad.reason) for bad in dataset.skipped[:MAX_FILES]],
+            num_skipped=len(dataset.skipped),
             duplicates=duplicates,
             num_duplicates=num_duplicates,
             warnings=dataset.warnings,
@@ -214,7 +214,7 @@ def _as_numbers(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys).view("<u8")
 
 
-def _lengths(folder: Path, captions: Wanted) -> np.ndarray:
+def _lengths(folder: Path, captions: RequiredEntries) -> np.ndarray:
     """For each caption its number of tokens before truncation and the number of characters that are used: (n, 2)."""
     return Store(folder).column(captions.keys, LENGTH)
 

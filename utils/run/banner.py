@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-from models.family import PipelineLayer
 from utils.config.presets import PRESETS
 from utils.config.schema.objective import ObjectiveConfig
 from utils.console import format_bytes, format_table
 from utils.data.batches import BatchOrder
-from utils.data.encoding.plan import room_for
+from utils.data.encoding.plan import max_cache_bytes
 from utils.objective.validation import keys_in_use, unread_keys
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run.experiment import Experiment
-from utils.trainable.targets import some
+from utils.trainable.base import millions, num_trained
 
 MAX_BUCKETS_SHOWN = 12
 
@@ -24,7 +23,7 @@ def describe(experiment: Experiment, order: BatchOrder, output: str) -> str:
     notes += [f"note: {line}" for line in objective_notes(experiment.config.experiment.objective)]
     notes += [f"changed since the last start of this run: {line}" for line in experiment.changed_keys]
     notes += _skipped_files(experiment)
-    notes += [f"note: {line}" for line in _start_notes(experiment)]
+    notes += [f"note: {line}" for line in experiment.trainable.notes()]
     rows = [*summary(experiment, order), ("output", output)]
     return "\n".join([format_table(rows), *(f"  {note}" for note in notes)])
 
@@ -48,12 +47,16 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
     if len(buckets) > len(shown):
         shown.append(f"and {len(buckets) - len(shown)} more")
     pipeline = config.pipeline
-    fillers = f"; {order.num_fillers} images per epoch are repeated to fill the last batches of their buckets" if order.num_fillers else ""
+    fillers = (
+        f"; {order.num_fillers} images per epoch are repeated to fill the last batches of their buckets"
+        if order.num_fillers
+        else ""
+    )
     num_steps = experiment.num_steps(order)
     return [
         ("model", experiment.family.describe()),
         *((name, str(path)) for name, path in experiment.family.sources.items()),
-        ("training", _what_is_trained(experiment)),
+        ("training", experiment.trainable.describe()),
         *_ema_rows(experiment),
         *_stage_rows(experiment),
         ("images", f"{dataset.num_images} ({len(dataset.examples)} examples; by bucket {', '.join(shown)})"),
@@ -76,7 +79,7 @@ def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:
     weight = scheme if scheme == "none" else f"{scheme} by {config.weighting_by}"
     shift = f"{config.discrete_flow_shift:g}"
     if config.shift_resolution is not None:
-        shift += f" at {config.shift_resolution}x{config.shift_resolution}, times the square root of the pixel ratio at other sizes"
+        shift += f" at {config.shift_resolution}x{config.shift_resolution}, scaled with the resolution elsewhere"
     rows = [
         ("time density", config.timestep_sampling),
         ("loss weight", weight),
@@ -114,29 +117,6 @@ def objective_notes(config: ObjectiveConfig) -> list[str]:
     return notes
 
 
-def _what_is_trained(experiment: Experiment) -> str:
-    trained = sum(_num_trained(experiment, layer) for layer in experiment.family.layers)
-    plan, start = experiment.adapter_plan, experiment.adapter_start
-    what = "every weight" if plan is None else plan.describe()
-    return f"{what} ({_millions(trained)} parameters){f', starting from {start.path}' if start is not None else ''}"
-
-
-def _start_notes(experiment: Experiment) -> list[str]:
-    """What the file an adapter starts from has not got, and what of it is not used."""
-    plan, start = experiment.adapter_plan, experiment.adapter_start
-    if plan is None or start is None:
-        return []
-    notes = []
-    fresh = [name for name in plan.modules if name not in start.shapes]
-    if fresh:
-        notes.append(
-            f"{len(fresh)} of the {len(plan.modules)} modules are not in {start.path} and start fresh: {some(fresh)}"
-        )
-    if start.skipped_keys:
-        notes.append(f"left out of {start.path}, as of other networks: {some(start.skipped_keys)}")
-    return notes
-
-
 def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:
     ema = experiment.config.experiment.ema
     if ema is None:
@@ -148,37 +128,25 @@ def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
     return [(f"evaluation on {name}", f"{examples.num_images} images") for name, examples in experiment.eval_sets.items()]
 
 
-def _num_trained(experiment: Experiment, layer: PipelineLayer) -> int:
-    plan = experiment.adapter_plan
-    if plan is None:
-        return layer.num_parameters
-    modules = ((layer.prefix + name).removesuffix(".weight") for name in layer.shapes if name.endswith(".weight"))
-    return sum(plan.num_parameters(module) for module in modules if module in plan.modules)
-
-
 def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
     rows = []
     for stage, (start, stop) in enumerate(itertools.pairwise(experiment.bounds)):
         layers = experiment.family.layers[start:stop]
         total = sum(layer.num_parameters for layer in layers)
-        trained = sum(_num_trained(experiment, layer) for layer in layers)
-        text = f"{layers[0].name} to {layers[-1].name}: {_millions(total)} parameters, {_millions(trained)} trained"
+        trained = num_trained(experiment.trainable, layers)
+        text = f"{layers[0].name} to {layers[-1].name}: {millions(total)} parameters, {millions(trained)} trained"
         rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))
     return rows
 
 
 def _cache_bytes(experiment: Experiment) -> int:
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
-    return room_for(experiment.family, tables, experiment.cache_settings)
+    return max_cache_bytes(experiment.family, tables, experiment.cache_settings)
 
 
 def _bubble(experiment: Experiment) -> str:
-    """The idle fraction of a 1F1B schedule, (P - 1) / (M + P - 1) for P stages and M micro-batches, and how to lower it."""
+    """The idle fraction of 1F1B, (P - 1) / (M + P - 1) for P stages and M micro-batches, and how to lower it."""
     stages, micro_batches = experiment.num_stages, experiment.config.experiment.pipeline.gradient_accumulation_steps
     idle = (stages - 1) / (micro_batches + stages - 1)
     advice = f"; raise gradient_accumulation_steps (now {micro_batches}) to lower it" if idle > 0.2 else ""
     return f"{idle:.0%} of the time idle{advice}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f} M"

@@ -6,26 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.family import PipelineLayer
 from models.streams import SampleShape
-from utils.checkpoint import save as checkpoint
+from utils.checkpoint.load import load
 from utils.data.batches import BatchOrder
 from utils.data.encoding.encoded import EncodedData
 from utils.objective.loss import LossTarget
 from utils.objective.objective import Objective
 from utils.optim.registry import make_optimizer
-from utils.optim.schedules import LearningRateSchedule, schedule_of
+from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
 from utils.pipeline.optimizer_state import MASTER
 from utils.pipeline.stage import StagePlan
 from utils.run.experiment import Experiment
 from utils.run.schedule import Clock
-from utils.trainable import lora
-from utils.trainable.base import ParameterGroup
+from utils.trainable.groups import group_schedules
+
+LOG = "log"
+"""The event that logs every step; its saved state has the clock's minutes."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,21 @@ class Run:
     """Where the run starts or resumes."""
     schedules: Mapping[str, LearningRateSchedule]
     """Parameter group -> its learning rate."""
+    saved_events: Mapping[str, dict[str, Any]]
+    """Event name -> its state in the checkpoint the run resumes from."""
 
 
 def build_run(experiment: Experiment, folder: Path, data: EncodedData) -> Run:
     """Builds the pipeline and loads the checkpoint to resume from. All ranks together."""
-    objective, order = Objective(experiment.config.experiment.objective, experiment.family.shift_at), experiment.batch_order()
+    objective, order = (
+        Objective(experiment.config.experiment.objective, experiment.family.shift_at),
+        experiment.batch_order(),
+    )
     pipeline = build_pipeline(experiment, objective)
     if experiment.resume_from is not None:
-        checkpoint.load(pipeline, experiment.resume_from)
+        load(pipeline, experiment.resume_from)
+    saved_events = experiment.resume_from.events if experiment.resume_from is not None else {}
+    minutes = float(saved_events.get(LOG, {}).get("minutes", 0.0))
     return Run(
         experiment=experiment,
         folder=folder,
@@ -60,26 +69,18 @@ def build_run(experiment: Experiment, folder: Path, data: EncodedData) -> Run:
         pipeline=pipeline,
         feed=build_feed(experiment, pipeline, data, objective),
         order=order,
-        clock=Clock(experiment.start_step, experiment.num_steps(order), order.steps_per_epoch),
-        schedules={"default": schedule_of(experiment.config.experiment.optimizer)},
+        clock=Clock(experiment.start_step, experiment.num_steps(order), order.steps_per_epoch, minutes, minutes),
+        schedules=group_schedules(experiment.config.experiment.optimizer),
+        saved_events=saved_events,
     )
 
 
 def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
     """The network over the processes, each with its own layers only, and what is trained of it."""
-    config, plan, start = experiment.config.experiment, experiment.adapter_plan, experiment.adapter_start
-
-    def prepare_layer(layer: PipelineLayer, module: nn.Module) -> None:
-        if plan is not None:
-            lora.inject(module, layer.prefix, plan, seed=config.seed)
-        if start is not None:
-            lora.load_start(module, layer.prefix, start)
-
-    def groups(named: Mapping[str, nn.Parameter]) -> list[ParameterGroup]:
-        return [ParameterGroup("default", named, schedule_of(config.optimizer), None)]
+    config, family, trainable = experiment.config.experiment, experiment.family, experiment.trainable
 
     def loss(output: Tensor, target: tuple[Tensor, ...], shape: SampleShape) -> Tensor:
-        return objective.loss(experiment.family.velocity(output, shape), LossTarget(*target))
+        return objective.loss(family.velocity(output, shape), LossTarget(*target))
 
     settings = EngineSettings(
         micro_batch_size=config.pipeline.micro_batch_size_per_gpu,
@@ -88,20 +89,21 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         dtype=config.model.torch_dtype,
     )
     pipeline = Pipeline(
-        StagePlan(experiment.family.layers, experiment.family.input_names, experiment.bounds),
+        StagePlan(family.layers, family.input_names, experiment.bounds),
         settings,
         loss=loss,
-        prepare=prepare_layer,
-        groups=groups,
+        prepare=trainable.prepare,
+        groups=trainable.groups,
         make_optimizer=partial(make_optimizer, config.optimizer),
     )
-    if start is not None:
-        # The optimizer's float32 weights were made from the layers' rounded ones.
-        exact: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for layer in pipeline.local_layers():
-            for name, value in lora.start_values(layer.module, layer.layer.prefix, start).items():
-                exact[layer.trainable()[name]] = {MASTER: value}
-        pipeline.write_states(exact)
+    # The optimizer's float32 weights were made from the layers' rounded ones.
+    pipeline.write_states(
+        {
+            layer.trainable()[name]: {MASTER: value}
+            for layer in pipeline.local_layers()
+            for name, value in trainable.initial_values(layer.layer, layer.module).items()
+        }
+    )
     return pipeline
 
 

@@ -17,7 +17,7 @@ from utils.data.dataset import ContentMemory, Dataset, directory_errors, hold_ou
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.listing import Lister
+from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.readers import Readers
 from utils.distributed.world import World
 from utils.report.dataset_gather import write_bad_files
@@ -56,7 +56,7 @@ def open_datasets(
     `may_write`: whether the file index in the cache folder is updated and the list of bad files written.
     """
     with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks of this host are idle
-        lister = Lister(readers, config.experiment.cache_folder / "files", may_write=may_write)
+        lister = DirectoryIndexer(readers, config.experiment.cache_folder / "files", may_write=may_write)
         datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), family, errors, lister))
         datasets.memories.append(datasets.training.memory)
         _hold_out(config, datasets, errors)
@@ -81,7 +81,7 @@ def _add_eval_set(datasets: Datasets, name: str, found: Dataset) -> None:
 
 def _reported_files(dataset: Dataset) -> tuple[list[BadFile], list[BadFile], list[BadFile]]:
     """The lists of files that are reported when a run starts or is refused."""
-    return dataset.bad_files, dataset.fatal_files, dataset.left_out
+    return dataset.bad_files, dataset.fatal_files, dataset.skipped
 
 
 def _hold_out(config: Config, datasets: Datasets, errors: list[ErrorDetail]) -> None:
@@ -103,7 +103,7 @@ def _num_shared(table: ExampleTable, other: ExampleTable) -> int:
 
 
 def _open_dataset(
-    path: Path, table: DatasetConfig, family: ModelFamily, errors: list[ErrorDetail], lister: Lister, *, prefix: str = ""
+    path: Path, table: DatasetConfig, family: ModelFamily, errors: list[ErrorDetail], lister: DirectoryIndexer, *, prefix: str = ""
 ) -> Dataset:
     missing = directory_errors(table)
     found = [ErrorDetail(path, key, text) for key, text in resolution_errors(table, family.latent)]
@@ -112,7 +112,7 @@ def _open_dataset(
         return Dataset()
     dataset = scan(table, family.latent.pixel_multiple, lister, prefix=prefix)
     errors += _shortened(path, dataset.fatal_files, "on_bad_file", BAD_FILE_ADVICE)
-    errors += _shortened(path, dataset.refused, "upscale", SMALL_IMAGE_ADVICE)
+    errors += _shortened(path, dataset.too_small, "upscale", SMALL_IMAGE_ADVICE)
     if not len(dataset.examples) and not missing:
         folders = ", ".join(str(directory.path) for directory in table.directory)
         errors.append(ErrorDetail(path, "directory", f"no usable image with a caption in {folders}"))

@@ -10,9 +10,9 @@ import torch
 from utils.config.load import TRAINING, ConfigError, ErrorDetail
 from utils.console import print_line
 from utils.data.cache.locks import CacheInUse
-from utils.data.cache.shards import CannotWrite, DamagedShard
+from utils.data.cache.shards import CacheWriteError, DamagedShard
 from utils.data.encoding.encoded import EncodedData
-from utils.data.encoding.precompute import Cached, CacheError, RunData, cache_dataset
+from utils.data.encoding.precompute import CachedDataset, CachingError, RunData, cache_dataset
 from utils.data.examples import ExampleTable
 from utils.distributed import group
 from utils.distributed.world import world
@@ -36,7 +36,7 @@ def encode_dataset(
     run_data = RunData(tables, sorted(texts), experiment.memories)
     try:
         cached = cache_dataset(experiment.family, run_data, experiment.cache_settings, device, num_readers(here))
-    except (CacheError, CacheInUse, DamagedShard, CannotWrite, PermissionError) as error:
+    except (CachingError, CacheInUse, DamagedShard, CacheWriteError, PermissionError) as error:
         raise ConfigError([ErrorDetail(experiment.config.path, "cache_dir", str(error))]) from error
     if here.is_main:
         write_bad_files(config.output_dir, experiment.dataset, cached.unusable.bad_files)
@@ -47,7 +47,7 @@ def encode_dataset(
     return cached.data, encoded
 
 
-def _write_dataset_report(experiment: Experiment, cached: Cached, device: torch.device) -> None:
+def _write_dataset_report(experiment: Experiment, cached: CachedDataset, device: torch.device) -> None:
     """Writes the report on the training set, and logs how many captions exceed each encoder's length. Rank 0 only."""
     config, order = experiment.config.experiment, experiment.batch_order()
     tile_pixels = config.sampling.decode_tile_pixels
@@ -64,7 +64,7 @@ def _write_dataset_report(experiment: Experiment, cached: Cached, device: torch.
     print_line(f"dataset report: {path}")
 
 
-def without_unusable(experiment: Experiment, cached: Cached) -> Experiment:
+def without_unusable(experiment: Experiment, cached: CachedDataset) -> Experiment:
     """The experiment without the examples that could not be encoded.
 
     Raises ConfigError when one of them belongs to a directory that does not skip bad files, or none is left of a set.

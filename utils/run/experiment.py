@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.family import LoraFile, ModelFamily
-from utils.checkpoint.save import SavedState
+from models.family import ModelFamily
+from utils.checkpoint.manifest import SavedState
 from utils.config.load import Config
 from utils.data.batches import BatchOrder
 from utils.data.dataset import ContentMemory, Dataset
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
 from utils.previews.prompt_list import Prompt
-from utils.trainable.lora import LoraTargets
+from utils.trainable.base import Trainable
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ class Experiment:
     global_batch: int
     bounds: list[int]
     """Stage i consists of layers bounds[i] to bounds[i + 1] - 1."""
-    adapter_plan: LoraTargets | None
-    """None: the whole network is trained."""
-    adapter_start: LoraFile | None
-    """The file with the adapter's initial weights; None for fresh ones."""
+    trainable: Trainable
+    """What is trained."""
     resume_run: Path | None
     """The run folder to resume in; None for a new one."""
     resume_from: SavedState | None

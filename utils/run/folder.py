@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from models.family import ModelFamily
-from utils.checkpoint.save import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_errors
+from utils.checkpoint.manifest import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_errors
 from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml
 from utils.files.atomic import write_text
+from utils.trainable.base import Trainable
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
@@ -86,7 +87,7 @@ def find_checkpoint(config: Config, run: Path | None, identity: dict[str, Any]) 
 # --- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def run_identity(config: Config, family: ModelFamily, global_batch: int) -> dict[str, Any]:
+def run_identity(config: Config, family: ModelFamily, trainable: Trainable, global_batch: int) -> dict[str, Any]:
     """What a run must share with a checkpoint to resume from it; stored in every checkpoint."""
     experiment = config.experiment
     return {
@@ -95,7 +96,7 @@ def run_identity(config: Config, family: ModelFamily, global_batch: int) -> dict
         "layer list": family.layer_list_version,
         NETWORK_FILES: [sample_hash(path) for path in family.network_files],
         "network settings": family.network_settings,
-        "adapter": experiment.adapter.model_dump(mode="json", exclude={"init_from"}) if experiment.adapter else "none",
+        **trainable.identity(),
         "optimizer.type": experiment.optimizer.type,
         "ema": experiment.ema.model_dump(mode="json") if experiment.ema else "none",
     }

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models import family_class
-from models.family import LoraFile, ModelFamily, ModelFilesError
+from models.family import ModelFamily, ModelFilesError
 from utils.config.load import Config, ConfigError, ErrorDetail, load_config, located
 from utils.data.dataset import directory_errors
 from utils.distributed.world import World
-from utils.export.weights import export_errors
+from utils.export.weights import export_formats
 from utils.objective.validation import objective_errors
 from utils.optim.registry import optimizer_errors
 from utils.pipeline.partition import balanced_bounds
@@ -23,8 +23,8 @@ from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 from utils.run.datasets import MAX_BAD_FILES_SHOWN, Datasets, open_datasets
 from utils.run.experiment import Experiment
 from utils.run.folder import changed_keys, find_checkpoint, find_run, run_identity
-from utils.trainable.lora import LoraTargets
-from utils.trainable.targets import choose_modules, start_errors
+from utils.trainable.base import Trainable
+from utils.trainable.choose import make_trainable
 
 
 def prepare(
@@ -46,11 +46,10 @@ def prepare(
     prompts = _read_prompts(config, errors)
     family = _open_model(config, errors)
     datasets = Datasets()
-    bounds, plan, start = [0, 1], None, None
+    bounds, trainable = [0, 1], None
     if family is not None:
         bounds = _check_bounds(config, family, num_stages, errors)
-        plan, start = _check_adapter(config, family, errors)
-        errors += [ErrorDetail(config.path, key, text) for key, text in export_errors(config.experiment, family)]
+        trainable = _check_trainable(config, family, errors)
         found = prompt_errors(prompts, config.experiment.sampling, family.latent, family.num_blocks)
         errors += [ErrorDetail(config.path, key, text) for key, text in found]
         _check_encoder_names(config, family, errors)
@@ -58,11 +57,11 @@ def prepare(
             datasets = open_datasets(config, family, errors, world, may_write=not check_only and not errors)
     num_replicas = max(1, world.size // num_stages)
     run = find_run(config, resume, errors)
-    if errors or family is None:
+    if errors or family is None or trainable is None:
         raise ConfigError(located(errors, overrides))
     pipeline = config.experiment.pipeline
     global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
-    identity = run_identity(config, family, global_batch)
+    identity = run_identity(config, family, trainable, global_batch)
     return Experiment(
         config=config,
         family=family,
@@ -74,8 +73,7 @@ def prepare(
         num_replicas=num_replicas,
         global_batch=global_batch,
         bounds=bounds,
-        adapter_plan=plan,
-        adapter_start=start,
+        trainable=trainable,
         resume_run=run,
         resume_from=find_checkpoint(config, run, identity),
         changed_keys=changed_keys(run, config) if run is not None else [],
@@ -154,22 +152,10 @@ def _check_bounds(config: Config, family: ModelFamily, num_stages: int, errors: 
         return [0, len(family.layers)]
 
 
-def _check_adapter(
-    config: Config, family: ModelFamily, errors: list[ErrorDetail]
-) -> tuple[LoraTargets | None, LoraFile | None]:
-    """The modules that get an adapter, and the file with its initial weights."""
-    settings = config.experiment.adapter
-    if settings is None:
-        return None, None
-    plan, found = choose_modules(settings, family)
+def _check_trainable(config: Config, family: ModelFamily, errors: list[ErrorDetail]) -> Trainable:
+    """What is trained, with the errors of `[adapter]`, of parameter groups and of export formats."""
+    trainable, found = make_trainable(config.experiment, family)
+    formats = export_formats(config.experiment, trainable)
+    found = found + [("save.formats", text) for text in trainable.format_errors(formats)]
     errors += [ErrorDetail(config.path, key, text) for key, text in found]
-    file = None
-    if settings.init_from is not None:
-        try:
-            file = family.open_lora_file(settings.init_from)
-        except ModelFilesError as error:
-            errors += [ErrorDetail(config.path, "adapter.init_from", text) for _, text in error.errors]
-    if file is not None and not found:
-        texts = start_errors(file, plan, settings, family)
-        errors += [ErrorDetail(config.path, "adapter.init_from", f"{file.path} {text}") for text in texts]
-    return plan, file
+    return trainable
