@@ -198,11 +198,11 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
         "adapter.targets[1]: = '(x': is no regular expression: ",
     ),
     ({"sampling": {"prompts": ["a"], "width": 40, "height": 32}}, "sampling.width: = 40: must be a multiple of 16"),
-    ({"sampling": {"prompts": ["a"], "width": 32, "height": 272}}, "sampling.height: = 272: the network reaches 256 "),
+    ({"sampling": {"prompts": ["a"], "width": 32, "height": 272}}, "sampling.height: = 272: the network supports at most 256 "),
     ({"dataset_file": {"resolutions": [40]}}, "resolutions[0]: = 40: must be a multiple of 16; use 32 or 48"),
     (
         {"dataset_file": {"resolutions": [1024]}},
-        "resolutions[0]: = 1024: needs sides of 1456 pixels, the network reaches 256",
+        "resolutions[0]: = 1024: needs sides of 1456 pixels; the network supports at most 256",
     ),
     ({"dataset_file": {"min_ar": 3.0}}, "min_ar: = 3.0: must not be above max_ar, 2.0"),
     ({"dataset_file": {"directory": []}}, "directory: = []: "),
@@ -262,7 +262,7 @@ def test_a_bad_line_of_the_prompt_file_is_named(bench: Bench, tmp_path: Path) ->
     assert [line.split(" ")[:4] for line in told] == [
         [f"{prompts}:", "line", number, word] for number, word in (("3:", "unknown"), ("5:", "--s"), ("6:", "--h"))
     ]
-    assert "there are --w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)" in told[0]
+    assert "the flags are --w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)" in told[0]
     assert "must be greater than or equal to 16" in told[2]
 
 
@@ -281,7 +281,7 @@ def test_a_line_of_the_file_is_named(bench: Bench) -> None:
 
 
 def test_a_mask_folder_must_be_there_and_another(bench: Bench, images: Path) -> None:
-    for folder, message in ((images / "no", "is not a folder"), (images, "must be another folder than path")):
+    for folder, message in ((images / "no", "is not a folder"), (images, "must be a different folder than path")):
         directory = [{"path": str(images), "mask_path": str(folder)}]
         error = bench.only_error(bench.experiment(dataset_file={"directory": directory}))
         assert "directory[0].mask_path: " in error and message in error
@@ -359,7 +359,7 @@ def test_missing_weights_and_missing_images_are_told_at_once(bench: Bench) -> No
 @pytest.mark.parametrize("stages", ["auto", 6])
 def test_more_stages_than_layers_are_refused(bench: Bench, stages: str | int) -> None:
     experiment = bench.experiment(**{"pipeline.pipeline_stages": stages})
-    message = "pipeline.pipeline_stages: = 6: 5 layers cannot be cut into 6 stages"
+    message = "pipeline.pipeline_stages: = 6: 5 layers cannot be divided into 6 stages"
     assert bench.only_error(experiment, world_size=6) == f"{experiment}: {message}"
 
 
@@ -571,7 +571,7 @@ def test_the_cache_alone_is_filled_and_a_run_after_it_encodes_nothing(lab: Lab, 
     before = shards(output / "cache")
     assert {path.parents[1].name.rpartition("-")[0] for path in before} == {"vae", "clip_l", "clip_g", "t5xxl"}
     run = lab.run(2, experiment)
-    assert "cache: everything is there" in run.output
+    assert "caching: all entries are in" in run.output
     assert "caching " not in run.output
     assert shards(output / "cache") == before
     assert run.last_step == 2

@@ -33,7 +33,7 @@ from utils.data.image_table import (
 )
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
-from utils.data.sources.rows import NONE, Container, PairedImages, no_paired_images
+from utils.data.sources.image_rows import NO_ROW, Container, PairedImages, empty_paired_images
 from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction
 
@@ -156,8 +156,8 @@ class ExampleTable(Sequence[Example]):
         """Where the bytes of an image are; by its row in `images`."""
         images = self.images
         path = Path(self.directories[images.directory[image]].path) / images.names[image]
-        number = int(images.container[image]) if len(images.container) else NONE
-        if number == NONE:
+        number = int(images.container[image]) if len(images.container) else NO_ROW
+        if number == NO_ROW:
             return ImageFile(path)
         container = self.containers[number]
         member = container.column or images.names[image].removeprefix(container.name).lstrip("/")
@@ -237,7 +237,7 @@ class ExampleTable(Sequence[Example]):
         for column, paired_images in ((self.images.mask, self.masks), (self.images.control, self.controls)):
             if len(column):
                 rows = np.unique(column[images])
-                yield paired_images.content, unknown(paired_images.content, rows[rows != NONE]), paired_images.file
+                yield paired_images.content, unknown(paired_images.content, rows[rows != NO_ROW]), paired_images.file
 
     def num_unhashed(self) -> int:
         """Files that examples need and whose hash is not known."""
@@ -255,7 +255,7 @@ class ExampleTable(Sequence[Example]):
         for column, paired_images in ((self.images.mask, self.masks), (self.images.control, self.controls)):
             if len(column):
                 row = column[image]
-                missing |= (row != NONE) & ~is_known(paired_images.content)[row]
+                missing |= (row != NO_ROW) & ~is_known(paired_images.content)[row]
         return missing
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -298,4 +298,6 @@ class ExampleTable(Sequence[Example]):
 
 def empty_table() -> ExampleTable:
     """No examples."""
-    return ExampleTable([], [], [], joined_images([]), no_paired_images(), no_paired_images(), np.zeros((0, 3), np.int32))
+    return ExampleTable(
+        [], [], [], joined_images([]), empty_paired_images(), empty_paired_images(), np.zeros((0, 3), np.int32)
+    )

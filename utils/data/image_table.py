@@ -11,7 +11,7 @@ import numpy as np
 from utils.data.columns import FileBlock, Texts, tensor_place
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
-from utils.data.sources.rows import NONE, PairedImages, firsts
+from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 from utils.data.sources.tags import TagShuffle
 
 _NO_HASH = bytes(CONTENT_BYTES)
@@ -51,11 +51,11 @@ class ImageTable:
     first_caption: np.ndarray
     """(n + 1): image i has captions first_caption[i] to first_caption[i + 1]."""
     container: np.ndarray
-    """Number of the file it is in, or NONE. Empty, as the next two, when no image is in a file with others."""
+    """Number of the file it is in, or NO_ROW. Empty, as the next two, when no image is in a file with others."""
     start: np.ndarray
     length: np.ndarray
     mask: np.ndarray
-    """Row of its mask, or NONE. Empty when no image has one. So for control images."""
+    """Row of its mask, or NO_ROW. Empty when no image has one. So for control images."""
     control: np.ndarray
 
     def __len__(self) -> int:
@@ -63,11 +63,11 @@ class ImageTable:
 
 
 def _or_empty(column: np.ndarray) -> np.ndarray:
-    return column if (column != NONE).any() else column[:0]
+    return column if (column != NO_ROW).any() else column[:0]
 
 
 def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
-    """All rows of all parts, which have every column; those that say NONE in every row are left away."""
+    """All rows of all parts, which have every column; those that say NO_ROW in every row are left away."""
     parts = list(parts)
     captions = Texts.joined(part.captions for part in parts)
     counts = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.first_caption) for part in parts)])
@@ -76,7 +76,7 @@ def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
         return np.concatenate([np.zeros((0, *width), dtype), *(vars(part)[name] for part in parts)])
 
     container, mask, control = (column(name, np.int32) for name in ("container", "mask", "control"))
-    is_contained = bool((container != NONE).any())
+    is_contained = bool((container != NO_ROW).any())
     return ImageTable(
         directory=column("directory", np.int32),
         names=Texts.joined(part.names for part in parts),
@@ -84,7 +84,7 @@ def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
         same=column("same", np.int64),
         content=column("content", np.uint8, (CONTENT_BYTES,)),
         captions=captions,
-        first_caption=firsts(counts),
+        first_caption=group_offsets(counts),
         container=_or_empty(container),
         start=column("start", np.int64) if is_contained else np.zeros(0, np.int64),
         length=column("length", np.int64) if is_contained else np.zeros(0, np.int64),
@@ -117,12 +117,14 @@ def hashes_of_paired_images(column: np.ndarray, images: np.ndarray, paired_image
     if not len(column):
         return [b""] * len(images)
     rows = column[images]
-    return [one if row != NONE else b"" for one, row in zip(hashes(paired_images.content[rows]), rows.tolist(), strict=True)]
+    return [
+        one if row != NO_ROW else b"" for one, row in zip(hashes(paired_images.content[rows]), rows.tolist(), strict=True)
+    ]
 
 
 def paired_image_of(column: np.ndarray, image: int, paired_images: PairedImages) -> tuple[ImageFile | None, bytes]:
-    row = int(column[image]) if len(column) else NONE
-    if row == NONE:
+    row = int(column[image]) if len(column) else NO_ROW
+    if row == NO_ROW:
         return None, b""
     return paired_images.file(row), hash_or_nothing(paired_images.content[row])
 

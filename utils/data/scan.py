@@ -12,21 +12,21 @@ from utils.data.buckets import Bucket, nearest_buckets
 from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_errors
 from utils.data.examples import ExampleTable
 from utils.data.image_table import Directory, ImageTable, joined_images
-from utils.data.sources.caption_sources import some
+from utils.data.sources.caption_sources import first_few
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.listing import Lister, ListingSettings, Part
+from utils.data.sources.directory_index import DirectoryIndexer, IndexPart, IndexSettings
+from utils.data.sources.image_rows import NO_ROW, Container, ImageRows, Remembered
 from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable
-from utils.data.sources.rows import NONE, Container, Remembered, Rows
 from utils.data.sources.tags import TagShuffle
 
 
-def scan(config: DatasetConfig, multiple: int, lister: Lister, *, prefix: str = "") -> Dataset:
+def scan(config: DatasetConfig, multiple: int, indexer: DirectoryIndexer, *, prefix: str = "") -> Dataset:
     """Every usable example of every directory, in order of directories and names; and what could not be used.
 
     Keys begin with the prefix: several datasets of one run need different ones. Directories that are not there are passed
     over; directory_errors tells of them.
     """
-    scanner = _Scanner(config, multiple, lister)
+    scanner = _Scanner(config, multiple, indexer)
     broken = {key.partition(".")[0] for key, _ in directory_errors(config)}
     for index, directory in enumerate(config.directory):
         if f"directory[{index}]" not in broken:
@@ -37,8 +37,8 @@ def scan(config: DatasetConfig, multiple: int, lister: Lister, *, prefix: str = 
 class _Scanner:
     """Builds the table, a directory at a time."""
 
-    def __init__(self, config: DatasetConfig, multiple: int, lister: Lister) -> None:
-        self._multiple, self._lister = multiple, lister
+    def __init__(self, config: DatasetConfig, multiple: int, indexer: DirectoryIndexer) -> None:
+        self._multiple, self._indexer = multiple, indexer
         self._found = Dataset()
         self._directories: list[Directory] = []
         self._containers: list[Container] = []
@@ -47,11 +47,11 @@ class _Scanner:
         self._rows: list[np.ndarray] = []
         self._num_images = 0
         self._remembered: list[Remembered] = []
-        self._paired_images = {kind: PairedImageTable(kind, lister) for kind in (MASK, CONTROL)}
+        self._paired_images = {kind: PairedImageTable(kind, indexer) for kind in (MASK, CONTROL)}
         self._enlarged: list[np.ndarray] = []
 
     def add(self, directory: DirectoryConfig, place: str) -> None:
-        settings = ListingSettings(
+        settings = IndexSettings(
             directory.recursive,
             directory.caption_per_line,
             image_column=directory.image_column,
@@ -59,7 +59,7 @@ class _Scanner:
         )
         num_bad = len(self._found.bad_files)
         inner = [path for path in (directory.mask_path, directory.control_path) if path is not None]
-        listing = self._lister.look_at(directory.path, settings, excluded=inner)
+        listing = self._indexer.index(directory.path, settings, excluded=inner)
         self._found.bad_files.extend(listing.bad_files)
         self._found.warnings.extend(listing.warnings)
         number = len(self._directories)
@@ -72,9 +72,9 @@ class _Scanner:
         if sum(map(len, self._rows)) == before:
             self._found.warnings.append(f"{directory.path} has no usable image")
 
-    def _add_part(self, part: Part, number: int, directory: DirectoryConfig) -> None:
+    def _add_part(self, part: IndexPart, number: int, directory: DirectoryConfig) -> None:
         rows, count = part.rows, len(part.rows)
-        container = NONE
+        container = NO_ROW
         if part.container is not None:
             container = len(self._containers)
             self._containers.append(part.container)
@@ -97,16 +97,16 @@ class _Scanner:
             )
         )
         usable = self._in_size(rows, directory)
-        usable &= (mask != NONE) | (directory.mask_path is None)
-        usable &= (control != NONE) | (directory.control_path is None)
+        usable &= (mask != NO_ROW) | (directory.mask_path is None)
+        usable &= (control != NO_ROW) | (directory.control_path is None)
         for index, resolution in enumerate(directory.resolutions):
             self._sort_into_buckets(rows, np.flatnonzero(usable), index, resolution, directory)
         self._remembered.append(Remembered(part.memory, part.usable, self._num_images))
         self._num_images += count
 
-    def _paired_images_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: Rows) -> np.ndarray:
+    def _paired_images_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: ImageRows) -> np.ndarray:
         if folder is None:
-            return np.full(len(rows), NONE, np.int32)
+            return np.full(len(rows), NO_ROW, np.int32)
 
         def shown(row: int) -> Path:
             return directory.path / rows.names[row]
@@ -115,7 +115,7 @@ class _Scanner:
         self._found.bad_files.extend(bad_files)
         return found
 
-    def _in_size(self, rows: Rows, directory: DirectoryConfig) -> np.ndarray:
+    def _in_size(self, rows: ImageRows, directory: DirectoryConfig) -> np.ndarray:
         """Which images min_pixels and max_pixels leave."""
         pixels = rows.sizes[:, 0].astype(np.int64) * rows.sizes[:, 1]
         left = np.ones(len(rows), bool)
@@ -126,12 +126,12 @@ class _Scanner:
             for row in np.flatnonzero(wrong).tolist():
                 width, height = rows.sizes[row].tolist()
                 reason = f"is {width}x{height} pixels; {key} = {limit}"
-                self._found.left_out.append(BadFile(directory.path / rows.names[row], reason))
+                self._found.skipped.append(BadFile(directory.path / rows.names[row], reason))
             left &= ~wrong
         return left
 
     def _sort_into_buckets(
-        self, rows: Rows, chosen: np.ndarray, index: int, resolution: int, directory: DirectoryConfig
+        self, rows: ImageRows, chosen: np.ndarray, index: int, resolution: int, directory: DirectoryConfig
     ) -> None:
         """Add an example for each chosen row at the resolution, which is the directory's number `index`."""
         buckets = dataset_buckets(directory, resolution, self._multiple)
@@ -148,8 +148,8 @@ class _Scanner:
         columns = [chosen + self._num_images, np.full(len(chosen), index), numbers[nearest]]
         self._rows.append(np.stack(columns, axis=1).astype(np.int32))
 
-    def _leave_out_small(self, rows: Rows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
-        told = self._found.refused if directory.upscale == "error" else self._found.left_out
+    def _leave_out_small(self, rows: ImageRows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
+        told = self._found.too_small if directory.upscale == "error" else self._found.skipped
         for row, (bucket_width, bucket_height) in zip(chosen.tolist(), sides.astype(int).tolist(), strict=True):
             width, height = rows.sizes[row].tolist()
             reason = f"is {width}x{height} pixels, smaller than its bucket {bucket_width}x{bucket_height}"
@@ -168,7 +168,7 @@ class _Scanner:
         warnings = [*self._found.warnings, *masks.warnings(), *controls.warnings()]
         enlarged = np.unique(np.concatenate([np.zeros(0, np.int64), *self._enlarged]))
         if len(enlarged):
-            shown = some([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
+            shown = first_few([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
             warnings.append(f"{len(enlarged)} images are smaller than their bucket and enlarged: {shown}")
         memory = [(images.content, part) for part in self._remembered]
         memory += [(table.masks.content, part) for part in masks.remembered()]

@@ -56,12 +56,12 @@ def open_datasets(
     `may_write`: whether the file index in the cache folder is updated and the list of bad files written.
     """
     with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks of this host are idle
-        lister = DirectoryIndexer(readers, config.experiment.cache_folder / "files", may_write=may_write)
-        datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), family, errors, lister))
+        indexer = DirectoryIndexer(readers, config.experiment.cache_folder / "files", may_write=may_write)
+        datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), family, errors, indexer))
         datasets.memories.append(datasets.training.memory)
         _hold_out(config, datasets, errors)
         for name in config.eval_sets:
-            found = _open_dataset(*config.dataset_of(name), family, errors, lister, prefix=f"eval/{name}/")
+            found = _open_dataset(*config.dataset_of(name), family, errors, indexer, prefix=f"eval/{name}/")
             _add_eval_set(datasets, name, found)
     if may_write and datasets.training.fatal_files:  # such a run is refused, so nothing later could list them
         write_bad_files(config.experiment.output_dir, datasets.training, ())
@@ -103,14 +103,20 @@ def _num_shared(table: ExampleTable, other: ExampleTable) -> int:
 
 
 def _open_dataset(
-    path: Path, table: DatasetConfig, family: ModelFamily, errors: list[ErrorDetail], lister: DirectoryIndexer, *, prefix: str = ""
+    path: Path,
+    table: DatasetConfig,
+    family: ModelFamily,
+    errors: list[ErrorDetail],
+    indexer: DirectoryIndexer,
+    *,
+    prefix: str = "",
 ) -> Dataset:
     missing = directory_errors(table)
     found = [ErrorDetail(path, key, text) for key, text in resolution_errors(table, family.latent)]
     if found:
         errors += found
         return Dataset()
-    dataset = scan(table, family.latent.pixel_multiple, lister, prefix=prefix)
+    dataset = scan(table, family.latent.pixel_multiple, indexer, prefix=prefix)
     errors += _shortened(path, dataset.fatal_files, "on_bad_file", BAD_FILE_ADVICE)
     errors += _shortened(path, dataset.too_small, "upscale", SMALL_IMAGE_ADVICE)
     if not len(dataset.examples) and not missing:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.utils.data.caching import Workshop
+from tests.utils.data.caching import CachingSetup
 from tests.utils.data.scanning import Scan
 from utils.data.sources.readers import Readers
 
@@ -18,5 +18,5 @@ def scan_folders(readers: Readers) -> Scan:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-    return Workshop(tmp_path, readers, monkeypatch)
+def caching(tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> CachingSetup:
+    return CachingSetup(tmp_path, readers, monkeypatch)

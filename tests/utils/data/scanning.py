@@ -9,7 +9,7 @@ from models.family import LatentSpec
 from utils.config.schema.dataset import DatasetConfig
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
-from utils.data.sources.listing import Lister
+from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.readers import Readers
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
@@ -29,8 +29,8 @@ class Scan:
         self.readers, self.memory = readers, memory
 
     def __call__(self, *folders: Path, prefix: str = "", **changes: Any) -> Dataset:
-        lister = Lister(self.readers, self.memory)
-        return scan(config_of(*folders, **changes), LATENT.pixel_multiple, lister, prefix=prefix)
+        indexer = DirectoryIndexer(self.readers, self.memory)
+        return scan(config_of(*folders, **changes), LATENT.pixel_multiple, indexer, prefix=prefix)
 
 
 def names(dataset: Dataset) -> list[str]:

@@ -12,7 +12,7 @@ from utils.data.columns import Texts
 from utils.data.examples import ExampleTable
 from utils.data.image_table import Directory, ImageTable, joined_images
 from utils.data.sources.decoding import CONTENT_BYTES
-from utils.data.sources.rows import NONE, PairedImages, firsts
+from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 
 DIRECTORY = Directory(
     place="0",
@@ -61,8 +61,8 @@ def table_of(images: Sequence[Shown]) -> ExampleTable:
         same=np.arange(len(images), dtype=np.int64),
         content=np.zeros((len(images), CONTENT_BYTES), np.uint8),
         captions=Texts.of(caption for image in images for caption in image.captions),
-        first_caption=firsts(np.array([len(image.captions) for image in images], np.int64)),
-        container=np.full(len(images), NONE, np.int32),
+        first_caption=group_offsets(np.array([len(image.captions) for image in images], np.int64)),
+        container=np.full(len(images), NO_ROW, np.int32),
         start=np.zeros(len(images), np.int64),
         length=np.zeros(len(images), np.int64),
         mask=mask_rows,
@@ -75,7 +75,7 @@ def table_of(images: Sequence[Shown]) -> ExampleTable:
 def _paired_images(paths: Sequence[str | None]) -> tuple[PairedImages, np.ndarray]:
     """A row for each that is no None, and of each path its row."""
     there = [path for path in paths if path is not None]
-    rows = np.full(len(paths), NONE, np.int32)
+    rows = np.full(len(paths), NO_ROW, np.int32)
     rows[[path is not None for path in paths]] = np.arange(len(there))
     return PairedImages(Texts.of(there), np.zeros((len(there), CONTENT_BYTES), np.uint8)), rows
 

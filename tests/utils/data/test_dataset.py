@@ -99,7 +99,7 @@ def test_holding_out_nothing_leaves_everything(scan_folders: Scan, tiny_dataset:
 @pytest.mark.parametrize("num_images", [12, 13])
 def test_something_must_be_left_to_train_on(scan_folders: Scan, tiny_dataset: Path, num_images: int) -> None:
     examples = scan_folders(tiny_dataset, resolutions=[32, 64]).examples
-    with pytest.raises(ValueError, match="of 12 images none would be left to train on"):
+    with pytest.raises(ValueError, match="no image would remain for training: the dataset has 12 images"):
         hold_out(examples, num_images, seed=0)
     training, _ = hold_out(examples, 11, seed=0)
     assert len(images(training)) == 1
@@ -119,7 +119,7 @@ def test_a_resolution_off_the_grid_is_answered_with_its_neighbours(tmp_path: Pat
 def test_a_resolution_beyond_the_position_table_is_refused_by_its_longest_side(tmp_path: Path) -> None:
     ((key, message),) = resolution_errors(config_of(tmp_path, resolutions=[128, 256]), LATENT)
     assert key == "resolutions[1]"
-    assert message == "= 256: needs sides of 368 pixels, the network reaches 256"
+    assert message == "= 256: needs sides of 368 pixels; the network supports at most 256"
     assert resolution_errors(config_of(tmp_path, resolutions=[256], enable_ar_bucket=False), LATENT) == []
 
 
@@ -143,7 +143,7 @@ def test_what_is_no_folder_and_no_archive_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     paths = [tmp_path, tmp_path / "none", tmp_path / "a.zip", tmp_path / "b.TAR", tmp_path / "c.parquet"]
     assert directory_errors(config_of(*paths)) == [
-        (f"directory[{index}].path", f"{paths[index]} is not a folder, and no .tar or .parquet file") for index in (1, 2)
+        (f"directory[{index}].path", f"{paths[index]} is neither a folder nor a .tar or .parquet file") for index in (1, 2)
     ]
 
 
@@ -158,5 +158,5 @@ def test_paired_images_must_be_in_a_folder_of_their_own(tmp_path: Path, key: str
         return message
 
     assert error(tmp_path / "none") == f"{tmp_path / 'none'} is not a folder"
-    assert error(images) == error(tmp_path / "link") == "must be another folder than path"
+    assert error(images) == error(tmp_path / "link") == "must be a different folder than path"
     assert directory_errors(config_of(directory=[{"path": images, key: tmp_path}])) == []

@@ -21,7 +21,7 @@ from utils.data.examples import Example, ExampleTable, empty_table
 from utils.data.image_table import Directory, ImageTable, joined_images
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
-from utils.data.sources.rows import NONE, Container, PairedImages, no_paired_images
+from utils.data.sources.image_rows import NO_ROW, Container, PairedImages, empty_paired_images
 from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction
 
@@ -62,11 +62,11 @@ def mixed_table() -> ExampleTable:
         content=hashes(1, 2, 0, 4, 5),
         captions=Texts.of(["a fox", "owl, night", "an owl", "x, y, z", "", "Kühe"]),
         first_caption=np.array([0, 1, 3, 4, 5, 6]),
-        container=np.array([NONE, 0, NONE, 1, 2], np.int32),
+        container=np.array([NO_ROW, 0, NO_ROW, 1, 2], np.int32),
         start=np.array([0, 7, 0, 512, 1024]),
         length=np.array([0, 0, 0, 99, 100]),
-        mask=np.array([1, NONE, 0, NONE, NONE], np.int32),
-        control=np.array([NONE, NONE, 0, NONE, NONE], np.int32),
+        mask=np.array([1, NO_ROW, 0, NO_ROW, NO_ROW], np.int32),
+        control=np.array([NO_ROW, NO_ROW, 0, NO_ROW, NO_ROW], np.int32),
     )
     containers = [
         Container("/data/plain/rows.parquet", "rows.parquet", "image"),
@@ -399,7 +399,7 @@ def test_columns_that_no_image_needs_are_left_away() -> None:
     for column in (plain.container, plain.start, plain.length, plain.mask, plain.control):
         assert len(column) == 0
     masked = table_of([Shown("a.png"), Shown("b.png", mask="b")]).images
-    assert masked.mask.tolist() == [NONE, 0]
+    assert masked.mask.tolist() == [NO_ROW, 0]
     assert len(masked.control) == 0
 
 
@@ -412,4 +412,4 @@ def test_parts_are_joined_row_by_row() -> None:
     assert joined.first_caption.tolist() == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     assert joined.mask.tolist() == 2 * whole.mask.tolist()
     assert len(joined_images([])) == 0
-    assert len(no_paired_images().paths) == 0
+    assert len(empty_paired_images().paths) == 0

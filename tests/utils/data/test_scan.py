@@ -155,7 +155,7 @@ def test_small_images_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Pat
     found = scan_folders(tmp_path, resolutions=[32, 64])
     assert len(found.examples) == 6
     assert found.warnings == ["2 images are smaller than their bucket and enlarged: 31x32.png, 32x32.png"]
-    assert (found.left_out, found.refused) == ([], [])
+    assert (found.skipped, found.too_small) == ([], [])
 
 
 def test_small_images_are_left_out_at_the_resolution_they_are_too_small_for(scan_folders: Scan, tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def test_small_images_are_left_out_at_the_resolution_they_are_too_small_for(scan
     keys = [example.key.partition("/")[2] for example in found.examples]
     assert keys == ["100x100.png@32", "100x100.png@64", "32x32.png@32"]
     assert all(example.box.scale <= 1 for example in found.examples)
-    assert [(bad.path.name, bad.reason) for bad in found.left_out] == [
+    assert [(bad.path.name, bad.reason) for bad in found.skipped] == [
         ("31x32.png", 'is 31x32 pixels, smaller than its bucket 32x32; upscale = "never"'),
         ("31x32.png", 'is 31x32 pixels, smaller than its bucket 64x64; upscale = "never"'),
         ("32x32.png", 'is 32x32 pixels, smaller than its bucket 64x64; upscale = "never"'),
     ]
-    assert (found.warnings, found.refused, found.bad_files) == ([], [], [])
+    assert (found.warnings, found.too_small, found.bad_files) == ([], [], [])
 
 
 def test_a_image_that_is_large_enough_on_one_side_only_is_too_small(scan_folders: Scan, tmp_path: Path) -> None:
@@ -181,10 +181,10 @@ def test_a_image_that_is_large_enough_on_one_side_only_is_too_small(scan_folders
 def test_small_images_are_refused_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32))
     found = scan_folders(tmp_path, upscale="error")
-    assert [(bad.path.name, bad.reason) for bad in found.refused] == [
+    assert [(bad.path.name, bad.reason) for bad in found.too_small] == [
         ("31x32.png", 'is 31x32 pixels, smaller than its bucket 32x32; upscale = "error"')
     ]
-    assert found.left_out == []
+    assert found.skipped == []
 
 
 def test_images_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_images_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, 
     found = scan_folders(tmp_path, min_pixels=40 * 41, max_pixels=50 * 50, resolutions=[16, 32])
     assert sorted({*names(found)}) == ["40x41.png", "50x50.png"]
     assert found.num_images == 2
-    assert [(bad.path.name, bad.reason) for bad in found.left_out] == [
+    assert [(bad.path.name, bad.reason) for bad in found.skipped] == [
         ("40x40.png", "is 40x40 pixels; min_pixels = 1640"),
         ("50x51.png", "is 50x51 pixels; max_pixels = 2500"),
     ]

@@ -90,8 +90,8 @@ def test_masks_in_a_folder_inside_are_not_warned_of(scan_folders: Scan, tmp_path
     (images / "other").mkdir()
     found = scan_masked(scan_folders, images, images / "masks")
     assert len(found.examples) == 3
-    assert [text for text in found.warnings if "looked into" in text] == [
-        f"{images}: folders in it are not looked into (recursive = true does): other"
+    assert [text for text in found.warnings if "subfolders are skipped" in text] == [
+        f"{images}: subfolders are skipped (set recursive = true to include them): other"
     ]
 
 

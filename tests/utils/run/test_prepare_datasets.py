@@ -15,7 +15,7 @@ from tests.tiny_model import make_tiny_dataset, write_experiment, write_image
 from utils.config.load import ConfigError
 from utils.data.batches import BatchOrder
 from utils.data.sources.readers import Readers
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run import datasets
 from utils.run.banner import describe
@@ -119,10 +119,10 @@ def test_the_banner_shows_the_first_of_the_files_left_out(desk: Desk, num_bad: i
         spoil(desk.images, index)
     experiment = desk.prepare(dataset_file={"on_bad_file": "skip"})
     order = BatchOrder(experiment.dataset.examples, experiment.global_batch, 0)
-    lines = [line.strip() for line in describe(experiment, order, "nowhere").splitlines() if "left out: " in line]
-    assert lines[0] == f"left out: {desk.images / 'image_010.png'}: is not an image Pillow can read"
+    lines = [line.strip() for line in describe(experiment, order, "nowhere").splitlines() if "skipped: " in line]
+    assert lines[0] == f"skipped: {desk.images / 'image_010.png'}: is not an image Pillow can read"
     assert len(lines) == min(num_bad, MAX_SHOWN_IN_LOG + 1)
-    rest = f"left out: 3 more files; a run lists all in {desk.folder / 'experiment' / 'output' / BAD_FILES}"
+    rest = f"skipped: 3 more files; a run lists all of them in {desk.folder / 'experiment' / 'output' / BAD_FILES}"
     assert (lines[-1] == rest) == (num_bad > MAX_SHOWN_IN_LOG)
 
 
@@ -141,7 +141,7 @@ def test_files_left_out_of_an_evaluation_set_are_among_those_of_the_run(desk: De
     file.write_text(toml.dumps(table))
     dataset = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
     assert [one.path for one in dataset.bad_files] == [bad]
-    assert [one.path.name for one in dataset.left_out] == ["image_001.png"]
+    assert [one.path.name for one in dataset.skipped] == ["image_001.png"]
 
 
 def test_bad_files_of_an_evaluation_set_are_told_with_its_file(desk: Desk) -> None:

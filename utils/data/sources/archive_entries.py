@@ -9,10 +9,10 @@ from typing import NamedTuple
 from utils.data.sources.decoding import BadFile
 
 NOT_INSIDE = -1
-"""`Found.start` of an image that is a file of its own."""
+"""`ArchiveEntry.start` of an image that is a file of its own."""
 
 
-class Found(NamedTuple):
+class ArchiveEntry(NamedTuple):
     """One image in an archive or a table."""
 
     name: str

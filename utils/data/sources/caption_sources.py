@@ -13,7 +13,7 @@ import numpy as np
 
 from utils.data.sources.captions import read_caption, split_lines
 from utils.data.sources.decoding import IMAGE_SUFFIXES, BadFile
-from utils.data.sources.directory_scan import Files
+from utils.data.sources.directory_scan import StampedFiles
 
 Captions = Mapping[str, Sequence[str]]
 
@@ -31,7 +31,7 @@ class CaptionTable:
 class CaptionSources:
     """The text files and tables of one folder. Tables are read only when an image asks for its captions."""
 
-    def __init__(self, folder: Path, texts: Files, tables: Sequence[CaptionTable], *, per_line: bool) -> None:
+    def __init__(self, folder: Path, texts: StampedFiles, tables: Sequence[CaptionTable], *, per_line: bool) -> None:
         self._folder, self.tables, self._per_line = folder, list(tables), per_line
         self._texts = {name[: -len(".txt")]: row for row, name in enumerate(texts.names)}
         self._stamps = texts.stamps
@@ -80,7 +80,7 @@ class CaptionSources:
 
     def _why_no_table(self) -> str:
         unread = {bad.path for bad in self.bad_tables}
-        whys = ["cannot be read" if table.path in unread else "does not name it" for table in self.tables]
+        whys = ["cannot be read" if table.path in unread else "has no entry for it" for table in self.tables]
         return "".join(f", and {table.path.name} {why}" for table, why in zip(self.tables, whys, strict=True))
 
     def named_images(self) -> list[str]:
@@ -100,10 +100,10 @@ class CaptionSources:
         warnings = []
         shared = sorted(f"{stem}.txt" for stem, count in stems.items() if count > 1 and stem in self._texts)
         if shared:
-            warnings.append(f"{self._folder}: several images share one caption file: {some(shared)}")
+            warnings.append(f"{self._folder}: several images share one caption file: {first_few(shared)}")
         unused = sorted(f"{stem}.txt" for stem in self._texts.keys() - stems.keys())
         if unused:
-            warnings.append(f"{self._folder}: {len(unused)} caption files are of no image: {some(unused)}")
+            warnings.append(f"{self._folder}: {len(unused)} caption files belong to no image: {first_few(unused)}")
         return warnings
 
 
@@ -112,7 +112,7 @@ def stem_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def some(names: Sequence[str], limit: int = 5, *, total: int | None = None) -> str:
+def first_few(names: Sequence[str], limit: int = 5, *, total: int | None = None) -> str:
     """The first few, and how many more there are; `total`: how many there are of which these are the first."""
     more = (len(names) if total is None else total) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

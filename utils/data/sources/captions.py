@@ -55,7 +55,7 @@ def read_caption_table(path: Path) -> dict[str, list[str]]:
     try:
         for place, name, captions in entries(text):
             if captions is not None and table.setdefault(name, captions) != captions:
-                raise ValueError(f"{place}: {shown(name)} has another caption above")
+                raise ValueError(f"{place}: {quoted(name)} has another caption above")
     except ValueError as error:
         raise BadFile(path, str(error)) from error
     return table
@@ -76,7 +76,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) != len(pairs):
         for key, value in pairs:
             if found[key] != value:
-                raise ValueError(f"key {shown(key)}: is there twice, with another value")
+                raise ValueError(f"key {quoted(key)}: is there twice, with another value")
     return found
 
 
@@ -130,7 +130,7 @@ def as_captions(value: object) -> list[str]:
     return stripped
 
 
-def shown(text: str) -> str:
+def quoted(text: str) -> str:
     """A user's text for a message: quoted, in one line, shortened."""
     return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
 
@@ -153,7 +153,7 @@ def _json_entries(text: str) -> Iterator[_Entry]:
     if not isinstance(table, dict):
         raise ValueError(f"is {_kind(table)}: must be an object of names and captions")
     for name, value in table.items():
-        place = f"key {shown(name)}"
+        place = f"key {quoted(name)}"
         if not name:
             raise ValueError(f"{place}: must be a name")
         yield place, name, _located(place, value)

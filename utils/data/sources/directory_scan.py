@@ -18,7 +18,7 @@ CAPTION_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv")
 _NUMBERS = 5  # size, time of change of content and of anything, number in its file system, number of that
 
 
-class Files:
+class StampedFiles:
     """Names, and a stamp and an identity of each."""
 
     def __init__(self, names: list[str], numbers: np.ndarray) -> None:
@@ -41,11 +41,11 @@ def _identities(inodes: np.ndarray, devices: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class Walk:
+class DirectoryScan:
     """Everything in a folder; names are below it, with slashes. What begins with a dot is not looked at."""
 
-    images: Files
-    texts: Files
+    images: StampedFiles
+    texts: StampedFiles
     archives: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def stat_files(folder: Path, names: Iterable[str]) -> Files:
+def stat_files(folder: Path, names: Iterable[str]) -> StampedFiles:
     """Those of the files that are there; no name that somebody wrote into a table is too odd."""
     found, numbers = [], array("q")
     for name in names:
@@ -70,11 +70,11 @@ def stat_files(folder: Path, names: Iterable[str]) -> Files:
             continue
         found.append(name)
         numbers.extend(_numbers(status))
-    return Files(found, _table(numbers))
+    return StampedFiles(found, _table(numbers))
 
 
-def merged(first: Files, second: Files) -> Files:
-    files = Files([], np.zeros((0, _NUMBERS), np.int64))
+def merge_files(first: StampedFiles, second: StampedFiles) -> StampedFiles:
+    files = StampedFiles([], np.zeros((0, _NUMBERS), np.int64))
     names = first.names + second.names
     order = sorted(range(len(names)), key=names.__getitem__)
     files.names = [names[place] for place in order]
@@ -103,7 +103,7 @@ class _Walker:
         self.image_names: list[str] = []
         self.text_names: list[str] = []
         self.image_numbers, self.text_numbers = array("q"), array("q")
-        self.found = Walk(Files([], _table(array("q"))), Files([], _table(array("q"))))
+        self.found = DirectoryScan(StampedFiles([], _table(array("q"))), StampedFiles([], _table(array("q"))))
 
     def look_into(self, inner: str) -> list[str]:
         """Take down the files of a folder; returns its folders that are to be looked into."""
@@ -179,7 +179,7 @@ class _Walker:
             self.found.bad_files.append(BadFile(self.folder / name, reason))
 
 
-def walk(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> Walk:
+def scan_directory(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> DirectoryScan:
     """Everything in the folder, in order of names; `excluded`: folders in it that belong to something else."""
     here = os.stat(folder)
     identities = {(status.st_dev, status.st_ino) for path in excluded if path.is_dir() for status in [os.stat(path)]}
@@ -191,8 +191,8 @@ def walk(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> W
         while not todo and walker.links:
             todo += walker.follow_link()
     found = walker.found
-    found.images = Files(walker.image_names, _table(walker.image_numbers))
-    found.texts = Files(walker.text_names, _table(walker.text_numbers))
+    found.images = StampedFiles(walker.image_names, _table(walker.image_numbers))
+    found.texts = StampedFiles(walker.text_names, _table(walker.text_numbers))
     for names in (found.archives, found.tables, found.others, found.folders):
         names.sort()
     found.bad_files.sort(key=lambda bad: bad.path)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.columns import Texts
-from utils.data.sources.caption_sources import some, stem_of
+from utils.data.sources.caption_sources import first_few, stem_of
 from utils.data.sources.decoding import CONTENT_BYTES, BadFile
-from utils.data.sources.listing import Lister, Listing, ListingSettings
-from utils.data.sources.rows import NONE, PairedImages, Remembered, Rows
+from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
+from utils.data.sources.image_rows import NO_ROW, ImageRows, PairedImages, Remembered
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ CONTROL = Kind("control image", "control_path", "")
 class PairedImageTable:
     """The companions of one kind of all directories; each folder of theirs is listed once."""
 
-    def __init__(self, kind: Kind, lister: Lister) -> None:
-        self._kind, self._lister = kind, lister
-        self._listings: dict[Path, Listing] = {}
+    def __init__(self, kind: Kind, indexer: DirectoryIndexer) -> None:
+        self._kind, self._indexer = kind, indexer
+        self._listings: dict[Path, DirectoryIndex] = {}
         self._starts: dict[Path, int] = {}
         self._used: dict[Path, set[str]] = {}
         self._count = 0
 
     def find(
-        self, folder: Path, recursive: bool, images: Rows, shown: Callable[[int], Path]
+        self, folder: Path, recursive: bool, images: ImageRows, shown: Callable[[int], Path]
     ) -> tuple[np.ndarray, list[BadFile]]:
-        """Of each image the row of its companion in `columns`, NONE where it has none that can be used; the bad files.
+        """Of each image the row of its companion in `columns`, NO_ROW where it has none that can be used; the bad files.
 
         folder: where they are. shown: how the image of a row is called in messages.
         """
@@ -52,7 +52,7 @@ class PairedImageTable:
         for row, name in enumerate(names):
             by_stem.setdefault(stem_of(name), []).append(row)
         broken = {stem_of(_below(bad.path, folder)): bad for bad in listing.bad_files}
-        found, bad_files = np.full(len(images), NONE, np.int32), []
+        found, bad_files = np.full(len(images), NO_ROW, np.int32), []
         for image, (name, size) in enumerate(zip(images.names, images.sizes.tolist(), strict=True)):
             rows = by_stem.get(stem_of(name), [])
             self._used[folder].update(names[row] for row in rows)
@@ -69,9 +69,9 @@ class PairedImageTable:
             bad_files.append(bad)
         return found, bad_files
 
-    def _list(self, folder: Path, recursive: bool) -> Listing:
+    def _list(self, folder: Path, recursive: bool) -> DirectoryIndex:
         if folder not in self._listings:
-            listing = self._lister.look_at(folder, ListingSettings(recursive, has_captions=False))
+            listing = self._indexer.index(folder, IndexSettings(recursive, has_captions=False))
             self._listings[folder], self._starts[folder], self._used[folder] = listing, self._count, set()
             self._count += len(listing.parts[0].rows)
         return self._listings[folder]
@@ -88,14 +88,14 @@ class PairedImageTable:
         return [Remembered(part.memory, part.usable, self._starts[folder]) for folder, part in parts.items()]
 
     def warnings(self) -> list[str]:
-        """Files in the folders that are no image's companion."""
+        """StampedFiles in the folders that are no image's companion."""
         warnings = []
         for folder, listing in self._listings.items():
             names = {*listing.parts[0].rows.names, *listing.others}
             names |= {_below(bad.path, folder) for bad in listing.bad_files}
             unused = sorted(names - self._used[folder])
             if unused:
-                warnings.append(f"{folder}: {len(unused)} files are no {self._kind.word} of an image: {some(unused)}")
+                warnings.append(f"{folder}: {len(unused)} files are no {self._kind.word} of an image: {first_few(unused)}")
         return warnings
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.data.sources.archive_entries import NOT_INSIDE, Found, check_regular
-from utils.data.sources.captions import CAPTION_KEYS, as_captions, shown
+from utils.data.sources.archive_entries import NOT_INSIDE, ArchiveEntry, check_regular
+from utils.data.sources.captions import CAPTION_KEYS, as_captions, quoted
 from utils.data.sources.decoding import BadFile
 
 _MAX_COLUMNS_SHOWN = 20
@@ -21,7 +21,9 @@ _BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 _PATH_COLUMNS = ("image", "image_path", "path", "file_name")
 
 
-def list_parquet(path: Path, image_column: str | None, caption_column: str | None) -> tuple[list[Found], str, list[BadFile]]:
+def list_parquet(
+    path: Path, image_column: str | None, caption_column: str | None
+) -> tuple[list[ArchiveEntry], str, list[BadFile]]:
     """Images by row; the column they are in; rows that cannot be used.
 
     Where no column is named, the first usable one of the usual names is taken; without one for captions there are none.
@@ -32,7 +34,7 @@ def list_parquet(path: Path, image_column: str | None, caption_column: str | Non
         from pyarrow import parquet  # an optional requirement, and slow to import
     except ImportError as error:
         raise BadFile(path, "needs pyarrow to be read: pip install pyarrow") from error
-    found: list[Found] = []
+    found: list[ArchiveEntry] = []
     bad: list[BadFile] = []
     try:
         with parquet.ParquetFile(path) as table:
@@ -70,18 +72,18 @@ def _choose_columns(schema: Any, image_column: str | None, caption_column: str |
     leaves = [(name, *_image_leaves(schema, name)) for name in names]
     best = next((leaf for leaf in leaves if leaf[1]), None) or next((leaf for leaf in leaves if leaf[2]), None)
     if best is None:
-        what = f"column {shown(image_column)} with images or paths" if image_column is not None else "column of images"
+        what = f"column {quoted(image_column)} with images or paths" if image_column is not None else "column of images"
         raise _WrongColumns(f"has no {what}; its columns are {there}")
     usual = (name for name in CAPTION_KEYS if name != best[0] and _has_captions(schema, name))
     captions = caption_column if caption_column is not None else next(usual, None)
     if captions is not None and not _has_captions(schema, captions):
-        raise _WrongColumns(f"has no column {shown(captions)} with strings or lists of strings; its columns are {there}")
+        raise _WrongColumns(f"has no column {quoted(captions)} with strings or lists of strings; its columns are {there}")
     return _Columns(*best, captions)
 
 
 def _described(schema: Any) -> str:
     """Names and types of columns for a message."""
-    columns = [f"{shown(name)} ({str(kind)[:40]})" for name, kind in zip(schema.names, schema.types, strict=True)]
+    columns = [f"{quoted(name)} ({str(kind)[:40]})" for name, kind in zip(schema.names, schema.types, strict=True)]
     rest = f" and {len(columns) - _MAX_COLUMNS_SHOWN} more" if len(columns) > _MAX_COLUMNS_SHOWN else ""
     return (", ".join(columns[:_MAX_COLUMNS_SHOWN]) or "none") + rest
 
@@ -133,16 +135,16 @@ def _rows(table: Any, columns: _Columns) -> Iterator[_Row]:
         yield from map(_Row, have_bytes, paths, captions)
 
 
-def _found_in_row(number: int, row: _Row) -> Found:
+def _found_in_row(number: int, row: _Row) -> ArchiveEntry:
     """Raises ValueError for a row that cannot be used, with the reason."""
     captions = None if row.captions is None else as_captions(row.captions)
     if row.has_bytes:
-        return Found(str(number), number, 0, captions)
+        return ArchiveEntry(str(number), number, 0, captions)
     if not row.path:
         raise ValueError("has no image")
     if "://" in row.path:
-        raise ValueError(f"has an address, {shown(row.path)}: images are not downloaded")
-    return Found(row.path, NOT_INSIDE, 0, captions)
+        raise ValueError(f"has an address, {quoted(row.path)}: images are not downloaded")
+    return ArchiveEntry(row.path, NOT_INSIDE, 0, captions)
 
 
 def _paths(column: Any) -> list[str | None]:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import CropBox
-from utils.data.sources.archive_entries import Found
+from utils.data.sources.archive_entries import ArchiveEntry
 from utils.data.sources.decoding import BadFile, bad_image
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.reader_process import fill, packed_box, packed_file, receive, send
@@ -75,7 +75,7 @@ class Readers:
 
     def parquet(
         self, path: Path, image_column: str | None, caption_column: str | None
-    ) -> Future[tuple[list[Found], str, list[BadFile]]]:
+    ) -> Future[tuple[list[ArchiveEntry], str, list[BadFile]]]:
         """What `list_parquet` returns. Takes up to TABLE_SECONDS, whatever the limit."""
         return self._threads.submit(self._list_parquet, path, ["parquet", image_column, caption_column])
 
@@ -104,9 +104,9 @@ class Readers:
         array: np.ndarray = self._answer(file, task, self._limit_seconds)["array"]
         return array
 
-    def _list_parquet(self, path: Path, task: list[Any]) -> tuple[list[Found], str, list[BadFile]]:
+    def _list_parquet(self, path: Path, task: list[Any]) -> tuple[list[ArchiveEntry], str, list[BadFile]]:
         found, column, bad = self._answer(ImageFile(path), task, TABLE_SECONDS)["value"]
-        return [Found(*one) for one in found], column, [BadFile(path / name, reason) for name, reason in bad]
+        return [ArchiveEntry(*one) for one in found], column, [BadFile(path / name, reason) for name, reason in bad]
 
     def _answer(self, file: ImageFile, task: list[Any], limit_seconds: float) -> dict[str, Any]:
         """What a task makes of one file. Raises BadFile."""

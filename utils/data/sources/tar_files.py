@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.data.sources.archive_entries import Found, check_regular
-from utils.data.sources.captions import caption_key, captions_of, decode_text, parse_json, shown, split_lines
+from utils.data.sources.archive_entries import ArchiveEntry, check_regular
+from utils.data.sources.captions import caption_key, captions_of, decode_text, parse_json, quoted, split_lines
 from utils.data.sources.decoding import IMAGE_SUFFIXES, BadFile
 
 _CAPTION_SUFFIXES = (".txt", ".json")
@@ -25,7 +25,7 @@ _MAX_PADDING_BYTES = 2**20  # zeros behind the end mark; tar fills up to 10 KiB
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 
 
-def list_tar(path: Path, *, caption_per_line: bool) -> tuple[list[Found], list[BadFile], list[str]]:
+def list_tar(path: Path, *, caption_per_line: bool) -> tuple[list[ArchiveEntry], list[BadFile], list[str]]:
     """Images in the archive's order; what cannot be used; names of members of no image.
 
     An image's caption is the .txt file of its name or of its sample, else the .json file with one of CAPTION_KEYS. Hidden
@@ -111,7 +111,7 @@ class _Members:
     """What an archive's headers tell."""
 
     archive: Path
-    images: dict[str, Found] = field(default_factory=dict)
+    images: dict[str, ArchiveEntry] = field(default_factory=dict)
     """By what members of a sample have in common."""
     captions: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """Name with its suffix in small letters -> name, first byte, bytes."""
@@ -133,17 +133,17 @@ class _Members:
         if reason:
             self.refuse(name, reason)
         elif is_image:
-            found = Found(name, header.offset_data, header.size, None)
+            found = ArchiveEntry(name, header.offset_data, header.size, None)
             first = self.images.setdefault(_key(name), found)
             if first is not found:
-                self.refuse(name, f"shares its name up to the first dot with {shown(first.name)}: one sample, one image")
+                self.refuse(name, f"shares its name up to the first dot with {quoted(first.name)}: one sample, one image")
         elif self.captions.setdefault(stem + suffix, place := (name, header.offset_data, header.size)) is not place:
             self.refuse(name, "is there twice")
 
     def refuse(self, name: str, reason: str) -> None:
         self.bad.append(BadFile(Path(f"{self.archive}/{name}"), reason))  # joined by "/", an absolute name would stand alone
 
-    def with_captions(self, descriptor: int, caption_per_line: bool) -> Iterator[Found]:
+    def with_captions(self, descriptor: int, caption_per_line: bool) -> Iterator[ArchiveEntry]:
         """The images but those whose caption cannot be read."""
         for key, image in self.images.items():
             places = [
@@ -182,7 +182,7 @@ def _key(name: str) -> str:
 def _unreadable(header: tarfile.TarInfo) -> str:
     """Why the member's content does not stand in the archive as it is; empty if it does."""
     if header.islnk() or header.issym():
-        return f"is a link to {shown(header.linkname)}: the archive must have the file itself"
+        return f"is a link to {quoted(header.linkname)}: the archive must have the file itself"
     if header.sparse is not None:
         return "is stored with its zeros left out (sparse) and cannot be read in place"
     return "" if header.isreg() else f"is no file, but a member of type {header.type!r}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.data.sources.directory_scan import merged, stamp_of, stat_files, walk
+from utils.data.sources.directory_scan import merge_files, scan_directory, stamp_of, stat_files
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -21,7 +21,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 def test_files_are_told_by_their_names(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.JPG", "a.txt", "c.tar", "d.parquet", "captions.json", "metadata.jsonl", "notes.md", "e.tgz")
-    found = walk(tmp_path, recursive=False)
+    found = scan_directory(tmp_path, recursive=False)
     assert found.images.names == ["a.png", "b.JPG"]
     assert found.texts.names == ["a.txt"]
     assert found.archives == ["c.tar", "d.parquet", "e.tgz"]
@@ -32,19 +32,19 @@ def test_files_are_told_by_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recursive", [False, True])
 def test_what_begins_with_a_dot_is_not_looked_at(tmp_path: Path, recursive: bool) -> None:
     touch(tmp_path, ".a.png", ".hidden/b.png", ".notes", "c.png")
-    found = walk(tmp_path, recursive=recursive)
+    found = scan_directory(tmp_path, recursive=recursive)
     assert (found.images.names, found.folders, found.others, found.bad_files) == (["c.png"], [], [], [])
 
 
 def test_folders_in_a_folder_are_named_and_not_looked_into(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "more/b.png", "also/c.png")
-    found = walk(tmp_path, recursive=False)
+    found = scan_directory(tmp_path, recursive=False)
     assert (found.images.names, found.folders) == (["a.png"], ["also", "more"])
 
 
 def test_looked_into_they_give_names_with_slashes_in_order(tmp_path: Path) -> None:
     touch(tmp_path, "b/z.png", "b/c/a.png", "a.png", "b/z.txt", "b/captions.json", "b/c/x.tar")
-    found = walk(tmp_path, recursive=True)
+    found = scan_directory(tmp_path, recursive=True)
     assert found.images.names == ["a.png", "b/c/a.png", "b/z.png"]
     assert (found.texts.names, found.tables, found.archives) == (["b/z.txt"], ["b/captions.json"], ["b/c/x.tar"])
     assert found.folders == []
@@ -55,9 +55,9 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
     for link in ("0", "a2", "z"):
         (tmp_path / link).symlink_to(tmp_path / "a")
         (tmp_path / f"{link}.png").symlink_to("nothing")
-    expected, real = walk(tmp_path, recursive=True), os.scandir
+    expected, real = scan_directory(tmp_path, recursive=True), os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: list(real(path))[::-1])
-    found = walk(tmp_path, recursive=True)
+    found = scan_directory(tmp_path, recursive=True)
     assert found.images.names == expected.images.names == sorted(expected.images.names)
     assert np.array_equal(found.images.stamps, expected.images.stamps)
     assert np.array_equal(found.images.same, expected.images.same)
@@ -70,7 +70,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("recursive", [False, True])
 def test_an_excluded_folder_is_not_looked_into_and_not_named(tmp_path: Path, recursive: bool) -> None:
     touch(tmp_path, "a.png", "masks/a.png", "more/b.png")
-    found = walk(tmp_path, recursive=recursive, excluded=[tmp_path / "masks", tmp_path / "none"])
+    found = scan_directory(tmp_path, recursive=recursive, excluded=[tmp_path / "masks", tmp_path / "none"])
     assert found.images.names == (["a.png", "more/b.png"] if recursive else ["a.png"])
     assert found.folders == ([] if recursive else ["more"])
 
@@ -78,14 +78,14 @@ def test_an_excluded_folder_is_not_looked_into_and_not_named(tmp_path: Path, rec
 def test_a_link_to_an_excluded_folder_is_excluded_and_is_not_bad(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.png", "masks/a.png")
     (tmp_path / "images" / "masks").symlink_to(tmp_path / "masks")
-    found = walk(tmp_path / "images", recursive=True, excluded=[tmp_path / "images" / "masks"])
+    found = scan_directory(tmp_path / "images", recursive=True, excluded=[tmp_path / "images" / "masks"])
     assert (found.images.names, found.bad_files) == (["a.png"], [])
 
 
 def test_a_folder_with_a_name_of_its_own_is_called_by_it(tmp_path: Path) -> None:
     touch(tmp_path, "b/deep/x.png")
     (tmp_path / "a").symlink_to(tmp_path / "b" / "deep")
-    found = walk(tmp_path, recursive=True)
+    found = scan_directory(tmp_path, recursive=True)
     assert found.images.names == ["b/deep/x.png"]
     assert [bad.path.name for bad in found.bad_files] == ["a"]
 
@@ -93,7 +93,7 @@ def test_a_folder_with_a_name_of_its_own_is_called_by_it(tmp_path: Path) -> None
 def test_a_link_in_a_circle_ends_and_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "sub/a.png")
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
-    found = walk(tmp_path, recursive=True)
+    found = scan_directory(tmp_path, recursive=True)
     assert found.images.names == ["sub/a.png"]
     (bad,) = found.bad_files
     assert bad.path == tmp_path / "sub" / "up"
@@ -109,7 +109,7 @@ def test_of_two_links_to_a_folder_the_first_by_name_is_followed(
         (tmp_path / "here" / link).symlink_to(tmp_path / "elsewhere")
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: sorted(real(path), key=lambda entry: entry.name, reverse=backwards))
-    found = walk(tmp_path / "here", recursive=True)
+    found = scan_directory(tmp_path / "here", recursive=True)
     assert found.images.names == ["a.png", "first/x.png"]
     assert [bad.path.name for bad in found.bad_files] == ["second", "third"]
 
@@ -117,20 +117,20 @@ def test_of_two_links_to_a_folder_the_first_by_name_is_followed(
 def test_a_folder_linked_from_elsewhere_is_looked_into(tmp_path: Path) -> None:
     touch(tmp_path, "elsewhere/b.png", "here/a.png")
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
-    found = walk(tmp_path / "here", recursive=True)
+    found = scan_directory(tmp_path / "here", recursive=True)
     assert (found.images.names, found.bad_files) == (["a.png", "link/b.png"], [])
 
 
 @pytest.mark.parametrize("name", ["gone.png", "notes"])
 def test_a_link_to_nothing_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to(tmp_path / "nothing")
-    (bad,) = walk(tmp_path, recursive=False).bad_files
+    (bad,) = scan_directory(tmp_path, recursive=False).bad_files
     assert (bad.path, bad.reason) == (tmp_path / name, "is a link to nothing: No such file or directory")
 
 
 def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
-    (bad,) = walk(tmp_path, recursive=False).bad_files
+    (bad,) = scan_directory(tmp_path, recursive=False).bad_files
     assert bad.path == tmp_path / "round.png"
     assert bad.reason.startswith("is a link to nothing: ")
 
@@ -139,7 +139,7 @@ def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "closed/a.png", "b.png")
     (tmp_path / "closed").chmod(0)
-    found = walk(tmp_path, recursive=True)
+    found = scan_directory(tmp_path, recursive=True)
     (tmp_path / "closed").chmod(0o755)
     assert found.images.names == ["b.png"]
     (bad,) = found.bad_files
@@ -150,14 +150,14 @@ def test_two_names_of_one_file_are_the_same_and_copies_are_not(tmp_path: Path) -
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
     os.link(tmp_path / "a.png", tmp_path / "d.png")
-    first, second, third, fourth = walk(tmp_path, recursive=False).images.same.tolist()
+    first, second, third, fourth = scan_directory(tmp_path, recursive=False).images.same.tolist()
     assert first == third == fourth != second
 
 
 @pytest.mark.parametrize("change", ["size", "time", "replaced"])
 def test_whatever_happens_to_a_file_changes_its_stamp(tmp_path: Path, change: str) -> None:
     touch(tmp_path, "a.png", "b.png")
-    before = walk(tmp_path, recursive=False).images.stamps
+    before = scan_directory(tmp_path, recursive=False).images.stamps
     path = tmp_path / "a.png"
     if change == "size":
         path.write_text("longer than before")
@@ -169,7 +169,7 @@ def test_whatever_happens_to_a_file_changes_its_stamp(tmp_path: Path, change: st
         os.utime(tmp_path / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
         (tmp_path / "new").replace(path)
         assert path.stat().st_size == status.st_size
-    after = walk(tmp_path, recursive=False).images.stamps
+    after = scan_directory(tmp_path, recursive=False).images.stamps
     assert (after[0] != before[0]).any()
     assert (after[1] == before[1]).all()
     assert tuple(after[0].tolist()) == stamp_of(path)
@@ -177,9 +177,9 @@ def test_whatever_happens_to_a_file_changes_its_stamp(tmp_path: Path, change: st
 
 def test_files_elsewhere_join_in_order_and_those_that_are_not_there_do_not(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "sub/a.png", "z/c.png")
-    inside = walk(tmp_path, recursive=False).images
-    joined = merged(inside, stat_files(tmp_path, ["z/c.png", "sub/a.png", "gone.png"]))
-    everything = walk(tmp_path, recursive=True).images
+    inside = scan_directory(tmp_path, recursive=False).images
+    joined = merge_files(inside, stat_files(tmp_path, ["z/c.png", "sub/a.png", "gone.png"]))
+    everything = scan_directory(tmp_path, recursive=True).images
     assert joined.names == everything.names == ["b.png", "sub/a.png", "z/c.png"]
     assert np.array_equal(joined.stamps, everything.stamps)
     assert np.array_equal(joined.same, everything.same)

@@ -12,15 +12,15 @@ from PIL import Image
 from tests.utils.data.image_makers import left_half, quarters, save, save_turned
 from utils.data.columns import Texts
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.listing import Lister, Listing, ListingSettings
+from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
+from utils.data.sources.image_rows import NO_ROW, ImageRows, unread_rows
 from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable, same_shape
 from utils.data.sources.readers import Readers
-from utils.data.sources.rows import NONE, Rows, unread_rows
 
 ELSEWHERE = Path("elsewhere")
 
 
-def images(*names: str, size: tuple[int, int] = (48, 32)) -> Rows:
+def images(*names: str, size: tuple[int, int] = (48, 32)) -> ImageRows:
     """Listed images, all of one size."""
     zeros = np.zeros((len(names), 3), np.int64)
     rows = unread_rows(Texts.of(names), zeros, zeros, np.arange(len(names)))
@@ -30,16 +30,16 @@ def images(*names: str, size: tuple[int, int] = (48, 32)) -> Rows:
 
 @pytest.fixture
 def table(readers: Readers) -> PairedImageTable:
-    return PairedImageTable(MASK, Lister(readers, None))
+    return PairedImageTable(MASK, DirectoryIndexer(readers, None))
 
 
 def find(
-    table: PairedImageTable, folder: Path, rows: Rows, *, recursive: bool = False
+    table: PairedImageTable, folder: Path, rows: ImageRows, *, recursive: bool = False
 ) -> tuple[list[Path | None], list[BadFile]]:
     """The mask of each image, and the bad files."""
     found, bad_files = table.find(folder, recursive, rows, lambda row: ELSEWHERE / rows.names[row])
     columns = table.columns()
-    return [columns.file(row).path if row != NONE else None for row in found.tolist()], bad_files
+    return [columns.file(row).path if row != NO_ROW else None for row in found.tolist()], bad_files
 
 
 def why_not(table: PairedImageTable, folder: Path, name: str) -> BadFile:
@@ -71,7 +71,7 @@ def test_a_image_without_mask_is_bad_and_says_what_to_do(tmp_path: Path, table: 
 
 
 def test_a_missing_control_image_is_called_by_its_name(tmp_path: Path, readers: Readers) -> None:
-    bad = why_not(PairedImageTable(CONTROL, Lister(readers, None)), tmp_path, "fox.png")
+    bad = why_not(PairedImageTable(CONTROL, DirectoryIndexer(readers, None)), tmp_path, "fox.png")
     assert bad.reason == "has no control image: none in control_path has its name"
 
 
@@ -143,13 +143,13 @@ def test_a_folder_that_several_directories_share_is_listed_once(
         save(left_half(), folder / "fox.png")
         save(left_half(), folder / "owl.png")
     looked: list[Path] = []
-    real_look = Lister.look_at
+    real_look = DirectoryIndexer.index
 
-    def look_at(self: Lister, folder: Path, settings: ListingSettings) -> Listing:
+    def index(self: DirectoryIndexer, folder: Path, settings: IndexSettings) -> DirectoryIndex:
         looked.append(folder)
         return real_look(self, folder, settings)
 
-    monkeypatch.setattr(Lister, "look_at", look_at)
+    monkeypatch.setattr(DirectoryIndexer, "index", index)
     rows = images("owl.jpg", "fox.jpg")
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
     assert find(table, two, rows)[0] == [two / "owl.png", two / "fox.png"]
@@ -161,7 +161,7 @@ def test_a_folder_that_several_directories_share_is_listed_once(
 
 @pytest.mark.parametrize("kind", [MASK, CONTROL])
 def test_no_folders_are_no_paired_images(readers: Readers, kind: Kind) -> None:
-    table = PairedImageTable(kind, Lister(readers, None))
+    table = PairedImageTable(kind, DirectoryIndexer(readers, None))
     assert len(table.columns().paths) == len(table.columns().content) == 0
     assert table.warnings() == []
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.tiny_model import make_tiny_dataset
 from tests.utils.data.scanning import Scan
-from utils.data.sources.archive_entries import NOT_INSIDE, Found
+from utils.data.sources.archive_entries import NOT_INSIDE, ArchiveEntry
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.parquet_files import list_parquet
 from utils.data.sources.readers import Readers
@@ -50,7 +50,7 @@ def test_every_row_of_a_table_is_a_image_with_its_caption(tmp_path: Path, form: 
     }
     path = write_table(tmp_path / "a.parquet", {"seed": range(5), "image": forms[form], "text": TEXTS})
     found, column, bad = list_parquet(path, None, None)
-    assert found == [Found(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
+    assert found == [ArchiveEntry(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
     assert column == "image" and bad == []
 
 
@@ -63,7 +63,7 @@ def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
     found, column, _ = list_parquet(path, "bytes", "mine")
     assert (column, [one.captions for one in found]) == ("bytes", [["e", "f"], ["g"]])
     found, column, _ = list_parquet(path, "path", "prompt")
-    assert (column, found[1]) == ("path", Found("q", NOT_INSIDE, 0, ["b"]))
+    assert (column, found[1]) == ("path", ArchiveEntry("q", NOT_INSIDE, 0, ["b"]))
     found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": images}), None, None)
     assert [one.captions for one in found] == [None, None]
 
@@ -84,7 +84,7 @@ def test_rows_without_a_usable_image_or_caption_are_named(tmp_path: Path) -> Non
     for statistics in (True, False):
         path = write_table(tmp_path / "a.parquet", {"image": images, "text": texts}, write_statistics=statistics)
         found, _, bad = list_parquet(path, None, None)
-        assert found == [Found("5", 5, 0, ["e"])]
+        assert found == [ArchiveEntry("5", 5, 0, ["e"])]
         assert reasons(bad, path) == {
             "row 0": "has no image",
             "row 1": "has no image",

@@ -1,4 +1,4 @@
-"""Listed images in columns, and remembering them: what was found, with the stamps of the files it was found in."""
+"""Indexed images as tables of columns, and the index files that store them together with the stamps of the source files."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
 
 UNREAD = 0
-"""A width that is not known."""
-NONE = -1
-"""In a column of numbers of rows: there is none."""
+"""Width stored for an image whose size is not known."""
+NO_ROW = -1
+"""Marks a missing row in a column of row numbers."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """A .tar or .parquet file with images."""
+    """A .tar or .parquet file that contains images."""
 
     path: str
     name: str
-    """Below the directory's path; empty when it is that path."""
+    """Path relative to the directory; empty if the directory entry itself names the file."""
     column: str
-    """Of a .parquet file, where its images are; empty for a .tar."""
+    """Image column of a .parquet file; empty for a .tar file."""
 
 
 @dataclass(frozen=True)
 class PairedImages:
-    """Images that belong to images, masks or control images; one row each."""
+    """Masks, or control images, one row each."""
 
     paths: Texts
     content: np.ndarray
-    """(n, 16) uint8: hashes of their bytes, zeros where they are not known yet."""
+    """(n, 16) uint8: content hashes; zeros where a hash is not known yet."""
 
     def file(self, row: int) -> ImageFile:
         return ImageFile(Path(self.paths[row]))
 
 
-def no_paired_images() -> PairedImages:
+def empty_paired_images() -> PairedImages:
     return PairedImages(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
 
 
 @dataclass
-class Rows:
-    """Images in columns, one row each, in order of names."""
+class ImageRows:
+    """Images as columns, one row each, sorted by name."""
 
     names: Texts
     stamps: np.ndarray
-    """(n, 3) int64: size, mtime, ctime of the file."""
+    """(n, 3) int64: size, mtime and ctime of the file."""
     caption_stamps: np.ndarray
-    """(n, 3) int64: those of the text file with its captions; zeros where there is none."""
+    """(n, 3) int64: size, mtime and ctime of the image's caption text file; zeros if it has none."""
     same: np.ndarray
-    """(n,) int64: equal for two names of one file."""
+    """(n,) int64 file identity: equal for two names of the same file."""
     sizes: np.ndarray
-    """(n, 2) int32: width and height in pixels; UNREAD where they are not known, or cannot be read."""
+    """(n, 2) int32: width and height in pixels; UNREAD where they are unknown or unreadable."""
     content: np.ndarray
-    """(n, 16) uint8: hash of the bytes; zeros where it is not known."""
+    """(n, 16) uint8: content hash; zeros where it is not known."""
     start: np.ndarray
     length: np.ndarray
-    """(n,) int64: where in an archive the image is, as in ImageFile."""
+    """(n,) int64: position of the image in its archive, as in ImageFile."""
     captions: Texts
     first_caption: np.ndarray
-    """(n + 1,) int64: row i has captions first_caption[i] to first_caption[i + 1]; none where they are not known."""
+    """(n + 1,) int64: row i has captions first_caption[i]:first_caption[i + 1]; empty where they are not known."""
 
     def __len__(self) -> int:
         return len(self.stamps)
@@ -77,10 +77,10 @@ class Rows:
     def caption_counts(self) -> np.ndarray:
         return np.diff(self.first_caption)
 
-    def where(self, chosen: np.ndarray) -> Rows:
-        """Only the rows for which `chosen` is true."""
+    def where(self, chosen: np.ndarray) -> ImageRows:
+        """Returns the rows for which `chosen` (bool, (n,)) is true."""
         counts = self.caption_counts
-        return Rows(
+        return ImageRows(
             names=self.names.where(chosen),
             stamps=self.stamps[chosen],
             caption_stamps=self.caption_stamps[chosen],
@@ -90,21 +90,21 @@ class Rows:
             start=self.start[chosen],
             length=self.length[chosen],
             captions=self.captions.where(np.repeat(chosen, counts)),
-            first_caption=firsts(counts[chosen]),
+            first_caption=group_offsets(counts[chosen]),
         )
 
 
-def firsts(counts: np.ndarray) -> np.ndarray:
-    """Where each of consecutive groups of these sizes begins, and the end of the last: (n,) to (n + 1,)."""
+def group_offsets(counts: np.ndarray) -> np.ndarray:
+    """Converts sizes of consecutive groups, (n,), to the start of each group and the end of the last, (n + 1,)."""
     first = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=first[1:])
     return first
 
 
-def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, same: np.ndarray) -> Rows:
-    """Images in files of their own, of which nothing more is known."""
+def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, same: np.ndarray) -> ImageRows:
+    """Returns rows for image files whose sizes, hashes and captions are not known yet."""
     count = len(stamps)
-    return Rows(
+    return ImageRows(
         names=names,
         stamps=stamps,
         caption_stamps=caption_stamps,
@@ -118,16 +118,16 @@ def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, sa
     )
 
 
-def carry_over(fresh: Rows, old: Rows, *, captions_too: bool) -> Rows:
-    """`fresh`, of which nothing is known, with what `old` knows of the same files.
+def carry_over(fresh: ImageRows, old: ImageRows, *, captions_too: bool) -> ImageRows:
+    """Fills in the rows of `fresh`, which are all unread, from `old` where the file stamps are equal, and returns them.
 
-    captions_too: whether captions without a text file can be the same.
+    captions_too: whether captions that do not come from a text file may be reused as well.
     """
     if len(old) == len(fresh) and old.names == fresh.names:
         sources = np.arange(len(old))
     else:
-        places = {name: row for row, name in enumerate(old.names)}
-        sources = np.fromiter((places.get(name, -1) for name in fresh.names), np.int64, len(fresh))
+        row_of = {name: row for row, name in enumerate(old.names)}
+        sources = np.fromiter((row_of.get(name, -1) for name in fresh.names), np.int64, len(fresh))
     known = sources >= 0
     if not known.any():
         return fresh
@@ -145,14 +145,14 @@ def carry_over(fresh: Rows, old: Rows, *, captions_too: bool) -> Rows:
     return fresh
 
 
-def set_captions(rows: Rows, captions: Sequence[Sequence[str]]) -> None:
-    """Give each row its captions."""
-    rows.captions = Texts.of(caption for of_row in captions for caption in of_row)
-    rows.first_caption = firsts(np.fromiter(map(len, captions), np.int64, len(captions)))
+def set_captions(rows: ImageRows, captions: Sequence[Sequence[str]]) -> None:
+    """Sets the captions of every row."""
+    rows.captions = Texts.of(caption for row_captions in captions for caption in row_captions)
+    rows.first_caption = group_offsets(np.fromiter(map(len, captions), np.int64, len(captions)))
 
 
-def add_captions(rows: Rows, found: Mapping[int, Sequence[str]]) -> None:
-    """Give some rows, which had none, their captions: row -> captions."""
+def add_captions(rows: ImageRows, found: Mapping[int, Sequence[str]]) -> None:
+    """Sets the captions of some rows that had none; `found` maps row -> captions."""
     if not found:
         return
     texts, bounds = list(rows.captions), rows.first_caption.tolist()
@@ -161,14 +161,14 @@ def add_captions(rows: Rows, found: Mapping[int, Sequence[str]]) -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """A file that remembers rows. Losing it, or finding it damaged, costs reading again and nothing else."""
+    """An index file that stores rows. If it is lost or damaged, the source files are read again."""
 
     path: Path | None
-    """None: nothing is remembered."""
+    """None: nothing is stored."""
     may_write: bool
 
-    def load(self) -> tuple[Rows, dict[str, Any]] | None:
-        """The rows and what was written with them, if anything."""
+    def load(self) -> tuple[ImageRows, dict[str, Any]] | None:
+        """Returns the stored rows and their header, or None if there is no valid file."""
         if self.path is None or not self.path.is_file():
             return None
         try:
@@ -178,18 +178,18 @@ class Memory:
                 field.name: Texts(columns[f"{field.name}.offsets"], columns[f"{field.name}.block"])
                 if f"{field.name}.offsets" in columns
                 else columns[field.name]
-                for field in fields(Rows)
+                for field in fields(ImageRows)
             }
-            return Rows(**values), header  # type: ignore[arg-type]
+            return ImageRows(**values), header  # type: ignore[arg-type]
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
-    def save(self, rows: Rows, header: Mapping[str, Any]) -> None:
-        """Remember the rows and a header, a table of JSON."""
+    def save(self, rows: ImageRows, header: Mapping[str, Any]) -> None:
+        """Writes the rows and a header, a JSON object."""
         if self.path is None or not self.may_write:
             return
         columns: dict[str, np.ndarray] = {}
-        for field in fields(Rows):
+        for field in fields(ImageRows):
             value = getattr(rows, field.name)
             if isinstance(value, Texts):
                 columns |= {f"{field.name}.offsets": value.offsets, f"{field.name}.block": value.block[:]}
@@ -198,7 +198,7 @@ class Memory:
         save_columns(self.path, columns, json.dumps(header))
 
     def save_content(self, chosen: np.ndarray, content: np.ndarray) -> None:
-        """Remember the hashes (m, 16) of the rows for which `chosen` is true."""
+        """Stores the hashes (m, 16) of the rows for which `chosen` is true."""
         loaded = self.load()
         if loaded is not None and len(loaded[0]) == len(chosen):
             rows, header = loaded
@@ -209,14 +209,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Remembered:
-    """Where the hashes of some images of a longer table are kept: of `start` and following, as many as are usable."""
+    """The index file that stores the hashes of consecutive rows of a larger table, from row `start` on."""
 
     memory: Memory
     usable: np.ndarray
-    """Which rows of the memory they are: boolean."""
+    """Which rows of the index file these are (bool); their number is the number of rows in the table."""
     start: int
 
     def save_content(self, content: np.ndarray) -> None:
-        """Remember hashes; of the whole table, (n, 16)."""
+        """Stores the hashes, given those of the whole table, (n, 16)."""
         count = int(self.usable.sum())
         self.memory.save_content(self.usable, content[self.start : self.start + count])

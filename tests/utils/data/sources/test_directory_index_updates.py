@@ -15,14 +15,14 @@ import pytest
 from tests.tiny_model import make_tiny_dataset, write_image
 from tests.utils.data.image_makers import left_half, quarters, read_size, save
 from tests.utils.data.scanning import Scan, config_of, names
-from tests.utils.data.sources.test_listing import SAMPLES, image, png, write_parquet, write_tar
+from tests.utils.data.sources.test_directory_index import SAMPLES, image, png, write_parquet, write_tar
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
-from utils.data.sources import caption_sources, listing
-from utils.data.sources.archive_entries import Found
+from utils.data.sources import caption_sources, directory_index
+from utils.data.sources.archive_entries import ArchiveEntry
 from utils.data.sources.decoding import BadFile
+from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.image_files import ImageFile
-from utils.data.sources.listing import Lister
 from utils.data.sources.readers import Readers
 
 
@@ -37,7 +37,7 @@ class Counting:
         self.asked += [str(file) for file in files]
         return self._readers.sizes(files)
 
-    def parquet(self, path: Path, *columns: str | None) -> Future[tuple[list[Found], str, list[BadFile]]]:
+    def parquet(self, path: Path, *columns: str | None) -> Future[tuple[list[ArchiveEntry], str, list[BadFile]]]:
         self.asked.append(str(path))
         return self._readers.parquet(path, *columns)
 
@@ -53,8 +53,8 @@ class Looks:
         self._opened: list[str] = []
         for module, name in (
             (caption_sources, "read_caption"),
-            (listing, "read_caption_table"),
-            (listing, "list_tar"),
+            (directory_index, "read_caption_table"),
+            (directory_index, "list_tar"),
         ):
             patch.setattr(module, name, self._noting(getattr(module, name)))
 
@@ -204,11 +204,11 @@ def test_captions_by_line_are_not_taken_for_whole_ones(looks: Looks) -> None:
 
 def test_a_look_that_may_not_write_remembers_nothing_and_reads_what_others_remembered(looks: Looks, tmp_path: Path) -> None:
     config, counting = config_of(looks.images), looks.scan.readers
-    scan(config, 16, Lister(counting, tmp_path / "memory", may_write=False))
+    scan(config, 16, DirectoryIndexer(counting, tmp_path / "memory", may_write=False))
     assert not (tmp_path / "memory").exists()
     looks.look(directory=[{"path": looks.images}])
     counting.asked = []  # type: ignore[attr-defined]
-    scan(config, 16, Lister(counting, tmp_path / "memory", may_write=False))
+    scan(config, 16, DirectoryIndexer(counting, tmp_path / "memory", may_write=False))
     assert counting.asked == []  # type: ignore[attr-defined]
 
 
@@ -283,7 +283,7 @@ def test_images_elsewhere_are_found_once_their_table_can_be_read(looks: Looks, m
     image(looks.images, "deep/fox.png")
     write_captions(looks.images, {"deep/fox.png": "a fox"})
     with monkeypatch.context() as broken:
-        broken.setattr(listing, "read_caption_table", lambda path: _raise(BadFile(path, "cannot be read")))
+        broken.setattr(directory_index, "read_caption_table", lambda path: _raise(BadFile(path, "cannot be read")))
         assert len(looks.look()[0].examples) == 3
     assert "deep/fox.png" in names(looks.look()[0])
 

@@ -73,7 +73,7 @@ def test_a_folder_in_place_of_a_caption_is_none(scan_folders: Scan, tmp_path: Pa
     path.mkdir()
     found = scan_folders(tmp_path)
     assert [name for name, _ in bad(found)] == ["image_000.png"]
-    assert any("looked into" in text and "image_000.txt" in text for text in found.warnings)
+    assert any("subfolders are skipped" in text and "image_000.txt" in text for text in found.warnings)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
@@ -95,7 +95,7 @@ def test_folders_in_a_folder_are_warned_of(scan_folders: Scan, tmp_path: Path) -
     make_tiny_dataset(tmp_path, 1)
     make_tiny_dataset(tmp_path / "more", 1)
     (warning,) = scan_folders(tmp_path).warnings
-    assert warning == f"{tmp_path}: folders in it are not looked into (recursive = true does): more"
+    assert warning == f"{tmp_path}: subfolders are skipped (set recursive = true to include them): more"
 
 
 def test_files_no_image_uses_are_named(scan_folders: Scan, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_files_no_image_uses_are_named(scan_folders: Scan, tmp_path: Path) -> No
     (tmp_path / "notes.md").write_text("")
     (tmp_path / ".hidden").write_text("")
     assert scan_folders(tmp_path).warnings == [
-        f"{tmp_path}: 1 caption files are of no image: image_009.txt",
-        f"{tmp_path}: 1 files are neither image nor caption of one: notes.md",
+        f"{tmp_path}: 1 caption files belong to no image: image_009.txt",
+        f"{tmp_path}: 1 files are neither images nor captions: notes.md",
     ]
 
 
@@ -168,7 +168,7 @@ def test_a_table_may_name_images_in_folders_inside(scan_folders: Scan, tmp_path:
     write_table(tmp_path / table, {"a/fox.png": "a fox", "b/c/owl.png": "an owl", "b/gone.png": "nothing"})
     found = scan_folders(tmp_path, recursive=recursive)
     assert captions(found) == {"a/fox.png": ("a fox",), "b/c/owl.png": ("an owl",)}
-    assert f"{tmp_path}: 1 entries of caption tables name no image: b/gone.png" in found.warnings
+    assert f"{tmp_path}: 1 entries of caption tables match no image: b/gone.png" in found.warnings
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -222,7 +222,7 @@ def test_a_image_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tmp_
     ((name, reason),) = bad(scan_folders(tmp_path))
     assert name == "fox.png"
     assert reason.startswith("has no caption: fox.txt is missing")
-    assert reason.endswith(", and captions.json does not name it")
+    assert reason.endswith(", and captions.json has no entry for it")
 
 
 def test_a_table_that_cannot_be_read_is_named_and_so_are_the_images_it_would_have_named(
@@ -246,7 +246,7 @@ def test_a_name_in_a_table_that_no_file_can_have_names_no_image(scan_folders: Sc
     found = scan_folders(tmp_path)
     assert captions(found) == {"fox.png": ("a fox",)}
     assert found.bad_files == []
-    assert len(found.warnings) == 1 and "1 entries of caption tables name no image" in found.warnings[0]
+    assert len(found.warnings) == 1 and "1 entries of caption tables match no image" in found.warnings[0]
 
 
 # --- archives ----------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_bad_members_are_named_and_the_others_are_used(scan_folders: Scan, tmp_p
     told = {str(one.path): one.reason for one in found.bad_files}
     assert told.keys() == {f"{path}/a.png", f"{path}/b.png"}
     assert told[f"{path}/a.png"] == "has no caption in the archive"
-    assert f"{path}: 1 members are neither image nor caption of one" in found.warnings
+    assert f"{path}: 1 members are neither images nor captions" in found.warnings
 
 
 def test_a_bad_archive_is_named_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
