@@ -19,7 +19,7 @@ from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, assert_same_run, assert_same_weights
 from tests.distributed.test_resume import STOP, copy_of, stopped
 from tests.tiny_model import make_tiny_dataset, write_image
-from utils.checkpoint.save import step_folder
+from utils.checkpoint.manifest import step_folder
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.plan import CacheSettings, make_plan
 from utils.distributed.world import World
@@ -296,7 +296,7 @@ def test_the_best_weights_are_kept(lab: Lab, other_set: Path, learning_rate: flo
 
 
 def test_best_weights_after_the_step_that_is_resumed_from_are_removed(lab: Lab, other_set: Path) -> None:
-    """The run resumes from step 2 with another learning rate: the best weights of step 2 are kept, those of step 4 are gone."""
+    """A run resumed from step 2 with another learning rate keeps the best weights of step 2 and removes those of step 4."""
     changes = {"eval.keep_best": True, "save.checkpoint_every_n_steps": 2, "max_steps": 4}
     run = lab.run(1, lab.experiment(with_eval(changes, other_set)))
     assert [path.name for path in (run.folder / "best").iterdir()] == ["step_000004"], (

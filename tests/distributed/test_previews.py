@@ -1,4 +1,4 @@
-"""Previews: the same images in any layout, those diffusers' pipeline draws, and nothing of it left in training."""
+"""Previews: equal images in any layout, agreement with diffusers' pipeline, and no effect on training."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ PREVIEWS: dict[str, Any] = {
         "batch_size": 2,
     }
 }
-"""The plainest, for tests of other things."""
+"""The simplest previews, for tests of other features."""
 TABLES: list[dict[str, Any]] = [
     {"prompt": "a red circle"},
     {"prompt": "a blue square", "negative_prompt": "red", "width": 32, "height": 64, "seed": 5, "cfg": 2.0},
     {"prompt": "a hill", "width": 64, "height": 32, "steps": 4, "seed": 3},
 ]
 LINES = [
-    "# of the file",
+    "# a comment",
     "",
     "a tree --d 11 --l 6 --n grey, dull",
     "a lake --l 1 --d 8",
@@ -73,7 +73,7 @@ TWO_REPLICAS: dict[str, Any] = {"pipeline.pipeline_stages": 1, "pipeline.gradien
 
 @pytest.fixture(scope="module")
 def previews(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Changes that draw all prompts."""
+    """Configuration changes that generate images of all prompts."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(LINES), encoding="utf-8")
     return {"sampling": {**SAMPLING, "prompts": TABLES, "prompts_file": str(path)}, "max_steps": 4}
@@ -84,7 +84,7 @@ def images(run: Run) -> dict[str, np.ndarray]:
     return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))}
 
 
-def listing(run: Run, step: int) -> list[dict[str, Any]]:
+def image_list(run: Run, step: int) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = json.loads((run.folder / "samples" / f"step_{step:06d}" / "prompts.json").read_text())
     return entries
 
@@ -94,19 +94,19 @@ def assert_same_images(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
 
 
-# --- what is drawn, and when -------------------------------------------------------------------------------------------
+# --- schedule and settings ---------------------------------------------------------------------------------------------
 
 
-def test_previews_are_drawn_at_the_start_now_and_then_and_at_the_end(lab: Lab, previews: dict[str, Any]) -> None:
-    drawn = images(lab.shared_run(2, {**previews, "max_steps": 5}))
-    assert sorted(drawn) == [f"step_{step:06d}/{index:03d}.png" for step in (0, 4, 5) for index in range(NUM_PROMPTS)]
-    assert len({image.tobytes() for image in drawn.values()}) == len(drawn), "training and prompts change images"
+def test_previews_are_generated_at_the_start_every_n_steps_and_at_the_end(lab: Lab, previews: dict[str, Any]) -> None:
+    generated = images(lab.shared_run(2, {**previews, "max_steps": 5}))
+    assert sorted(generated) == [f"step_{step:06d}/{index:03d}.png" for step in (0, 4, 5) for index in range(NUM_PROMPTS)]
+    assert len({image.tobytes() for image in generated.values()}) == len(generated), "training and prompts change images"
 
 
-def test_each_prompt_is_drawn_as_it_says(lab: Lab, previews: dict[str, Any]) -> None:
+def test_each_image_has_the_settings_of_its_prompt(lab: Lab, previews: dict[str, Any]) -> None:
     run = lab.shared_run(2, previews)
     keys = ("prompt", "negative_prompt", "width", "height", "seed", "steps", "cfg")
-    assert [tuple(entry[key] for key in keys) for entry in listing(run, 0)] == [
+    assert [tuple(entry[key] for key in keys) for entry in image_list(run, 0)] == [
         ("a red circle", "", 48, 32, 0, 6, 3.0),
         ("a blue square", "red", 32, 64, 5, 6, 2.0),
         ("a hill", "", 64, 32, 3, 4, 3.0),
@@ -117,17 +117,17 @@ def test_each_prompt_is_drawn_as_it_says(lab: Lab, previews: dict[str, Any]) -> 
         ("", "", 48, 32, 21, 6, 3.0),
     ]
     for step in (0, 4):
-        for entry in listing(run, step):
+        for entry in image_list(run, step):
             with Image.open(run.folder / "samples" / f"step_{step:06d}" / entry["file"]) as image:
                 assert image.size == (entry["width"], entry["height"])
 
 
-def test_current_images_stand_beside_those_of_step_0(lab: Lab, previews: dict[str, Any]) -> None:
+def test_current_images_are_written_beside_those_of_step_0(lab: Lab, previews: dict[str, Any]) -> None:
     run = lab.shared_run(2, previews)
-    drawn = images(run)
+    generated = images(run)
     for index in range(NUM_PROMPTS):
         both = np.asarray(Image.open(run.folder / "samples" / "step_000004" / "beside_step_0" / f"{index:03d}.png"))
-        first, now = drawn[f"step_000000/{index:03d}.png"], drawn[f"step_000004/{index:03d}.png"]
+        first, now = generated[f"step_000000/{index:03d}.png"], generated[f"step_000004/{index:03d}.png"]
         assert np.array_equal(both, np.concatenate([first, now], axis=1))
     assert not (run.folder / "samples" / "step_000000" / "beside_step_0").exists()
 
@@ -137,7 +137,7 @@ def test_current_images_stand_beside_those_of_step_0(lab: Lab, previews: dict[st
 
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_previews_of_several_stages_equal_those_of_one(lab: Lab, previews: dict[str, Any], num_stages: int) -> None:
-    """With 3 stages the middle one is all that is skipped, at times."""
+    """With 3 stages, skip-layer guidance skips all blocks of the middle stage."""
     assert_same_images(images(lab.shared_run(1, previews)), images(lab.shared_run(num_stages, previews)))
 
 
@@ -145,7 +145,7 @@ def test_previews_of_several_stages_equal_those_of_one(lab: Lab, previews: dict[
 def test_previews_of_two_replicas_equal_those_of_one(
     lab: Lab, previews: dict[str, Any], num_processes: int, stages: int
 ) -> None:
-    """At the start: later the weights differ in their last bits."""
+    """Images of step 0 are compared: later the weights differ in their last bits."""
     run = lab.shared_run(num_processes, {**previews, **TWO_REPLICAS, "pipeline.pipeline_stages": stages, "max_steps": 1})
     assert "x 2 replicas" in run.output
     first = {name: image for name, image in images(run).items() if name.startswith("step_000000")}
@@ -154,7 +154,7 @@ def test_previews_of_two_replicas_equal_those_of_one(
     assert len(first) == NUM_PROMPTS
 
 
-def test_a_prompt_with_a_seed_is_the_same_image_anywhere_in_the_list(lab: Lab, previews: dict[str, Any]) -> None:
+def test_a_prompt_with_a_seed_gives_the_same_image_at_any_index(lab: Lab, previews: dict[str, Any]) -> None:
     moved = [LINES[4], LINES[2], "a new one --d 1", LINES[3]]
     changes = {"sampling": {**SAMPLING, "prompts": moved}, "max_steps": 1}
     before, after = images(lab.shared_run(1, previews)), images(lab.shared_run(1, changes))
@@ -163,13 +163,13 @@ def test_a_prompt_with_a_seed_is_the_same_image_anywhere_in_the_list(lab: Lab, p
 
 
 @pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
-def test_previews_leave_no_trace_in_training(lab: Lab, previews: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_previews_do_not_change_training(lab: Lab, previews: dict[str, Any], changes: dict[str, Any]) -> None:
     assert_same_run(lab.shared_run(2, {**changes, "max_steps": 4}), lab.shared_run(2, {**changes, **previews}))
 
 
-# --- what is drawn -----------------------------------------------------------------------------------------------------
+# --- agreement with diffusers ------------------------------------------------------------------------------------------
 
-DRAWN_BY_DIFFUSERS: dict[str, Any] = {**SAMPLING, "sampler": "euler", "prompts": TABLES}
+DIFFUSERS_SAMPLING: dict[str, Any] = {**SAMPLING, "sampler": "euler", "prompts": TABLES}
 ADDITIVE = {"objective": {"model_prediction_type": "additive", "discrete_flow_shift": 2.0, "shift_resolution": 96}}
 CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "full": (FULL, "last", "mmdit.safetensors"),
@@ -178,9 +178,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "lora": (LORA, "last", "lora_diffusers.safetensors"),
     "lora, averaged": ({**LORA, "ema": {"decay": 0.5, "warmup": False}}, "ema", "ema/lora_diffusers.safetensors"),
 }
-"""Name -> changes, weights that previews are drawn by, exported file that has them."""
+"""Name -> configuration changes, weights of the previews, exported file with these weights."""
 TOLERANCE = 1
-"""Of 255, in any pixel."""
+"""Largest difference of a pixel value, of 255."""
 
 
 def opened(run: Run) -> Experiment:
@@ -188,7 +188,7 @@ def opened(run: Run) -> Experiment:
 
 
 def network_of(lab: Lab, exported: Path | None) -> Any:
-    """diffusers' network with the weights from before training, or with an exported file."""
+    """Returns diffusers' network with the initial weights, or with those of an exported file."""
     start = lab.model / "mmdit.safetensors"
     config = NetworkFiles(open_file(start)).config
     if exported is None or "lora" in exported.name:
@@ -201,23 +201,23 @@ def network_of(lab: Lab, exported: Path | None) -> Any:
 
 @cache
 def encoded(experiment_path: Path, text: str) -> tuple[Tensor, Tensor]:
-    """context (1, L, D) and pooled (1, D), by the encoders themselves."""
-    adapter: Any = prepare(experiment_path, [], None, World(0, 0, 1, 1)).family
+    """Returns context (1, L, D) and pooled (1, D), computed by the encoders."""
+    family: Any = prepare(experiment_path, [], None, World(0, 0, 1, 1)).family
     tensors = {}
-    for encoder in adapter.text_encoders:
+    for encoder in family.text_encoders:
         (item,) = encoder.load(torch.device("cpu"))([text])
         tensors.update({f"{encoder.name}.{name}": tensor[None] for name, tensor in item.items()})
-    return join_text(tensors, adapter.text_tokens, adapter.config)
+    return join_text(tensors, family.text_tokens, family.config)
 
 
-def add_its_input(network: Any) -> None:
-    """Make of a network whose output is meant to be added to its input one whose output is the velocity."""
+def add_input_to_output(network: Any) -> None:
+    """Changes a network of prediction type "additive" to one whose output is the velocity."""
     forward = network.forward
     network.forward = lambda hidden_states, **others: (forward(hidden_states, **others)[0] + hidden_states,)
 
 
-def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any], shift: float) -> np.ndarray:
-    """What StableDiffusion3Pipeline draws of an entry of prompts.json, from the same noise."""
+def sample_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any], shift: float) -> np.ndarray:
+    """Returns the image of StableDiffusion3Pipeline for an entry of prompts.json, from the same noise."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     parts = {name: None for index in ("", "_2", "_3") for name in (f"text_encoder{index}", f"tokenizer{index}")}
@@ -253,25 +253,25 @@ def draw_with_diffusers(network: Any, lab: Lab, run: Run, entry: dict[str, Any],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_previews_are_what_diffusers_draws(lab: Lab, case: str) -> None:
-    """Before training, and after it with the file that was exported: of the averaged weights, if those are asked for."""
+def test_previews_agree_with_images_of_diffusers(lab: Lab, case: str) -> None:
+    """Before training, and after it with the exported file: that of the averaged weights, if they are configured."""
     changes, weights, file = CASES[case]
-    sampling = {**DRAWN_BY_DIFFUSERS, "weights": weights}
+    sampling = {**DIFFUSERS_SAMPLING, "weights": weights}
     run = lab.shared_run(2, {**changes, "max_steps": 3, "optimizer.learning_rate": 5e-3, "sampling": sampling})
-    drawn = images(run)
+    generated = images(run)
     for step, exported in ((0, None), (3, run.folder / "weights" / "step_000003" / file)):
         network = network_of(lab, exported)
         if changes is ADDITIVE:
-            add_its_input(network)
-        for entry in listing(run, step):
+            add_input_to_output(network)
+        for entry in image_list(run, step):
             shift = 2.0 * math.sqrt(entry["width"] * entry["height"]) / 96 if changes is ADDITIVE else 3.0
-            expected = draw_with_diffusers(network, lab, run, entry, shift)
-            difference = np.abs(drawn[f"step_{step:06d}/{entry['file']}"].astype(int) - expected)
+            expected = sample_with_diffusers(network, lab, run, entry, shift)
+            difference = np.abs(generated[f"step_{step:06d}/{entry['file']}"].astype(int) - expected)
             assert difference.max() <= TOLERANCE
             assert expected.std() > 20
 
 
-def test_averaged_previews_are_not_those_of_the_last_weights(lab: Lab) -> None:
+def test_previews_of_averaged_and_last_weights_differ(lab: Lab) -> None:
     changes = {**FULL, "max_steps": 3, "ema": {"decay": 0.5, "warmup": False}}
     runs = [
         lab.shared_run(2, {**changes, "sampling": {**SAMPLING, "prompts": TABLES, "weights": weights}})
@@ -279,12 +279,12 @@ def test_averaged_previews_are_not_those_of_the_last_weights(lab: Lab) -> None:
     ]
     last, averaged = (images(run) for run in runs)
     same = {name for name in last if np.array_equal(last[name], averaged[name])}
-    assert same == {f"step_000000/{index:03d}.png" for index in range(len(TABLES))}, "before training there is no average"
+    assert same == {f"step_000000/{index:03d}.png" for index in range(len(TABLES))}, "there is no average before training"
     assert_same_run(*runs)
 
 
-def test_no_text_encoder_is_loaded_to_draw(lab: Lab, previews: dict[str, Any]) -> None:
-    """Once their outputs are cached: see preview_ranks.py."""
+def test_no_text_encoder_is_loaded_for_previews(lab: Lab, previews: dict[str, Any]) -> None:
+    """Once their outputs are cached; preview_ranks.py raises an error when one is loaded."""
     experiment = lab.run(2, lab.experiment(previews), "--set", "max_steps=2").experiment
     arguments = ["--config", str(experiment), "--resume"]
     finished = start_ranks(2, arguments, experiment.parent / "log.txt", "tests.distributed.preview_ranks").wait()
@@ -303,10 +303,10 @@ def test_no_text_encoder_is_loaded_to_draw(lab: Lab, previews: dict[str, Any]) -
     assert "was loaded" in finished.output
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_bad_prompt_is_told_with_file_and_line_before_the_run(lab: Lab, tmp_path: Path) -> None:
+def test_errors_of_prompts_have_file_and_line_and_come_before_the_run(lab: Lab, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("fine\na fox --x 3\na hare --w 40\n")
     sampling = {"prompts": ["a fox --w wide", "a hare --s 0"], "width": 32, "height": 32}
@@ -320,6 +320,6 @@ def test_a_bad_prompt_is_told_with_file_and_line_before_the_run(lab: Lab, tmp_pa
     with pytest.raises(ConfigError) as caught:
         prepare(experiment, [], None, World(0, 0, 1, 1))
     first, second = caught.value.errors
-    assert str(first).startswith(f"{lines}: line 2: unknown flag --x; there are --w (width), ")
+    assert str(first).startswith(f"{lines}: line 2: unknown flag --x; the flags are --w (width), ")
     assert (second.file, second.key) == (experiment, "sampling.prompts_file")
     assert second.message == f"{lines}: line 3: --w = 40: must be a multiple of 16"

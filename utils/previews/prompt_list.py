@@ -1,4 +1,4 @@
-"""The prompts of a run: those of `[sampling]`, then those of its file, with what they leave to `[sampling]` filled in."""
+"""The prompts of a run: those of `[sampling]`, then those of its `prompts_file`, with defaults from `[sampling]`."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from utils.previews.prompts import FLAGS, parse_prompt
 from utils.previews.samplers import skips_layers
 
 FileError = tuple[Path | None, str, str]
-"""File (None: the experiment file), place in it, what is wrong."""
+"""(file, or None for the experiment file; place in it; message)."""
 _FLAG_OF = {flag.key: f"--{name}" for name, flag in FLAGS.items()}
 _OVERLAP_PARTS = 4
-"""Tiles overlap by a quarter, which must be whole latent pixels."""
+"""Tiles overlap by a quarter, which must be a whole number of latent pixels."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One preview."""
+    """One preview image."""
 
     text: str
     negative: str
     width: int
-    """Pixels, as the height."""
+    """Pixels."""
     height: int
+    """Pixels."""
     seed: int
     steps: int
     cfg: float
-    written: str
-    """Where: `sampling.prompts[2]`, or file and line."""
-    own: frozenset[str] = frozenset()
-    """Keys the prompt has itself; the others are those of `[sampling]`."""
+    place: str
+    """Where the prompt is written: `sampling.prompts[2]`, or file and line."""
+    own_keys: frozenset[str] = frozenset()
+    """Keys that the prompt sets itself; the others have the values of `[sampling]`."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(config: SamplingConfig) -> tuple[list[Prompt], list[FileError]]:
-    """All prompts in order, and what is wrong with the file of prompts: every bad line of it."""
+    """Returns all prompts in order, and the errors of the file of prompts, one for each invalid line."""
     tables = [(f"sampling.prompts[{index}]", table) for index, table in enumerate(config.prompts)]
     errors: list[FileError] = []
     if config.prompts_file is not None:
@@ -51,7 +52,7 @@ def read_prompts(config: SamplingConfig) -> tuple[list[Prompt], list[FileError]]
 
 
 def _fill_in(table: PromptConfig, place: str, config: SamplingConfig, index: int) -> Prompt:
-    """What a prompt does not say is as in [sampling]; the seed also counts its place in the list."""
+    """Fills in the values of [sampling]; the default seed is that of [sampling] plus the index of the prompt."""
     return Prompt(
         text=table.prompt,
         negative=config.negative_prompt if table.negative_prompt is None else table.negative_prompt,
@@ -60,13 +61,13 @@ def _fill_in(table: PromptConfig, place: str, config: SamplingConfig, index: int
         seed=config.seed + index if table.seed is None else table.seed,
         steps=config.steps if table.steps is None else table.steps,
         cfg=config.cfg if table.cfg is None else table.cfg,
-        written=place,
-        own=frozenset(table.model_dump(exclude_none=True)),
+        place=place,
+        own_keys=frozenset(table.model_dump(exclude_none=True)),
     )
 
 
 def _read_file(path: Path) -> tuple[list[tuple[str, PromptConfig]], list[FileError]]:
-    """(place, table) of each line that is a prompt, and what is wrong with the others."""
+    """Returns (place, table) of each valid line, and the errors of the others."""
     text, reason = _read_text(path)
     if reason is not None:
         return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: {reason}")]
@@ -78,26 +79,26 @@ def _read_file(path: Path) -> tuple[list[tuple[str, PromptConfig]], list[FileErr
         if table is not None:
             prompts.append((f"{path}: line {number}", table))
     if not prompts and not errors:
-        return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: holds no prompt")]
+        return [], [(None, "sampling.prompts_file", f"= {str(path)!r}: contains no prompt")]
     return prompts, errors
 
 
 def _read_text(path: Path) -> tuple[str, str | None]:
-    """A file's text and None, or an empty text and why it cannot be read."""
+    """Returns the text of a file and None, or "" and the reason why it cannot be read."""
     if path.suffix.lower() in (".toml", ".json"):
-        return "", "must be a text file with a prompt on each line; tables go into [[sampling.prompts]]"
+        return "", "must be a text file with one prompt per line; write tables into [[sampling.prompts]]"
     try:
         return path.read_text(encoding="utf-8-sig"), None
     except FileNotFoundError:
         return "", "does not exist"
     except UnicodeDecodeError:
-        return "", "is no text in UTF-8"
+        return "", "is not UTF-8 text"
     except OSError as error:
         return "", f"cannot be read: {error.strerror}"
 
 
 def _prompt_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of all but blank lines and comments."""
+    """Yields (number, line) of all lines except blank lines and comments."""
     for number, line in enumerate(text.split("\n"), start=1):
         stripped = line.strip()
         if stripped and not stripped.startswith("#"):
@@ -105,7 +106,7 @@ def _prompt_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_line(line: str) -> tuple[PromptConfig | None, list[str]]:
-    """A line's table, or None and what is wrong with it."""
+    """Returns the table of a line, or None and its errors."""
     try:
         written = parse_prompt(line)
     except ValueError as error:
@@ -121,7 +122,7 @@ def _read_line(line: str) -> tuple[PromptConfig | None, list[str]]:
 def prompt_errors(
     prompts: Sequence[Prompt], config: SamplingConfig, latent: LatentSpec, num_blocks: int
 ) -> list[tuple[str, str]]:
-    """What this network cannot draw, as (key, message), each once; nothing when there is nothing to draw."""
+    """Returns, as (key, message), what this network cannot generate; each error once, and none without prompts."""
     if not prompts:
         return []
     errors = [error for prompt in prompts for error in _size_errors(prompt, config, latent)]
@@ -139,22 +140,22 @@ def _size_errors(prompt: Prompt, config: SamplingConfig, latent: LatentSpec) -> 
         if side % latent.pixel_multiple:
             message = f"= {side}: must be a multiple of {latent.pixel_multiple}"
         elif side > latent.max_side_pixels:
-            message = f"= {side}: the network reaches {latent.max_side_pixels} pixels"
+            message = f"= {side}: the network supports at most {latent.max_side_pixels} pixels"
         else:
             continue
-        if key not in prompt.own:
+        if key not in prompt.own_keys:
             yield f"sampling.{key}", message
-        elif prompt.written.startswith("sampling."):
-            yield f"{prompt.written}.{key}", message
+        elif prompt.place.startswith("sampling."):
+            yield f"{prompt.place}.{key}", message
         else:
-            yield "sampling.prompts_file", f"{prompt.written}: {_FLAG_OF[key]} {message}"
+            yield "sampling.prompts_file", f"{prompt.place}: {_FLAG_OF[key]} {message}"
 
 
 def _skip_errors(config: SkipLayerConfig, prompts: Sequence[Prompt], num_blocks: int) -> Iterator[tuple[str, str]]:
     key, last = "sampling.skip_layer_guidance", num_blocks - 1
     for index, block in enumerate(config.layers):
         if block >= last:
-            why = "the last cannot be left out" if block == last else f"the network has blocks 0 to {last}"
+            why = "the last block cannot be skipped" if block == last else f"the network has blocks 0 to {last}"
             yield f"{key}.layers[{index}]", f"= {block}: must be at most {last - 1}; {why}"
     if config.start >= config.end:
         yield f"{key}.start", f"= {config.start}: must be below end, {config.end}"
@@ -163,6 +164,6 @@ def _skip_errors(config: SkipLayerConfig, prompts: Sequence[Prompt], num_blocks:
     if not any(skips_layers(step, count, config.start, config.end) for count in steps for step in range(count)):
         yield (
             f"{key}.end",
-            f"= {config.end}: of {max(steps)} steps none lies between {config.start} and {config.end}; raise it, or take "
-            "more steps",
+            f"= {config.end}: none of {max(steps)} steps lies between the fractions {config.start} and {config.end}; "
+            "raise end, or use more steps",
         )

@@ -1,4 +1,4 @@
-"""Prompts as sd-scripts' users write them: `a red fox --w 1024 --h 768 --d 42 --s 28 --l 4.5 --n blurry`."""
+"""Prompts with the flags of sd-scripts: `a red fox --w 1024 --h 768 --d 42 --s 28 --l 4.5 --n blurry`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flag:
-    """What stands behind two dashes."""
+    """A flag of a prompt, written as two dashes and a letter."""
 
     key: str
-    """Of a prompt's table."""
+    """The key of the prompt's table that it sets."""
     pattern: re.Pattern[str]
     read: Callable[[str], Any]
     allowed: str
-    """In words: what the pattern matches."""
+    """Description of what the pattern matches, for error messages."""
 
 
 _WHOLE = (re.compile(r"[+-]?[0-9]+"), int, "a whole number")
@@ -35,9 +35,9 @@ _BEFORE_FLAG = re.compile(r"(?:^|\s)--")
 
 
 def parse_prompt(line: str) -> dict[str, Any]:
-    """A prompt with its flags, in any order and in either case, as a prompt's table; the prompt may be empty.
+    """Returns the table of a prompt with flags, in any order and in upper or lower case; the prompt may be empty.
 
-    Ranges are not checked here. Raises ValueError saying which flag is wrong and what is allowed.
+    Ranges are not checked here. Raises ValueError with the invalid flag and what is allowed.
     """
     prompt, *parts = _BEFORE_FLAG.split(line)
     table: dict[str, Any] = {"prompt": prompt.strip()}
@@ -45,7 +45,7 @@ def parse_prompt(line: str) -> dict[str, Any]:
         name, value = (text.strip() for text in re.split(r"\s|$", part, maxsplit=1))
         flag = FLAGS.get(name.lower())
         if flag is None:
-            raise ValueError(f"unknown flag --{name}; there are {_known_flags()}")
+            raise ValueError(f"unknown flag --{name}; the flags are {_known_flags()}")
         if flag.key in table:
             raise ValueError(f"--{name} is given twice")
         if not flag.pattern.fullmatch(value):

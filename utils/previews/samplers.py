@@ -1,15 +1,15 @@
-"""From noise to an image: the steps of sigma, the solvers that take them, and what guides the velocity.
+"""Sampling from noise to an image: the sequence of sigma, the solvers, and guidance of the velocity.
 
-A sampler follows dx/dsigma = v(x, sigma) from sigma = 1, noise, down to 0. The velocity points from the clean latents
-D = x - sigma v that the network has in mind to the noise, so the equation is also
+A sampler integrates dx/dsigma = v(x, sigma) from sigma = 1, noise, down to 0. The velocity implies an estimate of the
+clean latents, D = x - sigma v, so the equation is also
 
     dx/dsigma = (x - D) / sigma,
 
-and between two noise levels, with D held fixed, x_next = r x + (1 - r) D for r = sigma_next / sigma: that is Euler's step.
-D changes slowly along the way. DPM-Solver++(2M) (arXiv 2211.01095, alg. 2) makes Euler's step with D carried forward in a
-straight line through its last two values, by half a step; the line is drawn over lambda = -log sigma. The choice of lambda
-is k-diffusion's (`sample_dpmpp_2m`), which is what Stability's sd3.5 samples with. Of the flow, log((1 - sigma) / sigma)
-could be taken as well, as diffusers' DPMSolverMultistepScheduler does: also of second order, and infinite at sigma = 1.
+and between two noise levels, with D held constant, x_next = r x + (1 - r) D for r = sigma_next / sigma: Euler's step. D
+changes slowly along the path. DPM-Solver++(2M) (arXiv 2211.01095, alg. 2) makes Euler's step with D extrapolated linearly
+from its last two values by half a step, as a function of lambda = -log sigma. This lambda is that of k-diffusion
+(`sample_dpmpp_2m`), with which Stability's sd3.5 samples. For a flow, lambda = log((1 - sigma) / sigma) is possible too,
+as in diffusers' DPMSolverMultistepScheduler: it is also of second order, but infinite at sigma = 1.
 
 Shapes: latents and velocities (B, C, H, W). sigma is a Python float.
 """
@@ -28,7 +28,7 @@ SamplerName = Literal["euler", "dpmpp_2m"]
 
 
 def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
-    """num_steps + 1 values of sigma from 1 to 0, evenly spaced in t before the shift; float64."""
+    """Returns num_steps + 1 values of sigma from 1 to 0, evenly spaced in t before the shift; float64."""
     return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)
 
 
@@ -36,30 +36,30 @@ def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
 
 
 class Sampler(Protocol):
-    """Takes the steps of one batch, in order."""
+    """A solver with the state of one batch; its steps are made in order."""
 
     def step(self, latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
-        """The latents at next_sigma, from those at sigma and their velocity."""
+        """Returns the latents at next_sigma, from those at sigma and their velocity."""
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """Follow the velocity from sigma to next_sigma in a straight line."""
+    """Returns the latents after following the velocity from sigma to next_sigma in a straight line."""
     return latents + (next_sigma - sigma) * velocity
 
 
 class Euler:
-    """First order: the error halves when the steps double."""
+    """First order: doubling the number of steps halves the error."""
 
     def step(self, latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
         return euler_step(latents, velocity, sigma, next_sigma)
 
 
 class DPMSolver2M:
-    """Second order, at one velocity a step like Euler. The first step and that to sigma 0 are Euler's."""
+    """Second order with one velocity per step, like Euler. The first step and the step to sigma 0 are Euler's."""
 
     def __init__(self) -> None:
         self._previous: tuple[Tensor, float] | None = None
-        """Clean latents of the step before, and its sigma."""
+        """The clean latents estimated in the previous step, and its sigma."""
 
     def step(self, latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
         clean = latents - sigma * velocity
@@ -67,14 +67,14 @@ class DPMSolver2M:
         if previous is None or next_sigma == 0:
             return euler_step(latents, velocity, sigma, next_sigma)
         previous_clean, previous_sigma = previous
-        share = math.log(sigma / next_sigma) / (2 * math.log(previous_sigma / sigma))
-        ahead = clean + share * (clean - previous_clean)
+        factor = math.log(sigma / next_sigma) / (2 * math.log(previous_sigma / sigma))
+        extrapolated = clean + factor * (clean - previous_clean)
         ratio = next_sigma / sigma
-        return ratio * latents + (1 - ratio) * ahead
+        return ratio * latents + (1 - ratio) * extrapolated
 
 
 def make_sampler(name: SamplerName) -> Sampler:
-    """A sampler for one batch."""
+    """Returns a new sampler for one batch."""
     return Euler() if name == "euler" else DPMSolver2M()
 
 
@@ -82,20 +82,20 @@ def make_sampler(name: SamplerName) -> Sampler:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, cfg: float | Tensor) -> Tensor:
-    """Classifier-free guidance: cfg 1 is the conditional velocity alone (arXiv 2207.12598). cfg may be (B, 1, 1, 1)."""
+    """Applies classifier-free guidance (arXiv 2207.12598); cfg 1 gives the conditional velocity. cfg may be (B, 1, 1, 1)."""
     return unconditional + cfg * (conditional - unconditional)
 
 
 def guide_from_skipped(velocity: Tensor, conditional: Tensor, skipped: Tensor, scale: float) -> Tensor:
-    """Skip-layer guidance: the guided velocity, led away from what the network answers to the prompt without some blocks.
+    """Applies skip-layer guidance: guides away from the prediction for the same prompt with some blocks skipped.
 
-    Source: `SkipLayerCFGDenoiser` of Stability's sd3.5, in clean latents there; diffusers' StableDiffusion3Pipeline.
+    Source: `SkipLayerCFGDenoiser` of Stability's sd3.5, there for clean latents; diffusers' StableDiffusion3Pipeline.
     """
     return velocity + scale * (conditional - skipped)
 
 
 def skips_layers(step: int, num_steps: int, start: float, end: float) -> bool:
-    """Whether skip-layer guidance is on in a step, counted from 0: strictly between two shares of the steps.
+    """Whether skip-layer guidance is on in a step, counted from 0: strictly between two fractions of the steps.
 
     Source: as `guide_from_skipped`.
     """

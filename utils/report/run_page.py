@@ -16,14 +16,15 @@ from utils.evaluation.result_table import format_difference
 from utils.evaluation.results import EVALUATIONS, EvaluationResult, read_evaluations
 from utils.files.atomic import write_text
 from utils.objective.objective import Objective
+from utils.previews.image_files import IMAGE_LIST
 from utils.report.html import Rows, header_row, html_of, page, plot_figure, table_of, table_row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT = "report.html"
-# The names used by tracking, evaluation and previews, which import DeepSpeed; a test compares them.
-METRICS, SAMPLES, LISTING = "metrics.jsonl", "samples", "prompts.json"
+# The names used by tracking and by the run folder, which are not imported here; a test compares them.
+METRICS, SAMPLES = "metrics.jsonl", "samples"
 NUM_POINTS = 161
 
 _CSS = """
@@ -173,7 +174,7 @@ def _evaluation_table(result: EvaluationResult) -> str:
 def _read_listings(parent: Path) -> dict[int, list[dict[str, Any]]]:
     """Step -> entries of its prompts.json whose images exist, in order of steps."""
     listings: dict[int, list[dict[str, Any]]] = {}
-    for path in sorted(parent.glob(f"step_*/{LISTING}")):
+    for path in sorted(parent.glob(f"step_*/{IMAGE_LIST}")):
         try:
             step, entries = int(path.parent.name.removeprefix("step_")), json.loads(path.read_text(encoding="utf-8"))
             present = [entry for entry in entries if (path.parent / entry["file"]).is_file()]

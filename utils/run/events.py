@@ -219,23 +219,21 @@ class Preview(Event):
 
     def __init__(self, run: Run) -> None:
         config = run.experiment.config.experiment
-        shift = config.sampling.shift
         self.schedule = Schedule(config.sampling.every_n_steps, at_start=True, at_end=True)
         self._previews = Previews(
             run.experiment.family,
             run.data,
             run.pipeline,
+            run.objective,
             config.sampling,
             run.experiment.prompts,
-            shift_at=run.objective.shift_at if shift is None else lambda _num_pixels: shift,
-            prediction_type=run.objective.prediction_type,
             dtype=config.model.torch_dtype,
             num_replicas=run.experiment.num_replicas,
             folder=run.folder / SAMPLES,
         )
 
     def run(self, state: TrainingState) -> None:
-        self._previews.draw(state.clock.step)
+        self._previews.generate(state.clock.step)
 
 
 class Report(Event):

@@ -130,7 +130,7 @@ def test_prompts_are_strings_with_flags_or_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "key", "part"),
     [
-        ("a fox --q 3", "sampling.prompts[0]", "unknown flag --q; there are --w (width), --h (height), "),
+        ("a fox --q 3", "sampling.prompts[0]", "unknown flag --q; the flags are --w (width), --h (height), "),
         ("a fox --w 12", "sampling.prompts[0].width", "must be greater than or equal to 16"),
         ("a fox --d -1", "sampling.prompts[0].seed", "must be greater than or equal to 0"),
     ],

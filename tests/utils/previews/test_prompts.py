@@ -1,4 +1,4 @@
-"""Prompts with sd-scripts' flags."""
+"""utils/previews/prompts.py: prompts with the flags of sd-scripts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_flags_are_read(line: str, table: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("line", ["a well-known fox", "a fox--w 512", "a fox - w 512"])
-def test_dashes_within_words_are_no_flags(line: str) -> None:
+def test_dashes_within_words_are_not_flags(line: str) -> None:
     assert parse_prompt(line) == {"prompt": line.strip()}
 
 
@@ -42,17 +42,17 @@ def test_a_prompt_may_be_empty() -> None:
     assert parse_prompt("--w 512 --h 256") == {"prompt": "", "width": 512, "height": 256}
 
 
-def test_every_flag_is_a_key_of_a_prompt_and_every_key_has_a_flag() -> None:
+def test_flags_and_keys_of_a_prompt_correspond() -> None:
     assert {flag.key for flag in FLAGS.values()} | {"prompt"} == set(PromptConfig.model_fields)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a fox --x 3", f"unknown flag --x; there are {ALL_FLAGS}"),
-        ("a fox -- w 3", f"unknown flag --; there are {ALL_FLAGS}"),
-        ("a fox --ss euler", "unknown flag --ss; there are --w"),
-        ("a fox --width 512", "unknown flag --width; there are --w (width)"),
+        ("a fox --x 3", f"unknown flag --x; the flags are {ALL_FLAGS}"),
+        ("a fox -- w 3", f"unknown flag --; the flags are {ALL_FLAGS}"),
+        ("a fox --ss euler", "unknown flag --ss; the flags are --w"),
+        ("a fox --width 512", "unknown flag --width; the flags are --w (width)"),
         ("a fox --w 512 --w 768", "--w is given twice"),
         ("a fox --w 512 --W 768", "--W is given twice"),
         ("a fox --w", "--w: must be a whole number, the width"),
@@ -66,9 +66,9 @@ def test_every_flag_is_a_key_of_a_prompt_and_every_key_has_a_flag() -> None:
         ("a fox --l nan", "--l nan: must be a number"),
         ("a fox --l .", "--l .: must be a number"),
         ("a fox --n", "--n: must be a text, the negative_prompt"),
-        ("a fox --w=512", "unknown flag --w=512; there are"),
+        ("a fox --w=512", "unknown flag --w=512; the flags are"),
     ],
 )
-def test_what_is_no_flag_or_no_value_is_refused_with_what_is_allowed(line: str, message: str) -> None:
+def test_the_error_of_an_invalid_flag_or_value_has_what_is_allowed(line: str, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         parse_prompt(line)

@@ -16,7 +16,7 @@ from utils.evaluation.comparison import Group, Measurement, compare
 from utils.evaluation.results import EVALUATIONS, to_line
 from utils.objective.objective import Objective
 from utils.objective.timestep_sampling import MAX_MODE_SCALE, MIN_MODE_SCALE
-from utils.previews import sampling
+from utils.previews.image_files import write_images
 from utils.report import run_page as report
 from utils.report.plots import MAX_POINTS
 from utils.report.run_page import render, write_report
@@ -48,7 +48,7 @@ def add_losses(folder: Path, losses: list[float]) -> None:
             log.write(StepMetrics(step=index + 1, epoch=0, loss=loss, learning_rate=1e-4, grad_norm=0.5), 0.5)
 
 
-def add_evaluations(folder: Path, steps: list[int], num_images: int = 8, panel: str = "one") -> None:
+def add_evaluations(folder: Path, steps: list[int], num_images: int = 8, fingerprint: str = "one") -> None:
     groups = [Group("all", tuple(range(num_images)), tuple(range(num_images)), True), Group("set <x>", (0,), (0,), True)]
     earlier: list[Measurement] = []
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,9 @@ def add_evaluations(folder: Path, steps: list[int], num_images: int = 8, panel: 
         for step in steps:
             noise = 0.01 * torch.rand(num_images, dtype=torch.float64, generator=generator)
             now = Measurement(step, 0.5 - step / 1e4 + noise)
-            file.write(to_line(compare(now, earlier, groups, weights="ema" if step else "last", fingerprint=panel, seed=0)))
+            file.write(
+                to_line(compare(now, earlier, groups, weights="ema" if step else "last", fingerprint=fingerprint, seed=0))
+            )
             earlier.append(now)
 
 
@@ -66,7 +68,7 @@ def add_previews(folder: Path, step: int, prompts: list[str], **changes: object)
         {"prompt": prompt, "negative_prompt": "", "width": 32, "height": 16, "seed": 7, "steps": 4, "cfg": 4.5, **changes}
         for prompt in prompts
     ]
-    sampling.write_images(folder / report.SAMPLES, step, images, entries)
+    write_images(folder / report.SAMPLES, step, images, entries)
 
 
 def fill(folder: Path) -> None:
@@ -149,7 +151,6 @@ def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
 def test_file_names_are_those_of_the_writers(tmp_path: Path) -> None:
     add_losses(tmp_path, [1.0])
     assert (tmp_path / report.METRICS).is_file()
-    assert report.LISTING == sampling.LISTING
 
 
 # --- objective ---------------------------------------------------------------------------------------------------------
