@@ -1,6 +1,6 @@
-"""Work beside the main thread: things made ready before they are asked for, and things finished after they are handed over.
+"""Background threads: preparing items before they are used, and finishing items after they are handed over.
 
-What fails in the other thread is raised in this one, at the next turn.
+An exception in the background thread is raised in the calling thread, at its next call.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.5
 
 
-def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The items, each made by another thread while earlier ones are used; at most `depth` wait to be used."""
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """Yields the items; a thread computes them in advance and keeps at most `depth` unused ones."""
     ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -36,10 +36,10 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
                 if stopped.is_set():
                     return
             hand_over(None)
-        except BaseException as error:  # noqa: B036  it is raised where the items are used
+        except BaseException as error:  # noqa: B036  raised in the calling thread
             hand_over(error)
 
-    thread = threading.Thread(target=make, name="ahead", daemon=True)
+    thread = threading.Thread(target=make, name="prefetch", daemon=True)
     thread.start()
     try:
         while (entry := ready.get()) is not None:
@@ -50,25 +50,25 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
         stopped.set()
 
 
-class Behind(Generic[T]):
-    """Another thread that finishes things one after the other; at most `depth` wait for it."""
+class BackgroundWorker(Generic[T]):
+    """Calls `finish` on each item, in order, in another thread; at most `depth` items wait. A context manager."""
 
     def __init__(self, finish: Callable[[T], None], depth: int) -> None:
         self._finish, self._depth = finish, depth
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="behind")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="background worker")
         self._waiting: deque[Future[None]] = deque()
 
     def put(self, item: T) -> None:
-        """Hand over; waits while too much is waiting."""
+        """Hands an item over; blocks while more than `depth` items wait."""
         self._waiting.append(self._thread.submit(self._finish, item))
         while self._waiting and (len(self._waiting) > self._depth or self._waiting[0].done()):
             self._waiting.popleft().result()
 
-    def __enter__(self) -> Behind[T]:
+    def __enter__(self) -> BackgroundWorker[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """Everything is finished; after an error in this thread, only what has begun."""
+        """Waits until all items are finished; after an exception in the calling thread, until the current one is."""
         self._thread.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             for future in self._waiting:

@@ -27,7 +27,7 @@ from models.sd3.text_encoders import SD3TextEncoder
 from models.sd3.vae import SD3ImageEncoder
 from tests.distributed.launch import start_ranks
 from tests.tiny_model import make_tiny_model, write_experiment
-from utils.data.encoding.encoder_pass import EncoderPass
+from utils.data.encoding.encoder_loop import EncoderLoop
 from utils.data.sources.decoding import read_pixels
 from utils.distributed.world import World
 from utils.run.prepare import prepare
@@ -72,14 +72,14 @@ def main() -> None:
     if os.environ[ALONE] == "1":
         _encode_alone(folder, rank)
         os._exit(0)
-    tell = EncoderPass._tell
+    report = EncoderLoop._report
 
-    def tell_and_keep(self: EncoderPass, seconds: float) -> None:
+    def report_and_keep(self: EncoderLoop, seconds: float) -> None:
         _seconds_of_pass[self._encoder.name] = seconds
-        tell(self, seconds)
+        report(self, seconds)
         _write(folder, rank)
 
-    EncoderPass._tell = tell_and_keep  # type: ignore[method-assign]
+    EncoderLoop._report = report_and_keep  # type: ignore[method-assign]
     train.main()
 
 
@@ -156,7 +156,7 @@ def measure(num_images: int, resolution: int) -> None:
         experiment = write_experiment(folder, model, folder / "images", dataset_file=changes)
         bare, _ = run(folder, experiment, alone=True)
         ranks, output = run(folder, experiment, alone=False)
-    print("".join(f"{line}\n" for line in output.splitlines() if "encoders busy" in line), end="")
+    print("".join(f"{line}\n" for line in output.splitlines() if "encoder utilisation" in line), end="")
     total_pass, total_inside, total_bare = 0.0, 0.0, 0.0
     for name in ranks[0]["pass"]:
         wall = max(rank["pass"][name] for rank in ranks)

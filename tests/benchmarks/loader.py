@@ -32,8 +32,8 @@ _waits: list[float] = []
 _moments: list[float] = []
 
 
-def _timed_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
-    ready = background.ahead(items, depth)
+def _timed_prefetch(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
+    ready = background.prefetch(items, depth)
     while True:
         began = time.perf_counter()
         try:
@@ -48,7 +48,7 @@ def _timed_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]
 
 def main() -> None:
     """Of a rank."""
-    feed.ahead = _timed_ahead
+    feed.prefetch = _timed_prefetch
     finish = group.finish
 
     def write_and_finish(exit_code: int = 0) -> NoReturn:

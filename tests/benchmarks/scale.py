@@ -30,24 +30,24 @@ from utils.data.batches import BatchOrder
 from utils.data.cache.shards import ShardWriter
 from utils.data.columns import Texts
 from utils.data.encoding.encoded import CacheFolders, EncodedData
-from utils.data.encoding.plan import wanted_captions, wanted_latents
+from utils.data.encoding.required import required_captions, required_latents
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan
-from utils.data.sources.listing import Lister, Listing, ListingSettings, Part
-from utils.data.sources.rows import Memory, set_captions, unread_rows
+from utils.data.sources.directory_index import DirectoryIndexer, DirectoryIndex, IndexSettings, IndexPart
+from utils.data.sources.image_rows import Memory, set_captions, unread_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, NUM_STEPS = 32, 300
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 
 
-class MadeUp(Lister):
+class MadeUp(DirectoryIndexer):
     """Lists images that are nowhere."""
 
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def look_at(self, path: Path, settings: ListingSettings, excluded: Sequence[Path] = ()) -> Listing:
+    def index(self, path: Path, settings: IndexSettings, excluded: Sequence[Path] = ()) -> DirectoryIndex:
         count = self._count
         names = Texts.of(f"folder_{index // 10_000:03d}/image_{index:08d}.jpg" for index in range(count))
         stamps = np.zeros((count, 3), np.int64)
@@ -57,7 +57,7 @@ class MadeUp(Lister):
         rows.content[:, :8] = np.arange(1, count + 1, dtype="<u8")[:, None].view(np.uint8)
         caption = "image number {:08d}, with a caption about as long as people write them for their images"
         set_captions(rows, [[caption.format(index)] for index in range(count)])
-        return Listing([Part(rows, None, Memory(None, False), np.ones(count, bool))])
+        return DirectoryIndex([IndexPart(rows, None, Memory(None, False), np.ones(count, bool))])
 
 
 def make(folder: Path, count: int) -> dict[str, object]:
@@ -66,7 +66,7 @@ def make(folder: Path, count: int) -> dict[str, object]:
     began = time.monotonic()
     table = scan(config, 16, MadeUp(count)).examples
     file = table.save_in(folder / "datasets")
-    planned, captions = wanted_latents([table]), wanted_captions([table], ())
+    planned, captions = required_latents([table]), required_captions([table], ())
     seconds, peak = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     latents = {"latents": torch.zeros(16, 1, 1)}
     text = {"sequence": torch.zeros(1, 8, dtype=torch.bfloat16), LENGTH: torch.zeros(2, dtype=torch.int32)}

@@ -1,4 +1,4 @@
-"""A caching pass with encoders that count what they are given, in a process group of one."""
+"""Caching with encoders that count their inputs, in a process group of one rank."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from models.family import (
     TextEncoder,
 )
 from tests.tiny_model import make_tiny_dataset
+from tests.utils.data.image_makers import noise, save
 from tests.utils.data.scanning import Scan
 from utils.data.buckets import CropBox
 from utils.data.dataset import ContentMemory, Dataset
 from utils.data.encoding import precompute
 from utils.data.encoding.plan import CacheSettings
-from utils.data.encoding.precompute import Cached, RunData, cache_dataset
+from utils.data.encoding.precompute import CachedDataset, RunData, cache_dataset
 from utils.data.examples import ExampleTable
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
@@ -42,18 +43,18 @@ NUM_TOKENS, TEXT_WIDTH = 4, 2
 
 
 def cache_alone(
-    adapter: Any, tables: Sequence[ExampleTable], texts: Sequence[str], settings: CacheSettings, *memories: ContentMemory
-) -> Cached:
-    """cache_dataset in a process group of one, a new one each time, as in a run without launcher."""
+    family: Any, tables: Sequence[ExampleTable], texts: Sequence[str], settings: CacheSettings, *memories: ContentMemory
+) -> CachedDataset:
+    """Calls cache_dataset in a new process group of one rank, as in a run without launcher."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return cache_dataset(adapter, RunData(tables, texts, memories), settings, CPU, 1)
+        return cache_dataset(family, RunData(tables, texts, memories), settings, CPU, 1)
     finally:
         dist.destroy_process_group()
 
 
-class Counting(FrozenEncoder):
-    """Counts what it encodes."""
+class CountingEncoder(FrozenEncoder):
+    """An encoder that records its inputs. The input `poison` is encoded to NaN."""
 
     name: str
     files: tuple[Path, ...]
@@ -74,11 +75,11 @@ class Counting(FrozenEncoder):
 
     @abstractmethod
     def value(self, item: Any) -> EncodedItem:
-        """What one item is encoded to."""
+        """Returns the encoded item."""
 
 
-class CountingImages(Counting, ImageEncoder):
-    """Latents are the mean of each colour, or the image itself."""
+class CountingImages(CountingEncoder, ImageEncoder):
+    """Encodes an image to the mean of each colour, or to its pixels."""
 
     def __init__(self, files: tuple[Path, ...], *, keep_pixels: bool = False) -> None:
         super().__init__()
@@ -89,8 +90,8 @@ class CountingImages(Counting, ImageEncoder):
         return {"latents": latents, "std": latents / 8}
 
 
-class CountingTexts(Counting, TextEncoder):
-    """The first letters' numbers, twice; `poison` becomes no numbers."""
+class CountingTexts(CountingEncoder, TextEncoder):
+    """Encodes a text to the code points of its first letters."""
 
     def __init__(self, name: str, files: tuple[Path, ...], num_tokens: int = 8, dtype: str = "float32") -> None:
         super().__init__()
@@ -108,8 +109,8 @@ class CountingTexts(Counting, TextEncoder):
         return {"sequence": sequence, "pooled": sequence.sum(0), LENGTH: length}
 
 
-class Adapter:
-    """As much of a model family as the caching pass asks for."""
+class FakeFamily:
+    """The part of a model family that caching uses."""
 
     latent = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 
@@ -124,7 +125,7 @@ class Adapter:
         self.tile_pixels = 0
 
     def load_decoder(self, device: torch.device, tile_pixels: int) -> DecodeFunction:
-        """Of latents that are pixels."""
+        """Returns a decoder of latents that are pixels."""
         self.tile_pixels = tile_pixels
         return lambda latents: latents.to(torch.uint8)
 
@@ -137,44 +138,44 @@ class Adapter:
         return self.image_encoder.num_loads + self.clip.num_loads + self.t5.num_loads
 
 
-class NotingReaders:
-    """Readers that note what they are asked for: (task, name of the file)."""
+class RecordingReaders:
+    """Readers that record their requests: (task, name of the file)."""
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
 
     def pixels(self, file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> Future[np.ndarray]:
-        self.asked.append(("pixels", file.path.name))
+        self.requests.append(("pixels", file.path.name))
         return self._readers.pixels(file, box, flipped=flipped, content=content)
 
     def mask(self, file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
-        self.asked.append(("mask", file.path.name))
+        self.requests.append(("mask", file.path.name))
         return self._readers.mask(file, box, downscale, content=content)
 
     def hashes(self, files: Sequence[ImageFile]) -> Future[list[bytes | str]]:
-        self.asked += [("hash", file.path.name) for file in files]
+        self.requests += [("hash", file.path.name) for file in files]
         return self._readers.hashes(files)
 
 
-class Workshop:
-    """A folder with images and a cache, gone over by one adapter after another."""
+class CachingSetup:
+    """A folder with images and a cache, which tests fill by running one family after another."""
 
     def __init__(self, folder: Path, readers: Readers, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.images = make_tiny_dataset(folder / "images", 4)
         self.settings = CacheSettings(folder / "cache", posterior=False, text_dtype=None)
-        self._scan, self._noting = Scan(readers, folder / "cache" / "files"), NotingReaders(readers)
-        patch.setattr(precompute, "Readers", lambda num_workers: nullcontext(self._noting))  # one for all tests
+        self._scan, self._recording = Scan(readers, folder / "cache" / "files"), RecordingReaders(readers)
+        patch.setattr(precompute, "Readers", lambda num_workers: nullcontext(self._recording))  # one pool for all tests
         patch.setattr(precompute.group, "free_memory", lambda: None)  # garbage collection is most of a test's time
 
     @property
-    def asked(self) -> list[tuple[str, str]]:
-        """What was read since `forget`."""
-        return self._noting.asked
+    def requests(self) -> list[tuple[str, str]]:
+        """The requests to the readers since `clear_requests`."""
+        return self._recording.requests
 
-    def forget(self) -> None:
-        self._noting.asked = []
+    def clear_requests(self) -> None:
+        self._recording.requests = []
 
     def scan(self, **changes: Any) -> Dataset:
         return self._scan(**{"directory": [{"path": self.images}], **changes})
@@ -182,12 +183,38 @@ class Workshop:
     def examples(self, **changes: Any) -> ExampleTable:
         return self.scan(**changes).examples
 
-    def run(self, adapter: Adapter, *, settings: dict[str, Any] | None = None, **changes: Any) -> Cached:
+    def run(self, family: FakeFamily, *, settings: dict[str, Any] | None = None, **changes: Any) -> CachedDataset:
         found = self.scan(**changes)
-        return cache_alone(adapter, [found.examples], [""], replace(self.settings, **(settings or {})), found.memory)
+        return cache_alone(family, [found.examples], [""], replace(self.settings, **(settings or {})), found.memory)
 
     def encode(self, **settings: Any) -> tuple[int, int, int]:
-        """How many images and captions a fresh adapter had to encode."""
-        adapter = Adapter(self.folder, **settings)
-        self.run(adapter)
-        return adapter.counts
+        """Returns how many images and captions a new family had to encode."""
+        family = FakeFamily(self.folder, **settings)
+        self.run(family)
+        return family.counts
+
+    def flipped(self) -> dict[str, Any]:
+        """The change of the dataset that requests horizontal flips."""
+        return {"directory": [{"path": self.images, "horizontal_flip": True}]}
+
+
+def bad_paths(cached: CachedDataset) -> list[Path]:
+    return sorted(bad.path for bad in cached.unusable.bad_files)
+
+
+def unusable_keys(cached: CachedDataset) -> list[list[str]]:
+    """Returns the keys of each table's unusable examples."""
+    return [
+        [example.key for example in table.where(chosen)]
+        for table, chosen in zip(cached.tables, cached.unusable.examples, strict=True)
+    ]
+
+
+def damage_image(path: Path) -> Path:
+    """Writes an image whose pixels cannot be decoded, although its header and its end are valid."""
+    save(noise(), path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = b"\x00" * 64
+    path.write_bytes(bytes(content))
+    return path

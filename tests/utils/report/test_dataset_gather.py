@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.utils.data.caching import CPU, NUM_TOKENS, Adapter, Workshop
+from tests.utils.data.caching import CPU, NUM_TOKENS, CachingSetup, FakeFamily
 from tests.utils.data.image_makers import noise, quarters, read_pixels, save
 from utils.data.batches import BatchOrder
 from utils.data.buckets import Bucket
@@ -31,24 +31,24 @@ BATCH = 3
 class Desk:
     """Collects the facts of a small dataset on disk."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self.workshop, self.images = workshop, workshop.images
-        self.adapter = Adapter(workshop.folder, keep_pixels=True)
+    def __init__(self, caching: CachingSetup) -> None:
+        self.caching, self.images = caching, caching.images
+        self.family = FakeFamily(caching.folder, keep_pixels=True)
         self.order: BatchOrder
 
     def gather(self, **changes: Any) -> DatasetFacts:
-        cached: CachedDataset = self.workshop.run(self.adapter, **changes)
-        (table,), dataset = cached.tables, self.workshop.scan(**changes)
+        cached: CachedDataset = self.caching.run(self.family, **changes)
+        (table,), dataset = cached.tables, self.caching.scan(**changes)
         self.order = BatchOrder(table, BATCH, 0)
-        any_adapter: Any = self.adapter
-        gatherer = Gatherer(any_adapter, cached.data, table, self.order, 64)
+        any_family: Any = self.family
+        gatherer = Gatherer(any_family, cached.data, table, self.order, 64)
         bad_files = [*dataset.bad_files, *cached.unusable.bad_files]
         return gatherer.facts("a dataset", dataset, bad_files, 100, CPU)
 
 
 @pytest.fixture
 def desk(tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(Workshop(tmp_path, readers, monkeypatch))
+    return Desk(CachingSetup(tmp_path, readers, monkeypatch))
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_buckets_count_images_draws_and_upscaled_images(desk: Desk) -> None:
 
 @pytest.mark.parametrize("repeats", [1, 2.5, 0.25])
 def test_draws_of_all_images_sum_to_those_of_all_buckets(desk: Desk, repeats: float) -> None:
-    more = desk.workshop.folder / "more"
+    more = desk.caching.folder / "more"
     more.mkdir()
     for index in range(8):
         save(quarters(40, 40), more / f"{index}.png").with_suffix(".txt").write_text("")
@@ -101,7 +101,7 @@ def test_summary_counts_files_examples_and_distinct_captions(desk: Desk) -> None
     assert rows["examples"] == "8: every image at every resolution (32 and 64)"
     assert rows["captions"].startswith("3 ")
     assert rows["run"] == f"100 steps: {100 / desk.order.steps_per_epoch:.2f} epochs"
-    assert str(desk.workshop.folder / "cache") in rows["cache"]
+    assert str(desk.caching.folder / "cache") in rows["cache"]
 
 
 def test_files_with_equal_content_are_grouped_and_links_are_not(desk: Desk) -> None:
@@ -156,7 +156,7 @@ def test_thumbnails_have_the_file_its_crop_and_the_decoded_latents(desk: Desk) -
         save(quarters(*size), desk.images / f"image_00{index}.png")
     facts = desk.gather(enable_ar_bucket=False)
     assert len(facts.thumbnails) == 4
-    table = desk.workshop.examples(enable_ar_bucket=False)
+    table = desk.caching.examples(enable_ar_bucket=False)
     by_path = {str(example.image): example for example in table}
     for thumbnail in facts.thumbnails:
         example = by_path[thumbnail.image]
@@ -171,7 +171,7 @@ def test_thumbnails_have_the_file_its_crop_and_the_decoded_latents(desk: Desk) -
         assert (right - left) * example.box.resized_width == pytest.approx(32)
         assert (bottom - top) * example.box.resized_height == pytest.approx(32)
         assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
-    assert desk.adapter.tile_pixels == 64
+    assert desk.family.tile_pixels == 64
 
 
 def test_every_other_thumbnail_is_flipped_where_flips_are_trained(desk: Desk) -> None:
@@ -204,13 +204,13 @@ def test_large_images_are_scaled_down(desk: Desk) -> None:
 
 
 def test_image_removed_after_encoding_has_no_thumbnail(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_decoder, gone = desk.adapter.load_decoder, desk.images / "image_001.png"
+    load_decoder, gone = desk.family.load_decoder, desk.images / "image_001.png"
 
     def remove_one(device: torch.device, tile_pixels: int) -> Any:
         gone.unlink()
         return load_decoder(device, tile_pixels)
 
-    monkeypatch.setattr(desk.adapter, "load_decoder", remove_one)
+    monkeypatch.setattr(desk.family, "load_decoder", remove_one)
     facts = desk.gather()
     assert len(facts.thumbnails) == 3
     assert str(gone) not in {thumbnail.image for thumbnail in facts.thumbnails}
@@ -230,7 +230,7 @@ def test_bad_and_skipped_files_are_on_the_page(desk: Desk) -> None:
 
 
 def test_every_skipped_file_is_listed_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dataset = Dataset(bad_files=[BadFile(Path("a.png"), "is bad")], left_out=[BadFile(Path("b.png"), "is small")])
+    dataset = Dataset(bad_files=[BadFile(Path("a.png"), "is bad")], skipped=[BadFile(Path("b.png"), "is small")])
     write_bad_files(tmp_path / "new", dataset, [BadFile(Path('c "ü".png'), "is damaged")])
     lines = [json.loads(line) for line in (tmp_path / "new" / BAD_FILES).read_text(encoding="utf-8").splitlines()]
     assert lines == [
@@ -251,7 +251,7 @@ def test_list_is_removed_once_no_file_is_bad(tmp_path: Path) -> None:
 
 
 def test_page_is_written_with_the_collected_facts(desk: Desk) -> None:
-    path = write_page(desk.workshop.folder / "output", desk.gather())
-    assert path == desk.workshop.folder / "output" / DATASET_REPORT
+    path = write_page(desk.caching.folder / "output", desk.gather())
+    assert path == desk.caching.folder / "output" / DATASET_REPORT
     page = path.read_text(encoding="utf-8")
     assert "a dataset" in page and str(Bucket(48, 16)) in page and "a yellow circle" in page

@@ -1,9 +1,9 @@
-"""Shards: safetensors files of many entries of the cache whose tensors have the same shapes.
+"""Shards: safetensors files that each hold many cache entries with tensors of the same shapes.
 
-A shard holds, for its n entries, `keys` (n, 16) and `checksums` (n, 8), both uint8, and each tensor of the entries stacked,
-(n, ...). It is written beside its place, flushed to the disk, and renamed; so whatever has a shard's name is whole, and a
-kill loses at most the shards being collected. Nothing is ever changed in place: what an entry is, its key says, and a key
-that changes is another entry.
+A shard of n entries holds `keys` (n, 16) and `checksums` (n, 8), both uint8, and each tensor of the entries, stacked to
+(n, ...). Shards are written atomically (temporary file, fsync, rename), so a file with a shard's name is complete, and a
+killed process loses only the entries it has not written yet. Shards are never modified: the key identifies the content of
+an entry, and changed content has a different key.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from utils.files.atomic import replace_file
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 20.0
 SHARD_FILES = "[0-9a-f]" * 32 + ".safetensors"
-"""Pattern of the names of files that are named by a key. Others are not ours, whoever put them there."""
+"""Glob pattern of files named by a key. All other files in a cache folder are ignored and never deleted."""
 KEYS, CHECKSUMS = "keys", "checksums"
 CHECKSUM_BYTES = 8
 _FORMAT = {"format": "mmdit-pipe cache", "version": "1"}
 
 
 class DamagedShard(ValueError):
-    """A file that has a shard's name and is none, or not a whole one."""
+    """A file with the name of a shard that is not a valid shard."""
 
 
-class CannotWrite(OSError):
-    """A shard could not be written, such as for want of room."""
+class CacheWriteError(OSError):
+    """A shard could not be written, for example because the disk is full."""
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> bytes:
-    """Of one entry: of its tensors' bytes, in order of their names."""
+    """The hash of one entry: of the names and bytes of its tensors, in order of the names."""
     digest = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -50,35 +50,35 @@ def checksum(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def map_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard, mapped. Raises DamagedShard, saying what to do."""
+    """Returns the memory-mapped tensors of a shard. Raises DamagedShard with advice."""
     try:
         tensors, metadata = map_tensors(path)
         if metadata != _FORMAT:
-            raise ValueError("it has another format")
+            raise ValueError("not a shard of this version")
         count = len(tensors[KEYS])
         if CHECKSUMS not in tensors:
-            raise ValueError("it has no checksums")
+            raise ValueError("checksums are missing")
         if tensors[KEYS].shape != (count, KEY_BYTES) or any(len(tensor) != count for tensor in tensors.values()):
-            raise ValueError("its tensors have different lengths")
+            raise ValueError("its tensors have different numbers of entries")
     except (SafetensorError, ValueError, KeyError) as error:
-        advice = f"`python -m utils.data.cache prune {path.parents[2]}` removes it; the next run encodes it anew"
+        advice = f"`python -m utils.data.cache prune {path.parents[2]}` deletes it; the next run encodes its entries again"
         raise DamagedShard(f"{path} is damaged ({error}); {advice}") from error
     return tensors
 
 
 def shard_name(keys: Iterable[bytes]) -> str:
-    """The name, without its suffix, of the shard that has the entries with these keys."""
+    """Returns the file name, without suffix, of the shard that holds the entries with these keys."""
     return content_key(*(key.hex() for key in sorted(keys))).hex()
 
 
 def entry_of(tensors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One entry of a shard's tensors: views that share the file's memory."""
+    """Returns the tensors of one entry of a shard: views of the mapped file."""
     return {name: tensor[row] for name, tensor in tensors.items() if name not in (KEYS, CHECKSUMS)}
 
 
 @dataclass
 class _Group:
-    """Entries of one group that are not written yet."""
+    """Entries of one group that have not been written yet."""
 
     entries: dict[bytes, dict[str, Tensor]]
     first_added_at: float
@@ -86,10 +86,10 @@ class _Group:
 
 
 class ShardWriter:
-    """Collects entries in groups, and writes groups as shards.
+    """Collects entries in groups and writes each group as a shard.
 
-    All groups together are written when they have max_bytes, or when the oldest entry is max_seconds old at an `add`.
-    Several processes, of one run or of several, may write into one folder, each under a name of its own.
+    All groups are written when they hold `max_bytes` in total, or when the oldest entry is `max_seconds` old at a call of
+    `add`. Several processes, of one or several runs, may write to the same folder; each has its own `writer` name.
     """
 
     def __init__(
@@ -100,7 +100,10 @@ class ShardWriter:
         self._groups: dict[str, _Group] = {}
 
     def add(self, group: str, key: bytes, tensors: Mapping[str, Tensor]) -> None:
-        """Add one entry, on the CPU; may write shards. Entries of a group have tensors of the same names and shapes."""
+        """Adds an entry of CPU tensors; may write shards. All entries of a group have the same tensor names and shapes.
+
+        Raises CacheWriteError.
+        """
         now = time.monotonic()
         members = self._groups.setdefault(group, _Group({}, now))
         members.entries[key] = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -111,7 +114,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added since, if anything. Raises CannotWrite, as `add` does."""
+        """Writes all entries that have not been written yet. Raises CacheWriteError."""
         for group, members in self._groups.items():
             self._write(group, members.entries)
         self._groups = {}
@@ -129,7 +132,9 @@ class ShardWriter:
             save_file(tensors, temporary, _FORMAT)
             replace_file(temporary, folder / f"{name}.safetensors")
         except (SafetensorError, OSError) as error:
-            raise CannotWrite(f"{folder} cannot be written to ({error}); the next run goes on from what is there") from error
+            raise CacheWriteError(
+                f"cannot write to {folder} ({error}); the next run keeps the entries written so far"
+            ) from error
 
 
 def _as_rows(values: list[bytes]) -> Tensor:

@@ -1,7 +1,7 @@
-"""The store of encoded tensors on disk. It knows keys and tensors, and nothing of models or images.
+"""Key-value store of encoded tensors on disk, independent of models and images.
 
-One folder for each encoder identity ("vae-1f0c…"), in it one for each group of entries of the same shapes ("1024x1024"), in
-it shards. Opening a store reads the keys of its shards only: 12 bytes of memory an entry.
+Each encoder identity has a folder ("vae-1f0c…"); in it, each group of entries with the same shapes has a folder
+("1024x1024") of shards. Opening a store reads only the keys of its shards and takes 12 bytes of memory per entry.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from utils.data.cache.shards import KEYS, SHARD_FILES, entry_of, map_shard
 from utils.data.columns import mark_used
 
 MAX_MAPPED_SHARDS = 512
-"""A process may have some ten thousands of mappings; tensors that were handed out keep theirs."""
+"""Limits the number of mappings of a process, of which the kernel allows about 65,000. Returned tensors keep theirs."""
 
 
 class Store:
-    """Entries of one encoder identity: key -> {tensor name: tensor}."""
+    """The entries of one encoder identity: key -> {tensor name: tensor}."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._shards: list[Path] = []
         self._starts = np.zeros(1, np.int64)
-        """Number of the first entry of each shard, and the number of all."""
+        """Number of the first entry of each shard, then the number of all entries."""
         self._prefixes = np.zeros(0, np.uint64)
-        """First eight bytes of each entry's key, sorted."""
+        """The first eight bytes of each entry's key, sorted."""
         self._numbers = np.zeros(0, np.int32)
-        """Number of the entry of each of these."""
+        """The number of the entry with each of these prefixes."""
         self._mapped: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
         self.refresh()
 
     def refresh(self) -> None:
-        """Take notice of shards written since the store was opened. Raises DamagedShard."""
+        """Adds shards written since the store was opened. Raises DamagedShard."""
         known, shards = set(self._shards), list(self._shards)
         prefixes, numbers, end = [self._prefixes], [self._numbers], int(self._starts[-1])
         starts = self._starts.tolist()
@@ -58,16 +58,17 @@ class Store:
         self._shards, self._starts = shards, np.array(starts, np.int64)
 
     def __len__(self) -> int:
-        """Entries; one that several runs have written counts several times."""
+        """The number of entries; an entry that several runs have written is counted several times."""
         return len(self._numbers)
 
     def __contains__(self, key: bytes) -> bool:
         return self._find(key) is not None
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Of each key (n, 16) the number of its entry, -1 where there is none; (n,) int64.
+        """Returns the number of each key's entry, -1 for a missing one: keys (n, 16) uint8 -> (n,) int64.
 
-        Compared are eight bytes; `get` compares all. Two of a million keys agree in eight with a chance of one in 10^8.
+        Only the first eight bytes are compared, unlike in `get`: among a million keys, two agree in them with a
+        probability of about 3e-8.
         """
         if not len(self._prefixes):
             return np.full(len(keys), -1, np.int64)
@@ -76,18 +77,18 @@ class Store:
         return np.where(self._prefixes[places] == wanted, self._numbers[places], np.int64(-1))
 
     def get(self, key: bytes) -> dict[str, Tensor]:
-        """The tensors of one entry, on the CPU; they share the file's memory, so don't write to them.
+        """Returns the tensors of one entry on the CPU. They are views of the mapped file and must not be written to.
 
-        Raises KeyError when it is not there.
+        Raises KeyError for a missing entry.
         """
         found = self._find(key)
         if found is None:
             command = f"python -m utils.data.cache verify {self.folder.parent}"
-            raise KeyError(f"{self.folder} has no entry {key.hex()}; `{command}` says whether a shard is damaged")
+            raise KeyError(f"{self.folder} has no entry {key.hex()}; `{command}` checks for damaged shards")
         return entry_of(*found)
 
     def _find(self, key: bytes) -> tuple[dict[str, Tensor], int] | None:
-        """The tensors of the key's shard, and its row in them."""
+        """Returns the tensors of the shard with the key, and the entry's row in them."""
         prefix = np.uint64(int.from_bytes(key[:8], "little"))
         place = int(np.searchsorted(self._prefixes, prefix))
         while place < len(self._prefixes) and self._prefixes[place] == prefix:
@@ -111,7 +112,7 @@ class Store:
             return self._mapped[shard]
 
     def column(self, keys: np.ndarray, name: str) -> np.ndarray:
-        """One tensor of many entries that are there: keys (n, 16) to (n, ...)."""
+        """Returns one tensor of many entries, all of which must exist: keys (n, 16) -> (n, ...)."""
         numbers = self.find(keys)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         parts: list[np.ndarray] = []
@@ -123,11 +124,11 @@ class Store:
         return np.concatenate(parts)[np.argsort(np.concatenate(places))]
 
     def mark_used(self, numbers: np.ndarray) -> None:
-        """Note on the shards of these entries that they were used today; `prune` goes by it."""
+        """Updates the modification time of the shards of these entries, by which `prune` finds unused shards."""
         for shard in np.unique(np.searchsorted(self._starts, numbers, side="right") - 1).tolist():
             mark_used(self._shards[shard])
 
 
 def prefixes_of(keys: np.ndarray) -> np.ndarray:
-    """The first eight bytes of each key (n, 16) uint8, as numbers; (n,) uint64."""
+    """Returns the first eight bytes of each key as an integer: (n, 16) uint8 -> (n,) uint64."""
     return np.ascontiguousarray(keys[:, :8]).view("<u8").reshape(-1)

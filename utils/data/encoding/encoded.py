@@ -1,7 +1,7 @@
-"""The cache as training reads it: an example's latents, mask and control latents, a caption's text tensors.
+"""Reads the cache for training: latents, masks and control latents of examples, and text embeddings of captions.
 
-Where an entry is follows from what it is of: the hash of an image's bytes with its crop, the text of a caption. So nothing
-need be kept for each example, and no process need tell another where anything is.
+The key of an entry is computed from its input: the hash of the image file and the crop, or the text of the caption. No
+index of examples is stored or sent between processes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from models.family import LENGTH
 from utils.data.cache.keys import content_key
-from utils.data.cache.locks import SharedUse
+from utils.data.cache.locks import SharedLock
 from utils.data.cache.store import Store
-from utils.data.encoding.stored_names import STORED_STD
+from utils.data.encoding.stored_names import FLIPPED_SUFFIX, STORED_STD
 from utils.data.encoding.text_storage import unpack
 from utils.data.examples import Example
 from utils.data.sources.decoding import PIXELS_VERSION
 
 
 def latents_key(content: bytes, geometry: str, *, flipped: bool = False) -> bytes:
-    """Of an image's, or control image's, bytes, cut out like this."""
-    return content_key(content.hex(), f"{geometry} mirrored" if flipped else geometry, f"pixels {PIXELS_VERSION}")
+    """Returns the key of an image's or control image's latents. `content`: hash of the file; `geometry`: CropBox.key()."""
+    return content_key(content.hex(), geometry + FLIPPED_SUFFIX if flipped else geometry, f"pixels {PIXELS_VERSION}")
 
 
 def mask_key(content: bytes, geometry: str) -> bytes:
@@ -37,27 +37,30 @@ def caption_key(caption: str) -> bytes:
 
 @dataclass(frozen=True)
 class CacheFolders:
-    """Where the entries of each encoder are."""
+    """The folder of each encoder's entries."""
 
     cache: Path
     latents: Path
     masks: Path
     texts: Mapping[str, Path]
-    """By the encoder's name."""
+    """Encoder name -> folder."""
 
 
 class EncodedData:
-    """Reads the cache, and says that it is in use as long as the object lives. Tensors share the files' memory."""
+    """Read access to the cache, which is locked against pruning for the lifetime of the object.
+
+    Returned tensors are views of mapped files and must not be written to.
+    """
 
     def __init__(self, folders: CacheFolders) -> None:
         self.folders = folders
-        self._use = SharedUse(folders.cache)
+        self._use = SharedLock(folders.cache)
         self._latents = Store(folders.latents)
         self._masks = Store(folders.masks)
         self._texts = {name: Store(folder) for name, folder in folders.texts.items()}
 
     def content_keys(self, example: Example) -> list[str]:
-        """What the example's tensors depend on, as names: of image, mask and first caption, each with its encoder's."""
+        """Returns a string "folder/key" for each tensor of the example: latents, mask, and first caption by each encoder."""
         geometry = example.box.key()
         keys = [(self.folders.latents, latents_key(example.content, geometry))]
         keys += [(self.folders.masks, mask_key(example.mask_content, geometry))] if example.mask is not None else []
@@ -65,15 +68,15 @@ class EncodedData:
         return [f"{folder.name}/{key.hex()}" for folder, key in keys]
 
     def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
-        """The posterior's mean, (C, H, W) float32; flipped: of the flipped image, which only some examples have."""
+        """Returns the posterior's mean, (C, H, W) float32. Raises KeyError if the flipped image is not cached."""
         return self._entry(example.content, example, flipped)["latents"]
 
     def std(self, example: Example, *, flipped: bool = False) -> Tensor | None:
-        """The posterior's standard deviation, (C, H, W) float32, if the cache has it."""
+        """Returns the posterior's std, (C, H, W) float32; None if the cache holds means only."""
         return self._entry(example.content, example, flipped).get(STORED_STD)
 
     def control(self, example: Example, *, flipped: bool = False) -> Tensor | None:
-        """The control image's latents, (C, H, W) float32; None for an example without one."""
+        """Returns the control image's latents, (C, H, W) float32; None for an example without control image."""
         if example.control is None:
             return None
         return self._entry(example.control_content, example, flipped)["latents"]
@@ -82,14 +85,14 @@ class EncodedData:
         return self._latents.get(latents_key(content, example.box.key(), flipped=flipped))
 
     def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
-        """How much each latent pixel counts: (1, H, W) float32 in [0, 1]; None for an example without mask."""
+        """Returns the loss weight of each latent pixel, (1, H, W) float32 in [0, 1]; None for an example without mask."""
         if example.mask is None:
             return None
         mask = self._masks.get(mask_key(example.mask_content, example.box.key()))["mask"]
         return mask.flip(-1) if flipped else mask
 
     def text(self, caption: str) -> dict[str, Tensor]:
-        """ "encoder.tensor" -> tensor, without a batch axis."""
+        """Returns "encoder.tensor" -> tensor, without a batch dimension."""
         key, tensors = caption_key(caption), {}
         for name, store in self._texts.items():
             for tensor_name, value in unpack(store.get(key)).items():
@@ -98,6 +101,6 @@ class EncodedData:
         return tensors
 
     def length(self, encoder: str, caption: str) -> tuple[int, int]:
-        """Tokens the caption would take in an encoder if it were not cut, and how many characters of it are read."""
+        """Returns (tokens of the caption before truncation, characters that the encoder reads)."""
         tokens, characters = self._texts[encoder].get(caption_key(caption))[LENGTH].tolist()
         return tokens, characters

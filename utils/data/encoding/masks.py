@@ -1,4 +1,7 @@
-"""Masks in the cache: kept, and shared out among ranks, as if a network had made them. What a mask is, images.py says."""
+"""Masks in the cache: an encoder without a network, so that masks are cached and distributed over ranks like latents.
+
+utils/data/sources/decoding.py defines how a mask is computed from its image.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from utils.data.sources.decoding import MASK_VERSION
 
 
 class MaskEncoder(FrozenEncoder):
-    """What `read_mask` returns, as it is."""
+    """Stores the result of `read_mask` unchanged."""
 
     name = "mask"
     files = ()

@@ -1,6 +1,11 @@
-"""Names that existing caches have on disk, where the code uses another word. They must never change."""
+"""Spellings that existing caches contain, where the code uses another word. They must never change.
+
+Renaming one would encode every dataset again.
+"""
 
 STORED_STD = "deviation"
-"""The standard deviation of the posterior in the entries of the latents cache; "std" in an image encoder's items."""
+"""Tensor name of the posterior's std in cached latents; an image encoder returns it as "std"."""
 POSTERIOR_MOMENTS = "mean and deviation"
-"""Part of the name of a latents cache that holds mean and standard deviation; hashed."""
+"""Part of the hashed identity of a latents folder whose entries hold the posterior's mean and std."""
+FLIPPED_SUFFIX = " mirrored"
+"""Appended to the geometry in the hashed key of a flipped image's latents."""

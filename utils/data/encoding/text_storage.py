@@ -1,9 +1,9 @@
-"""Text embeddings in fewer bytes: the most of a cache's room is theirs.
+"""Storage of text embeddings in bfloat16 or float8: text embeddings take most of a cache's disk space.
 
-`bfloat16` rounds each number to 8 bits of precision. `float8_e4m3fn` has 4, and a range of 2^-9 to 448; each token, a row of
-a sequence, is scaled so that its largest number is 448, and the scale is kept in float32. A scale for each token, because
-T5's tokens differ in size by orders of magnitude, and one large number would push all others of a sequence into the
-coarsest steps. Pooled vectors are small and are not put into float8.
+`bfloat16` keeps 8 bits of precision. `float8_e4m3fn` keeps 4, with a range of 2^-9 to 448; each token (row of a sequence) is
+scaled so that its largest magnitude is 448, and the scale is stored in float32. The scale is per token because the tokens of
+T5 differ by orders of magnitude, and one large value would quantise the rest of the sequence to the coarsest steps. Pooled
+vectors are small and are stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def pack(tensors: Mapping[str, Tensor], dtype: TextCacheDtype | None) -> dict[str, Tensor]:
-    """An encoder's tensors as they are cached; None: as they are. Whole numbers stay as they are."""
+    """Converts an encoder's tensors for storage; dtype None keeps them. Integer tensors are always kept."""
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if dtype is None or not tensor.is_floating_point():
@@ -33,7 +33,7 @@ def pack(tensors: Mapping[str, Tensor], dtype: TextCacheDtype | None) -> dict[st
 
 
 def unpack(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What was packed, as near as it was kept; float8 becomes float32."""
+    """Inverts `pack` up to rounding; float8 becomes float32, bfloat16 stays."""
     return {
         name: tensor.float() * entry[name + _SCALE] if name + _SCALE in entry else tensor
         for name, tensor in entry.items()
@@ -42,14 +42,14 @@ def unpack(entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_float8(sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens, width) to float8 of that shape and float32 scales (tokens, 1)."""
+    """Converts (tokens, width) to float8 of the same shape and float32 scales (tokens, 1)."""
     values = sequence.float()
     largest = values.abs().amax(dim=-1, keepdim=True)
-    scale = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)  # never zero, by which nothing can be divided
+    scale = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)  # not zero, because values are divided by it
     return (values / scale).to(torch.float8_e4m3fn), scale
 
 
 def packed_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: TextCacheDtype | None, own: torch.dtype) -> int:
-    """Bytes that float tensors of these shapes and of dtype `own` take once packed."""
+    """Returns the packed size of float tensors of these shapes whose dtype is `own`."""
     empty = {name: torch.empty(shape, dtype=own, device="meta") for name, shape in shapes.items()}
     return sum(tensor.nbytes for tensor in pack(empty, dtype).values())

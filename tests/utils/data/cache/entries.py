@@ -1,4 +1,4 @@
-"""Entries to be written into a cache, each made of its number."""
+"""Cache entries for tests; each is computed from its number."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def key_of(index: int) -> bytes:
 
 
 def write(folder: Path, indices: Iterable[int], *, per_shard: int = 2, group: str = GROUP, writer: str = "writer") -> None:
-    """Into an encoder's folder."""
+    """Writes entries into the folder of an encoder."""
     shards = ShardWriter(folder, writer, max_bytes=per_shard * ENTRY_BYTES, max_seconds=1e9)
     for index in indices:
         shards.add(group, key_of(index), entry(index))
@@ -35,7 +35,7 @@ def write(folder: Path, indices: Iterable[int], *, per_shard: int = 2, group: st
 
 
 def write_one(folder: Path, key: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """A shard of one entry."""
+    """Writes a shard of one entry."""
     shards = ShardWriter(folder, "writer")
     shards.add(GROUP, key, tensors)
     shards.flush()
@@ -54,5 +54,5 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of all files, however deep."""
+    """Returns the names of all files in the folder and its subfolders."""
     return sorted(path.name for path in folder.rglob("*") if path.is_file())

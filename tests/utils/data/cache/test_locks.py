@@ -1,4 +1,4 @@
-"""Who uses a cache: runs share it, pruning wants it alone, and the dead hold nothing."""
+"""Locks of a cache: runs share it, pruning requires exclusive access, and processes that died hold no lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.utils.data.cache.entries import assert_holds, files_in, write
 from utils.data.cache import locks
-from utils.data.cache.locks import WRITERS, CacheInUse, SharedUse, WriterLock, exclusive_use, remove_leftovers
+from utils.data.cache.locks import WRITERS, CacheInUse, SharedLock, WriterLock, exclusive_lock, remove_leftovers
 from utils.data.cache.store import Store
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[4]
 
 @contextmanager
 def other_process(folder: Path, code: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has run the code, in which `folder` is the cache, and goes on until it is killed."""
-    start = f"import sys; from pathlib import Path; folder = Path(sys.argv[1])\n{code}\nprint('there', flush=True)\n"
+    """Starts a process that has run the code, in which `folder` is the cache, and waits until it is killed."""
+    start = f"import sys; from pathlib import Path; folder = Path(sys.argv[1])\n{code}\nprint('ready', flush=True)\n"
     arguments = [sys.executable, "-c", f"{start}sys.stdin.read()", str(folder)]
     with subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "there\n"
+        assert process.stdout.readline() == "ready\n"
         try:
             yield process
         finally:
@@ -40,68 +40,70 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-USES = "from utils.data.cache.locks import SharedUse; use = SharedUse(folder)"
-PRUNES = "from utils.data.cache.locks import exclusive_use; use = exclusive_use(folder); use.__enter__()"
+USES = "from utils.data.cache.locks import SharedLock; use = SharedLock(folder)"
+PRUNES = "from utils.data.cache.locks import exclusive_lock; use = exclusive_lock(folder); use.__enter__()"
 WRITES = """
 from utils.data.cache.locks import WriterLock
 lock = WriterLock(folder)
 group = folder / "vae-0" / "32x32"
 group.mkdir(parents=True, exist_ok=True)
 for name in ("one", "two"):
-    (group / f".{name}.{lock.name}.tmp").write_bytes(b"half")
+    (group / f".{name}.{lock.name}.tmp").write_bytes(b"incomplete")
 """
 
 
 def test_runs_share_a_cache(tmp_path: Path) -> None:
     with other_process(tmp_path / "cache", USES):
-        first, second = SharedUse(tmp_path / "cache"), SharedUse(tmp_path / "cache")
+        first, second = SharedLock(tmp_path / "cache"), SharedLock(tmp_path / "cache")
     assert first is not second
 
 
-def test_nobody_has_a_cache_alone_that_another_process_uses(tmp_path: Path) -> None:
+def test_a_cache_that_another_process_uses_cannot_be_locked_exclusively(tmp_path: Path) -> None:
     with other_process(tmp_path, USES) as process:
-        with pytest.raises(CacheInUse, match="is in use by a run; try again when it has ended") as caught:
-            with exclusive_use(tmp_path):
+        with pytest.raises(CacheInUse, match="is in use by a run; try again when the run has ended") as caught:
+            with exclusive_lock(tmp_path):
                 raise AssertionError("entered")
         assert str(tmp_path) in str(caught.value)
         kill(process)
-        with exclusive_use(tmp_path):
+        with exclusive_lock(tmp_path):
             pass
 
 
-def test_a_use_ends_with_its_object(tmp_path: Path) -> None:
-    use = SharedUse(tmp_path)
-    with pytest.raises(CacheInUse), exclusive_use(tmp_path):
+def test_a_shared_lock_is_released_with_its_object(tmp_path: Path) -> None:
+    use = SharedLock(tmp_path)
+    with pytest.raises(CacheInUse), exclusive_lock(tmp_path):
         pass
     del use
-    with exclusive_use(tmp_path):
+    with exclusive_lock(tmp_path):
         pass
 
 
 def test_a_run_does_not_start_while_its_cache_is_pruned(tmp_path: Path) -> None:
     with other_process(tmp_path, PRUNES) as process:
-        with pytest.raises(CacheInUse, match="is being pruned; start again when that has ended"):
-            SharedUse(tmp_path)
+        with pytest.raises(CacheInUse, match="is being pruned; start again when prune has finished"):
+            SharedLock(tmp_path)
         kill(process)
-        assert SharedUse(tmp_path)
+        assert SharedLock(tmp_path)
 
 
-def test_two_cannot_have_a_cache_alone(tmp_path: Path) -> None:
-    with exclusive_use(tmp_path), pytest.raises(CacheInUse), exclusive_use(tmp_path):
+def test_only_one_exclusive_lock_is_granted(tmp_path: Path) -> None:
+    with exclusive_lock(tmp_path), pytest.raises(CacheInUse), exclusive_lock(tmp_path):
         pass
 
 
-def test_without_locks_runs_start_and_nobody_prunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network file systems have none; there one cannot know who is in."""
+def test_on_a_file_system_without_locks_runs_start_and_pruning_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems have no locks; whether another process uses the cache is then unknown."""
 
     def refuse(descriptor: int, kind: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert SharedUse(tmp_path)
+    assert SharedLock(tmp_path)
     lock = WriterLock(tmp_path)
     with pytest.raises(CacheInUse, match="is on a file system without locks .No locks available."):
-        with exclusive_use(tmp_path):
+        with exclusive_lock(tmp_path):
             raise AssertionError("entered")
     assert remove_leftovers(tmp_path) == []
     assert (tmp_path / WRITERS / f"{lock.name}.lock").exists()
@@ -111,7 +113,7 @@ def test_without_locks_runs_start_and_nobody_prunes(tmp_path: Path, monkeypatch:
 # --- writers -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_and_files_of_a_running_writer_are_kept(tmp_path: Path) -> None:
     write(tmp_path / "vae-0", range(2))
     with other_process(tmp_path, WRITES) as dead, other_process(tmp_path, WRITES) as living:
         kill(dead)
@@ -120,14 +122,14 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
         assert len(living_files) == len(dead_files) == 3, "a lock file and two unfinished shards"
         removed = remove_leftovers(tmp_path)
         assert sorted(path.name for path in removed) == dead_files
-        left = files_in(tmp_path)
-        assert set(living_files) <= set(left)
-        assert not set(dead_files) & set(left)
+        remaining = files_in(tmp_path)
+        assert set(living_files) <= set(remaining)
+        assert not set(dead_files) & set(remaining)
         assert remove_leftovers(tmp_path) == []
     assert_holds(Store(tmp_path / "vae-0"), range(2))
 
 
-def test_leftovers_are_only_listed_when_nothing_is_to_be_deleted(tmp_path: Path) -> None:
+def test_a_dry_run_lists_leftovers_and_deletes_nothing(tmp_path: Path) -> None:
     with other_process(tmp_path, WRITES) as dead:
         kill(dead)
     before = files_in(tmp_path)
@@ -137,31 +139,31 @@ def test_leftovers_are_only_listed_when_nothing_is_to_be_deleted(tmp_path: Path)
     assert files_in(tmp_path) == []
 
 
-def test_this_process_s_own_lock_is_not_stale(tmp_path: Path) -> None:
+def test_the_lock_of_this_process_is_not_stale(tmp_path: Path) -> None:
     lock = WriterLock(tmp_path)
     assert remove_leftovers(tmp_path) == []
     lock.close()
     assert files_in(tmp_path) == []
 
 
-def test_every_writer_has_another_name(tmp_path: Path) -> None:
+def test_writers_have_unique_names(tmp_path: Path) -> None:
     writers = [WriterLock(tmp_path) for _ in range(3)]
     assert len({lock.name for lock in writers}) == 3
     assert files_in(tmp_path) == sorted(f"{lock.name}.lock" for lock in writers)
 
 
-def test_a_lock_is_held_before_its_file_can_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else another process could take a writer for dead that has just begun."""
+def test_a_lock_is_held_before_its_file_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise another process could take a writer that has just started for a dead one."""
     real_lock = locks._try_lock
-    seen: list[list[Path]] = []
+    visible: list[list[Path]] = []
 
-    def lock_and_look(descriptor: int, kind: int) -> bool:
-        seen.append(list((tmp_path / WRITERS).glob("*.lock")))
+    def lock_and_record(descriptor: int, kind: int) -> bool:
+        visible.append(list((tmp_path / WRITERS).glob("*.lock")))
         return real_lock(descriptor, kind)
 
-    monkeypatch.setattr(locks, "_try_lock", lock_and_look)
+    monkeypatch.setattr(locks, "_try_lock", lock_and_record)
     lock = WriterLock(tmp_path)
-    assert seen == [[]]
+    assert visible == [[]]
     lock.close()
 
 

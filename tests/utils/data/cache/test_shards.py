@@ -1,4 +1,4 @@
-"""Shards: whole or not there, whatever happens to their writer."""
+"""Shards are complete or absent, whatever happens to their writer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,22 @@ from tests.utils.data.cache.entries import (
     write_one,
 )
 from utils.data.cache import shards
-from utils.data.cache.shards import CHECKSUMS, KEYS, CannotWrite, DamagedShard, ShardWriter, checksum, map_shard, shard_name
+from utils.data.cache.shards import (
+    CHECKSUMS,
+    KEYS,
+    CacheWriteError,
+    DamagedShard,
+    ShardWriter,
+    checksum,
+    map_shard,
+    shard_name,
+)
 from utils.data.cache.store import Store
 
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_written_entries_are_read_back(tmp_path: Path) -> None:
     write(tmp_path, range(7))
     store = Store(tmp_path)
     assert len(store) == 7
@@ -41,7 +50,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float8_e4m3fn])
-def test_tensors_keep_type_and_shape(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_keep_dtype_and_shape(tmp_path: Path, dtype: torch.dtype) -> None:
     value = torch.arange(24).view(2, 3, 4).to(dtype)
     write_one(tmp_path, key_of(0), {"latents": value, "view": value.transpose(0, 2), "number": value[0, 0, 1]})
     read = Store(tmp_path).get(key_of(0))
@@ -52,12 +61,12 @@ def test_tensors_keep_type_and_shape(tmp_path: Path, dtype: torch.dtype) -> None
     assert read["number"].float() == 1
 
 
-def test_nothing_added_writes_nothing(tmp_path: Path) -> None:
+def test_flush_without_entries_writes_nothing(tmp_path: Path) -> None:
     ShardWriter(tmp_path, "writer").flush()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:
+def test_a_shard_is_written_when_it_has_max_bytes(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "writer", max_bytes=2 * ENTRY_BYTES, max_seconds=1e9)
     writer.add(GROUP, key_of(0), entry(0))
     assert list(tmp_path.iterdir()) == []
@@ -65,8 +74,8 @@ def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:
     assert_holds(Store(tmp_path), range(2))
 
 
-def test_all_groups_together_fill_a_writer_and_each_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    """Else a dataset of a hundred buckets would keep a hundred shards in memory."""
+def test_max_bytes_limits_all_groups_together_and_each_group_has_its_own_folder(tmp_path: Path) -> None:
+    """Otherwise a dataset of a hundred buckets would keep a hundred shards in memory."""
     writer = ShardWriter(tmp_path, "writer", max_bytes=100, max_seconds=1e9)
     writer.add("32x32", key_of(0), {"x": torch.zeros(10)})
     writer.add("16x48", key_of(1), {"x": torch.ones(5)})
@@ -79,7 +88,7 @@ def test_all_groups_together_fill_a_writer_and_each_has_a_folder_of_its_own(tmp_
     assert [store.get(key_of(index))["x"].tolist() for index in range(4)] == [[0] * 10, [1] * 5, [0] * 5, [1] * 10]
 
 
-def test_a_shard_is_written_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_written_when_its_oldest_entry_has_max_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("utils.data.cache.shards.time.monotonic", lambda: now[0])
     writer = ShardWriter(tmp_path, "writer", max_seconds=20)
@@ -89,12 +98,12 @@ def test_a_shard_is_written_when_it_is_old(tmp_path: Path, monkeypatch: pytest.M
         assert len(Store(tmp_path)) == num_written, f"after {seconds} seconds"
 
 
-def test_an_entry_that_is_added_again_is_written_once(tmp_path: Path) -> None:
+def test_an_entry_that_is_added_twice_is_written_once(tmp_path: Path) -> None:
     write(tmp_path, [0, 1, 0], per_shard=4)
     assert len(Store(tmp_path)) == 2
 
 
-def test_a_checksum_is_of_names_and_bytes_and_not_of_strides() -> None:
+def test_a_checksum_depends_on_names_and_bytes_and_not_on_strides() -> None:
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1)}
     plain = checksum(tensors)
     assert checksum(dict(reversed(tensors.items()))) == plain
@@ -105,7 +114,7 @@ def test_a_checksum_is_of_names_and_bytes_and_not_of_strides() -> None:
     assert plain not in {checksum(other) for other in others}
 
 
-# --- a writer that dies, and several of them ---------------------------------------------------------------------------
+# --- killed and concurrent writers -------------------------------------------------------------------------------------
 
 KILLED = """
 import sys
@@ -116,7 +125,7 @@ from utils.data.cache import shards
 folder = Path(sys.argv[1])
 real_save = shards.save_file
 
-def half_a_save(tensors, path, metadata):
+def save_half(tensors, path, metadata):
     real_save(tensors, path, metadata)
     if list(folder.glob("*/*.safetensors")):
         content = path.read_bytes()
@@ -124,12 +133,12 @@ def half_a_save(tensors, path, metadata):
         print("half", flush=True)
         sys.stdin.read()
 
-shards.save_file = half_a_save
+shards.save_file = save_half
 write(folder, range(100))
 """
 
 
-def test_a_killed_writer_leaves_no_visible_shard_and_loses_only_the_one_being_written(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_incomplete_shard_and_loses_only_the_one_being_written(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -137,7 +146,7 @@ def test_a_killed_writer_leaves_no_visible_shard_and_loses_only_the_one_being_wr
         assert process.stdout.readline() == "half\n"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert len(files_in(tmp_path)) == 2, "a whole shard and half of one"
+    assert len(files_in(tmp_path)) == 2, "a complete shard and half of one"
     store = Store(tmp_path)
     assert len(store) == 2
     assert_holds(store, range(2))
@@ -145,41 +154,45 @@ def test_a_killed_writer_leaves_no_visible_shard_and_loses_only_the_one_being_wr
     assert_holds(Store(tmp_path), range(6))
 
 
-def test_a_shard_is_flushed_to_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    happened: list[str] = []
+def test_a_shard_is_flushed_to_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
     real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor: int) -> None:
-        happened.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
         real_fsync(descriptor)
 
     def replace(self: Path, target: Path) -> Path:
-        happened.append("name")
+        calls.append("name")
         return real_replace(self, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     write(tmp_path, range(1))
-    assert happened == ["file", "name", "folder"]
+    assert calls == ["file", "name", "folder"]
 
 
 @pytest.mark.parametrize("step", ["save_file", "replace_file"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
-def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception) -> None:
+def test_a_full_disk_raises_an_error_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
     def fail(*_arguments: object) -> None:
         raise error
 
     write(tmp_path, range(2))
     monkeypatch.setattr(shards, step, fail)
-    with pytest.raises(CannotWrite, match=f"{tmp_path / GROUP} cannot be written to .*No space left.*next run goes on"):
+    with pytest.raises(
+        CacheWriteError, match=f"cannot write to {tmp_path / GROUP} .*No space left.*next run keeps the entries"
+    ):
         write(tmp_path, range(2, 4))
     assert_holds(Store(tmp_path), range(2))
 
 
-def test_unfinished_files_carry_their_writer_s_name_and_are_no_shards(
+def test_names_of_incomplete_files_contain_the_writer_and_are_not_shard_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the name, `remove_leftovers` knows whose they were."""
+    """`remove_leftovers` finds the files of a dead writer by this name."""
 
     def stop(temporary: Path, path: Path) -> None:
         raise KeyboardInterrupt
@@ -193,8 +206,8 @@ def test_unfinished_files_carry_their_writer_s_name_and_are_no_shards(
     assert len(Store(tmp_path)) == 0
 
 
-def test_several_writers_share_a_folder_at_once(tmp_path: Path) -> None:
-    """Two write the same entries, as runs do that start together with an empty cache; the shards have one name then."""
+def test_several_writers_write_to_one_folder_at_the_same_time(tmp_path: Path) -> None:
+    """Two write the same entries, and so the same file names, like two runs that start together with an empty cache."""
     jobs = [(tmp_path, "one", 0), (tmp_path, "two", 0), (tmp_path, "three", 8)]
     with multiprocessing.get_context("fork").Pool(3) as pool:
         pool.map(_write_often, jobs, chunksize=1)
@@ -217,7 +230,7 @@ def _foreign(path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, path)
 
 
-def _of_another_version(path: Path) -> None:
+def _with_another_version(path: Path) -> None:
     save_file(load_file(path), path, {"format": "mmdit-pipe cache", "version": "2"})
 
 
@@ -229,15 +242,15 @@ DAMAGE = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-4]),
     "empty": lambda path: path.write_bytes(b""),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "no safetensors": lambda path: path.write_text("nothing of the kind, but long enough"),
+    "not safetensors": lambda path: path.write_text("plain text, longer than eight bytes"),
     "foreign": _foreign,
-    "of another version": _of_another_version,
+    "another version": _with_another_version,
     "without checksums": _without_checksums,
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_shard_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_shard_is_reported_with_the_command_that_deletes_it(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "vae-0"
     write(folder, range(2))
     (shard,) = shards_in(folder)
@@ -245,19 +258,21 @@ def test_a_damaged_shard_is_named_with_what_to_do(tmp_path: Path, kind: str) -> 
     with pytest.raises(DamagedShard) as caught:
         Store(folder)
     assert str(caught.value).startswith(f"{shard} is damaged (")
-    assert f"`python -m utils.data.cache prune {tmp_path}` removes it; the next run encodes it anew" in str(caught.value)
+    assert f"`python -m utils.data.cache prune {tmp_path}` deletes it; the next run encodes its entries again" in str(
+        caught.value
+    )
 
 
-def test_tensors_of_different_lengths_are_no_shard(tmp_path: Path) -> None:
+def test_a_shard_with_tensors_of_different_lengths_is_damaged(tmp_path: Path) -> None:
     write(tmp_path, range(2))
     (shard,) = shards_in(tmp_path)
     tensors = load_file(shard)
     save_file({**tensors, "pooled": torch.zeros(3, 2)}, shard, {"format": "mmdit-pipe cache", "version": "1"})
-    with pytest.raises(DamagedShard, match="its tensors have different lengths"):
+    with pytest.raises(DamagedShard, match="its tensors have different numbers of entries"):
         map_shard(shard)
 
 
-def test_a_shard_is_named_after_its_keys_in_any_order(tmp_path: Path) -> None:
+def test_the_name_of_a_shard_does_not_depend_on_the_order_of_its_keys(tmp_path: Path) -> None:
     write(tmp_path, [2, 0, 1], per_shard=3)
     (shard,) = shards_in(tmp_path)
     assert shard.stem == shard_name(key_of(index) for index in range(3)) != shard_name([key_of(0), key_of(1)])

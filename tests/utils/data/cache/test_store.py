@@ -1,4 +1,4 @@
-"""The store: finds what is there, copies nothing, holds no file open."""
+"""The store finds all entries, copies no tensor and keeps no file open."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def keys_of(*indices: int) -> np.ndarray:
 
 
 def mappings_in(folder: Path) -> int:
-    """How many mappings of files in the folder this process has."""
+    """Counts the mappings that this process has of files in the folder."""
     return Path("/proc/self/maps").read_text().count(f"{folder}/")
 
 
-def test_a_missing_entry_is_a_key_error(tmp_path: Path) -> None:
+def test_a_missing_entry_raises_key_error(tmp_path: Path) -> None:
     store = Store(tmp_path / "none yet")
     assert len(store) == 0
     assert key_of(0) not in store
@@ -41,13 +41,13 @@ def test_a_missing_entry_is_a_key_error(tmp_path: Path) -> None:
         Store(tmp_path).get(key_of(7))
 
 
-def test_every_shard_of_every_group_is_found(tmp_path: Path) -> None:
+def test_shards_of_all_groups_are_found(tmp_path: Path) -> None:
     write(tmp_path, range(4), group="32x32")
     write(tmp_path, range(4, 8), group="16x48", per_shard=1)
     assert_holds(Store(tmp_path), range(8))
 
 
-def test_find_says_of_each_key_whether_it_is_there(tmp_path: Path) -> None:
+def test_find_returns_minus_one_for_missing_keys(tmp_path: Path) -> None:
     write(tmp_path, range(10), per_shard=3)
     found = Store(tmp_path).find(keys_of(99, 3, 0, 98, 9, 3))
     assert (found >= 0).tolist() == [False, True, True, False, True, True]
@@ -57,7 +57,7 @@ def test_find_says_of_each_key_whether_it_is_there(tmp_path: Path) -> None:
     assert Store(tmp_path).find(keys_of()).tolist() == []
 
 
-def test_a_column_comes_in_the_order_of_its_keys(tmp_path: Path) -> None:
+def test_a_column_has_the_order_of_its_keys(tmp_path: Path) -> None:
     write(tmp_path, range(10), per_shard=3)
     indices = (7, 0, 9, 3, 0, 1)
     column = Store(tmp_path).column(keys_of(*indices), "pooled")
@@ -65,7 +65,7 @@ def test_a_column_comes_in_the_order_of_its_keys(tmp_path: Path) -> None:
 
 
 def test_an_entry_written_twice_is_read_once(tmp_path: Path) -> None:
-    """By two runs that began together; both shards are whole, so it does not matter which is read."""
+    """Two runs that started together may write it; both shards are complete, so either may be read."""
     write(tmp_path, range(3), per_shard=2)
     write(tmp_path, range(1, 4), per_shard=3)
     store = Store(tmp_path)
@@ -76,7 +76,7 @@ def test_an_entry_written_twice_is_read_once(tmp_path: Path) -> None:
     assert sum(key_of(index) in Store(tmp_path) for index in range(4)) >= 2
 
 
-def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+def test_keys_with_equal_first_bytes_are_distinguished(tmp_path: Path) -> None:
     keys = [b"eight by" + bytes([number]) * 8 for number in range(3)]
     assert len(set(prefixes_of(np.frombuffer(b"".join(keys), np.uint8).reshape(3, 16)).tolist())) == 1
     for number in (0, 1):
@@ -88,7 +88,7 @@ def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
         store.get(keys[2])
 
 
-def test_an_open_store_sees_new_shards_when_asked_to(tmp_path: Path) -> None:
+def test_refresh_finds_new_shards(tmp_path: Path) -> None:
     write(tmp_path, range(2))
     store = Store(tmp_path)
     write(tmp_path, range(2, 4), group="0, before the others")
@@ -100,13 +100,13 @@ def test_an_open_store_sees_new_shards_when_asked_to(tmp_path: Path) -> None:
     assert len(store) == 4
 
 
-def test_a_damaged_shard_found_later_leaves_an_open_store_as_it_was(tmp_path: Path) -> None:
+def test_a_damaged_new_shard_leaves_an_open_store_unchanged(tmp_path: Path) -> None:
     write(tmp_path, range(2), group="b")
     store = Store(tmp_path)
     write(tmp_path, range(2, 4), group="a")
     bad = tmp_path / "c" / f"{0:032x}.safetensors"
     bad.parent.mkdir()
-    bad.write_bytes(b"nothing")
+    bad.write_bytes(b"damaged")
     with pytest.raises(DamagedShard):
         store.refresh()
     assert len(store) == 2
@@ -119,7 +119,7 @@ def test_a_damaged_shard_found_later_leaves_an_open_store_as_it_was(tmp_path: Pa
 # --- memory and files --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_got_shares_the_memory_of_the_mapped_file(tmp_path: Path) -> None:
+def test_returned_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
     write(tmp_path, range(3), per_shard=3)
     store = Store(tmp_path)
     first, second, again = (store.get(key_of(index))["sequence"] for index in (0, 1, 0))
@@ -129,16 +129,16 @@ def test_what_is_got_shares_the_memory_of_the_mapped_file(tmp_path: Path) -> Non
     (shard,) = shards_in(tmp_path)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(shard))]
     bounds = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
-    assert any(start <= first.data_ptr() < end for start, end in bounds), "a page of the file, no copy of it"
+    assert any(start <= first.data_ptr() < end for start, end in bounds), "not a copy"
 
 
-def test_a_change_of_what_was_got_never_reaches_the_file(tmp_path: Path) -> None:
+def test_writing_to_a_returned_tensor_does_not_change_the_file(tmp_path: Path) -> None:
     write(tmp_path, range(1))
     Store(tmp_path).get(key_of(0))["sequence"].fill_(7)
     assert_holds(Store(tmp_path), range(1))
 
 
-def test_open_files_do_not_grow_with_the_shards(tmp_path: Path) -> None:
+def test_the_number_of_open_files_does_not_depend_on_the_number_of_shards(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     write(tmp_path, range(60), per_shard=1)
     store = Store(tmp_path)
@@ -155,20 +155,22 @@ def test_opening_a_store_keeps_no_shard_mapped(tmp_path: Path) -> None:
     assert mappings_in(tmp_path) == 1
 
 
-def test_tensors_stay_valid_when_their_shard_is_mapped_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_stay_valid_after_the_store_has_unmapped_their_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "MAX_MAPPED_SHARDS", 2)
     write(tmp_path, range(10), per_shard=1)
     store = Store(tmp_path)
     first = store.get(key_of(0))
     assert_holds(store, range(1, 10))
-    assert mappings_in(tmp_path) == 3, "the two that were used last, and the one whose tensors are held"
+    assert mappings_in(tmp_path) == 3, "the two most recently used shards, and the one whose tensors are referenced"
     assert all(torch.equal(first[name], value) for name, value in entry(0).items())
     del first
     assert mappings_in(tmp_path) == 2
     assert_holds(store, range(10))
 
 
-def test_the_shards_used_last_stay_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_recently_used_shards_stay_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "MAX_MAPPED_SHARDS", 2)
     write(tmp_path, range(3), per_shard=1)
     store = Store(tmp_path)
@@ -189,7 +191,7 @@ def test_the_shards_used_last_stay_mapped(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(mapped) == 1
 
 
-def test_a_shard_that_is_deleted_while_it_is_mapped_is_still_read(tmp_path: Path) -> None:
+def test_a_mapped_shard_can_be_read_after_its_file_is_deleted(tmp_path: Path) -> None:
     write(tmp_path, range(2))
     store = Store(tmp_path)
     held = store.get(key_of(0))
@@ -198,10 +200,10 @@ def test_a_shard_that_is_deleted_while_it_is_mapped_is_still_read(tmp_path: Path
     assert_holds(store, range(2))
 
 
-# --- when they were used -----------------------------------------------------------------------------------------------
+# --- marks of use ------------------------------------------------------------------------------------------------------
 
 
-def test_shards_are_marked_that_are_used_and_no_others(tmp_path: Path) -> None:
+def test_only_used_shards_are_marked(tmp_path: Path) -> None:
     write(tmp_path, range(3), per_shard=1)
     old = time.time() - 5 * DAY_SECONDS
     for shard in shards_in(tmp_path):
@@ -214,8 +216,8 @@ def test_shards_are_marked_that_are_used_and_no_others(tmp_path: Path) -> None:
     store.mark_used(store.find(keys_of()))
 
 
-def test_a_shard_is_marked_once_a_day(tmp_path: Path) -> None:
-    """Not at each start of each of many runs."""
+def test_a_shard_is_marked_at_most_once_a_day(tmp_path: Path) -> None:
+    """Starting many runs does not write to the disk each time."""
     write(tmp_path, range(1))
     (shard,) = shards_in(tmp_path)
     an_hour_ago = time.time() - 3600

@@ -1,4 +1,4 @@
-"""Masks lie on their images, whatever is done to these; grey stays grey; and files that are no masks are named."""
+"""Masks: same geometry as their images, exact values, and errors for invalid files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grey_noise(width: int, height: int) -> np.ndarray:
 
 
 def mask_from(pixels: np.ndarray | Image.Image, folder: Path, bucket: Bucket, downscale: int = DOWNSCALE) -> Tensor:
-    """The mask, of its image's size, after crop and scaling."""
+    """Returns a mask of the size of its image after crop and scaling."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     return read_mask(save(image, folder / "mask.png"), crop_box(*image.size, bucket), downscale)
 
@@ -37,7 +37,9 @@ def mask_from(pixels: np.ndarray | Image.Image, folder: Path, bucket: Bucket, do
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (40, 40)])
-def test_a_left_half_stays_the_left_half(tmp_path: Path, orientation: int, bucket: Bucket, size: tuple[int, int]) -> None:
+def test_a_mask_of_the_left_half_covers_the_left_half_of_every_bucket(
+    tmp_path: Path, orientation: int, bucket: Bucket, size: tuple[int, int]
+) -> None:
     path = save_turned(left_half(*size), tmp_path / "mask.png", orientation)
     mask = read_mask(path, crop_box(*size, bucket), DOWNSCALE)
     assert mask.shape == (1, bucket.height // DOWNSCALE, bucket.width // DOWNSCALE)
@@ -50,21 +52,21 @@ def test_a_left_half_stays_the_left_half(tmp_path: Path, orientation: int, bucke
 @pytest.mark.parametrize("image_orientation", [1, 3, 6])
 @pytest.mark.parametrize("mask_orientation", [1, 5, 8])
 @pytest.mark.parametrize("bucket", BUCKETS)
-def test_a_mask_covers_what_it_was_painted_on(
+def test_a_mask_is_aligned_with_its_image(
     tmp_path: Path, image_orientation: int, mask_orientation: int, bucket: Bucket
 ) -> None:
-    """The image itself is the mask, stored otherwise and at another size: both must come out alike."""
+    """The image itself serves as mask, with another orientation and size: both must give the same result."""
     painted = np.zeros((134, 202), dtype=np.uint8)
     painted[25:97, 40:120] = 255
     painted[60:, 150:] = 128
     image = Image.fromarray(painted)
-    seen = save_turned(image.convert("RGB"), tmp_path / "image.png", image_orientation)
+    image_path = save_turned(image.convert("RGB"), tmp_path / "image.png", image_orientation)
     smaller = image.resize((101, 67), Image.Resampling.BOX)
     mask = save_turned(smaller, tmp_path / "mask.png", mask_orientation)
     box = crop_box(202, 134, bucket)
-    pixels = read_pixels(seen, box)[:1].float() / 255
-    wanted = torch.nn.functional.avg_pool2d(pixels, DOWNSCALE)
-    assert torch.allclose(read_mask(mask, box, DOWNSCALE), wanted, atol=0.05), "LANCZOS smears edges a little"
+    pixels = read_pixels(image_path, box)[:1].float() / 255
+    expected = torch.nn.functional.avg_pool2d(pixels, DOWNSCALE)
+    assert torch.allclose(read_mask(mask, box, DOWNSCALE), expected, atol=0.05), "LANCZOS blurs edges slightly"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -74,7 +76,7 @@ def test_a_mask_covers_what_it_was_painted_on(
 def test_each_value_is_the_exact_mean_of_its_area(
     tmp_path: Path, size: tuple[int, int], mask_size: tuple[int, int] | None, bucket: Bucket, place: float | None
 ) -> None:
-    """Against the definition: every pixel split until scaled pixels are whole numbers of the parts."""
+    """The reference repeats every pixel until each scaled pixel is the mean of a whole number of repeats."""
     grey = grey_noise(*(mask_size or size))
     box = crop_box(*size, bucket, place)
     mask = read_mask(save(Image.fromarray(grey), tmp_path / "mask.png"), box, DOWNSCALE)
@@ -89,8 +91,8 @@ def test_each_value_is_the_exact_mean_of_its_area(
     assert torch.allclose(mask[0].double(), torch.from_numpy(means / 255), rtol=0, atol=1e-7)
 
 
-def test_what_is_half_inside_counts_half(tmp_path: Path) -> None:
-    """7 pixels to 16: an edge between two of the file falls inside a latent pixel."""
+def test_a_partly_covered_latent_pixel_has_the_covered_fraction(tmp_path: Path) -> None:
+    """Scaling 7 pixels to 16 puts an edge between two pixels of the file inside a latent pixel."""
     pixels = np.zeros((7, 7), dtype=np.uint8)
     pixels[:, :2] = 255
     mask = mask_from(pixels, tmp_path, Bucket(16, 16))
@@ -102,14 +104,14 @@ def test_what_is_half_inside_counts_half(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("grey", [1, 64, 128, 254, 255])
 @pytest.mark.parametrize("size", SIZES)
-def test_grey_stays_grey(tmp_path: Path, grey: int, size: tuple[int, int]) -> None:
+def test_grey_is_the_value_divided_by_255(tmp_path: Path, grey: int, size: tuple[int, int]) -> None:
     mask = mask_from(np.full(size[::-1], grey, dtype=np.uint8), tmp_path, Bucket(48, 16))
     assert torch.equal(mask, torch.full((1, 2, 6), grey / 255))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bucket", BUCKETS)
-def test_values_never_leave_zero_to_one(tmp_path: Path, size: tuple[int, int], bucket: Bucket) -> None:
+def test_values_stay_in_zero_to_one(tmp_path: Path, size: tuple[int, int], bucket: Bucket) -> None:
     pixels = (grey_noise(*size) > 127).astype(np.uint8) * 255
     pixels[size[1] // 2, size[0] // 2] = 255
     mask = mask_from(pixels, tmp_path, bucket, 1)
@@ -117,18 +119,18 @@ def test_values_never_leave_zero_to_one(tmp_path: Path, size: tuple[int, int], b
     assert mask.max() <= 1
 
 
-def test_sixteen_bits_are_read_by_value(tmp_path: Path) -> None:
+def test_16_bit_masks_are_scaled_by_their_range(tmp_path: Path) -> None:
     mask = mask_from(np.full((32, 32), 257 * 128, dtype=np.uint16), tmp_path, Bucket(32, 32))
     assert torch.equal(mask, torch.full((1, 4, 4), 128 / 255))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
-def test_black_and_white_are_the_same_in_every_mode(tmp_path: Path, mode: str) -> None:
+def test_black_and_white_are_read_equally_in_every_mode(tmp_path: Path, mode: str) -> None:
     path = save(left_half(32, 32).convert(mode), tmp_path / "mask.tif")
     assert read_mask(path, whole(32, 32), DOWNSCALE)[0, 0].tolist() == [1, 1, 0, 0]
 
 
-def test_a_palette_is_read_by_its_colours(tmp_path: Path) -> None:
+def test_palette_images_are_read_by_colour(tmp_path: Path) -> None:
     image = left_half(32, 32).convert("P")
     palette = [0, 0, 0] * 256
     palette[255 * 3 :] = [51, 51, 51]
@@ -136,19 +138,19 @@ def test_a_palette_is_read_by_its_colours(tmp_path: Path) -> None:
     assert mask_from(image, tmp_path, Bucket(32, 32))[0, 0].tolist() == pytest.approx([0.2, 0.2, 0, 0])
 
 
-def test_what_is_transparent_counts_as_white(tmp_path: Path) -> None:
+def test_transparency_is_read_as_white(tmp_path: Path) -> None:
     image = Image.new("LA", (32, 32), (0, 255))
     image.paste((0, 0), (0, 0, 16, 32))
     assert mask_from(image, tmp_path, Bucket(32, 32))[0, 0].tolist() == [1, 1, 0, 0]
 
 
-def test_a_black_mask_is_refused(tmp_path: Path) -> None:
+def test_a_black_mask_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BadFile) as caught:
         mask_from(np.zeros((37, 50), dtype=np.uint8), tmp_path, Bucket(32, 32))
     assert caught.value.reason == "is black everywhere: nothing of the image would count"
 
 
-def test_a_mask_of_which_the_crop_leaves_only_black_is_refused(tmp_path: Path) -> None:
+def test_a_mask_that_is_black_inside_the_crop_is_rejected(tmp_path: Path) -> None:
     pixels = np.zeros((40, 120), dtype=np.uint8)
     pixels[:, :40] = 255
     with pytest.raises(BadFile, match="is black inside the crop to 32x32: nothing of the image would count"):
@@ -156,8 +158,8 @@ def test_a_mask_of_which_the_crop_leaves_only_black_is_refused(tmp_path: Path) -
     assert mask_from(pixels, tmp_path, Bucket(96, 32)).any()
 
 
-def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mask.png").write_bytes(b"nothing")
+def test_a_file_that_is_not_an_image_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_bytes(b"not an image")
     with pytest.raises(BadFile, match="is not an image Pillow can read"):
         read_mask(tmp_path / "mask.png", whole(32, 32), DOWNSCALE)
 
@@ -165,7 +167,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
 # --- in the cache ------------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_is_cached_as_it_was_read() -> None:
+def test_a_mask_is_cached_unchanged() -> None:
     encoder = MaskEncoder(DOWNSCALE)
     mask = torch.rand(1, 4, 4)
     assert encoder.load(torch.device("cpu"))([mask]) == [{"mask": mask}]
