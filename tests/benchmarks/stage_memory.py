@@ -1,12 +1,11 @@
-"""Peak memory of each rank while an 8B-shaped network is loaded from its file and while it is saved, and the time of both.
+"""Peak memory per rank while a network of SD3.5-large's width is loaded and exported, and the time of both.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.stage_memory --stages 4 --depth 12
 
-The file has SD3.5-large's true width (2432) in bfloat16 and fewer blocks than its 38: the whole is 16 GB, and memory, per
-rank, is a matter of its own blocks. The file is sparse: its weights are zeros that take no disk, but take as much memory as
-any others once read. Nothing is trained, so that what is measured is the network and nothing of the optimizer; with
---trained everything is, and what counts is what saving adds to what training holds anyway. Resident memory is VmHWM of
-/proc (Linux), reset before each phase; shared library pages count.
+The file has SD3.5-large's width (2432) in bfloat16 and fewer blocks than its 38: the whole network takes 16 GB, and a rank's
+memory depends on its own blocks only. The file is sparse: its weights are zeros, which take memory once they are read but no
+disk space. By default nothing is trained, so that the optimizer is not measured; with --trained everything is trained, and the
+result is what exporting adds. Resident memory is VmHWM of /proc (Linux), reset before each phase, shared libraries included.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.family import PipelineLayer
+from models.family import ExportNames, PipelineLayer
 from models.sd3 import weights
 from models.sd3.family import SD3Family
 from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, num_layers
@@ -32,22 +31,24 @@ from models.sd3.network_shapes import layer_shapes
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes
+from utils.config.schema.optimizer import OptimizerConfig
 from utils.distributed import group
 from utils.distributed.world import world
-from utils.export import weights as export
+from utils.export.weights import Exporter
 from utils.files.safetensors_writer import Entry, create_file, plan_file
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.partition import balanced_bounds
 from utils.pipeline.stage import StagePlan
 from utils.trainable.base import ParameterGroup
+from utils.trainable.full import FullTraining
 
 WIDTH, CONTEXT_DIM, POOLED_DIM, POSITIONS = 2432, 4096, 2048, 192
-ALLOWED_SHARE, ALLOWED_MEGABYTES = 1.15, 600
+ALLOWED_RATIO, ALLOWED_MEGABYTES = 1.15, 600
 
 
 def make_file(path: Path, depth: int) -> None:
-    """A sparse native file of SD3.5-large's width and this many blocks."""
+    """Writes a sparse native file of SD3.5-large's width with this many blocks."""
     shapes = native_shapes(
         depth=depth,
         width=WIDTH,
@@ -60,7 +61,7 @@ def make_file(path: Path, depth: int) -> None:
 
 
 def megabytes(what: str) -> float:
-    """Resident memory of this process: VmRSS now, VmHWM the highest since `reset_peak`."""
+    """Resident memory of this process in MiB: VmRSS now, VmHWM the highest since `reset_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
@@ -89,7 +90,7 @@ def freeze(module: nn.Module) -> None:
 
 
 def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
-    """On one rank: load its stage, then save the network with all ranks, in both layouts."""
+    """On one rank: loads its stage, then exports the network with all ranks in both layouts."""
     group.start()
     layers = make_layers(path)
     begin = megabytes("VmHWM")
@@ -109,8 +110,11 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     held = megabytes("VmRSS")
     reset_peak()
     started = time.monotonic()
-    for file in export.full_files(_naming(path), ["native", "diffusers"], {}):
-        export._write(pipeline, file, path.parent / f"out_{file.name}", torch.bfloat16, False, {})
+    family, config = _naming(path), SimpleNamespace(save=SimpleNamespace(dtype="bfloat16"))
+    trainable = FullTraining(family, OptimizerConfig(learning_rate=1e-3))
+    exporter = Exporter(pipeline, family, trainable, config)  # type: ignore[arg-type]
+    for file in trainable.export_files(["native", "diffusers"]):
+        exporter._write(file, path.parent / f"out_{file.name}", ema=False)
     return {
         "rank": world().rank,
         "own": own / 2**20,
@@ -124,23 +128,25 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
 
 
 def _naming(path: Path) -> Any:
-    """The part of an adapter that names exported tensors."""
+    """The part of a model family that names exported files and tensors."""
     config = weights.NetworkFiles(open_file(path)).config
     bare = SimpleNamespace(config=config)
     return SimpleNamespace(
         export_metadata=dict,
         native_prefix="",
+        export_names=ExportNames("mmdit.safetensors", "complete.safetensors", "transformer", "diffusion_pytorch_model"),
+        diffusers_config=dict,
         diffusers_weights=lambda tensors: SD3Family.diffusers_weights(bare, tensors),  # type: ignore[arg-type]
     )
 
 
 def run_ranks(path: Path, num_stages: int, trained: bool) -> Iterator[dict[str, Any]]:
-    """Start every rank as a launcher would; yields what each measured."""
+    """Starts every rank as a launcher would; yields what each measured."""
     port = str(free_port())
     processes = []
     for rank in range(num_stages):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_stages, "LOCAL_WORLD_SIZE": num_stages}
-        environment = {**child_environment(), **{k: str(v) for k, v in place.items()}}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_stages, "LOCAL_WORLD_SIZE": num_stages}
+        environment = {**child_environment(), **{k: str(v) for k, v in variables.items()}}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [
             sys.executable,
@@ -177,7 +183,7 @@ def main() -> None:
     print(f"{arguments.depth} blocks of width {WIDTH}, {path.stat().st_size / 1e9:.2f} GB, {arguments.stages} stages; MiB")
     print("rank     own  before    load allowed    held    save    adds   load s  save s")
     for row in run_ranks(path, arguments.stages, arguments.trained):
-        allowed = ALLOWED_SHARE * row["own"] + ALLOWED_MEGABYTES
+        allowed = ALLOWED_RATIO * row["own"] + ALLOWED_MEGABYTES
         highest = row["save"] - row["held"] if arguments.trained else max(row["load"], row["save"])
         verdict = "" if highest <= (allowed - row["own"] if arguments.trained else allowed) else "  TOO MUCH"
         columns = [row["own"], row["before"], row["load"], allowed, row["held"], row["save"], row["save"] - row["held"]]

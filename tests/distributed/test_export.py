@@ -30,7 +30,6 @@ from tests.tiny_model import tiny_shapes
 from utils.distributed.world import World
 from utils.run.experiment import Experiment
 from utils.run.prepare import prepare
-from utils.trainable import lora
 
 pytestmark = pytest.mark.distributed
 
@@ -73,14 +72,13 @@ def native_velocity(weights: dict[str, Tensor], path: Path) -> Tensor:
 
 @torch.no_grad()
 def trained_velocity(run: Run) -> Tensor:
-    """Of the run's own layers, given the weights of its checkpoint."""
+    """The velocity of the run's own layers with the weights of its checkpoint."""
     experiment = opened(run)
     states = checkpointed(run)
     value: Any = dict(zip(experiment.family.input_names, network_inputs(), strict=True))
     for index, layer in enumerate(experiment.family.layers):
         module: nn.Module = layer.build()
-        if experiment.adapter_plan is not None:
-            lora.inject(module, layer.prefix, experiment.adapter_plan, seed=0)
+        experiment.trainable.prepare(layer, module)
         unknown = module.load_state_dict(states.get(index, {}), strict=False).unexpected_keys
         assert not unknown
         value = module(value)

@@ -15,7 +15,7 @@ from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run
 from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_close_run, assert_same_run
 from tests.tiny_model import make_tiny_dataset
-from utils.checkpoint.save import find_checkpoints
+from utils.checkpoint.manifest import find_checkpoints
 from utils.config.load import ConfigError
 from utils.data.cache.shards import KEYS
 from utils.distributed.world import World

@@ -1,4 +1,4 @@
-"""Which checkpoints are found, and which a run cannot go on from. Saving and loading: tests/distributed."""
+"""Finding checkpoints and comparing identities. Saving and loading: tests/distributed/test_resume.py."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from models.family import PipelineLayer
-from utils.checkpoint.save import (
+from utils.checkpoint.manifest import (
     NETWORK_FILES,
     CheckpointError,
     SavedState,
     find_checkpoints,
     identity_errors,
-    save,
     step_folder,
 )
+from utils.checkpoint.save import save
 from utils.pipeline.stage import LocalLayer
 
 IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, "adapter": "none"}
@@ -40,7 +40,7 @@ def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> No
     assert found[0] == SavedState(tmp_path / "step_000003", 3, IDENTITY)
 
 
-def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
+def test_partial_and_foreign_folders_are_not_checkpoints(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 10)
     (tmp_path / "step_000020").mkdir()
     make_checkpoint(tmp_path, 30).rename(tmp_path / ".step_000030.tmp")
@@ -49,11 +49,11 @@ def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> No
     assert [saved.step for saved in find_checkpoints(tmp_path)] == [10]
 
 
-def test_no_folder_has_no_checkpoints(tmp_path: Path) -> None:
+def test_missing_folder_has_no_checkpoints(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "none") == []
 
 
-def test_every_difference_of_identity_is_named_with_both_values(tmp_path: Path) -> None:
+def test_every_difference_of_identity_is_reported_with_both_values(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 10)
     (saved,) = find_checkpoints(tmp_path)
     assert identity_errors(saved, IDENTITY) == []
@@ -64,17 +64,17 @@ def test_every_difference_of_identity_is_named_with_both_values(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["{ half a", "[]", "{}", '{"format": 99, "step": 1, "identity": {}}'])
-def test_a_checkpoint_that_cannot_be_understood_is_named(tmp_path: Path, text: str) -> None:
+def test_damaged_checkpoint_is_an_error_with_its_folder(tmp_path: Path, text: str) -> None:
     folder = make_checkpoint(tmp_path, 10)
     (folder / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match="step_000010"):
         find_checkpoints(tmp_path)
 
 
-def test_a_network_file_that_differs_is_told_without_its_hash(tmp_path: Path) -> None:
+def test_different_network_file_is_reported_without_its_hash(tmp_path: Path) -> None:
     saved = SavedState(tmp_path, 1, {**IDENTITY, NETWORK_FILES: ["0123"]})
     (text,) = identity_errors(saved, {**IDENTITY, NETWORK_FILES: ["4567"]})
-    assert text.startswith("the network's weights file is another")
+    assert text.startswith("the weights file of the network is not the one")
     assert "4567" not in text
 
 
@@ -94,9 +94,16 @@ class OneParameter:
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path, monkeypatch: Any, weight: float) -> None:
+def test_non_finite_weights_are_never_saved(tmp_path: Path, monkeypatch: Any, weight: float) -> None:
     monkeypatch.setattr("utils.checkpoint.save.group.wait_for_all", lambda name: None)
     save(OneParameter(1.0), tmp_path, 1, IDENTITY, keep_last=1)  # type: ignore[arg-type]
     with pytest.raises(FloatingPointError, match=r"one\.weight"):
         save(OneParameter(weight), tmp_path, 2, IDENTITY, keep_last=1)  # type: ignore[arg-type]
     assert [saved.step for saved in find_checkpoints(tmp_path)] == [1]
+
+
+def test_state_of_events_is_saved_and_absent_in_older_checkpoints(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("utils.checkpoint.save.group.wait_for_all", lambda name: None)
+    save(OneParameter(1.0), tmp_path, 1, IDENTITY, keep_last=2, events={"log": {"minutes": 1.5}})  # type: ignore[arg-type]
+    make_checkpoint(tmp_path, 2)
+    assert [saved.events for saved in find_checkpoints(tmp_path)] == [{"log": {"minutes": 1.5}}, {}]

@@ -1,4 +1,4 @@
-"""Which files are written, and what is refused before a run because no file could carry it."""
+"""The formats of exports: defaults, errors before a run, rounding, and settings in headers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from tests.model_copies import linked_copy, rewrite
 from tests.tiny_model import write_experiment
 from utils.config.load import ConfigError
 from utils.distributed.world import World
+from utils.export.formats import rounded
 from utils.export.metadata import training_config
-from utils.export.weights import Exported, _rounded, wanted_formats
+from utils.export.weights import export_formats
 from utils.run.experiment import Experiment
 from utils.run.prepare import prepare
+from utils.trainable.base import ExportTensor
 
 
 def opened(folder: Path, model: Path, dataset: Path, **changes: Any) -> Experiment:
@@ -33,22 +35,22 @@ def opened(folder: Path, model: Path, dataset: Path, **changes: Any) -> Experime
         ({"save.formats": ["diffusers", "complete"]}, ["diffusers", "complete"]),
     ],
 )
-def test_formats_follow_what_is_trained_unless_given(
+def test_default_formats_depend_on_what_is_trained(
     tmp_path: Path, tiny_model: Path, tiny_dataset: Path, changes: dict[str, Any], formats: list[str]
 ) -> None:
     experiment = opened(tmp_path, tiny_model, tiny_dataset, **changes)
-    assert wanted_formats(experiment.config.experiment) == formats
+    assert export_formats(experiment.config.experiment, experiment.trainable) == formats
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": {"type": "lokr"}, "save.formats": ["native", "diffusers"]}, "diffusers' pipelines read no LoKr"),
-        ({"adapter": {"type": "lora"}, "save.formats": ["complete"]}, "complete files hold a whole network"),
-        ({"save.formats": ["native", "native"]}, "each format once"),
+        ({"adapter": {"type": "lokr"}, "save.formats": ["native", "diffusers"]}, "diffusers cannot load a LoKr"),
+        ({"adapter": {"type": "lora"}, "save.formats": ["complete"]}, "a complete file holds a whole network"),
+        ({"save.formats": ["native", "native"]}, "must not name a format twice"),
     ],
 )
-def test_what_a_format_cannot_carry_is_refused(
+def test_formats_that_cannot_hold_what_is_trained_are_errors(
     tmp_path: Path, tiny_model: Path, tiny_dataset: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
@@ -65,7 +67,7 @@ def test_what_a_format_cannot_carry_is_refused(
         ("text_encoder", "hidden_act", "gelu", "hidden_act gelu; a single file always implies quick_gelu"),
     ],
 )
-def test_a_complete_file_is_refused_where_it_could_not_say_how_a_part_is_built(
+def test_complete_file_is_an_error_where_it_cannot_express_the_architecture(
     tmp_path: Path, tiny_model: Path, tiny_dataset: Path, folder: str, key: str, value: object, message: str
 ) -> None:
     model = linked_copy(tiny_model, tmp_path / "model")
@@ -73,10 +75,10 @@ def test_a_complete_file_is_refused_where_it_could_not_say_how_a_part_is_built(
     rewrite(config, json.dumps({**json.loads(config.read_text()), key: value}))
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path / "complete", model, tiny_dataset, **{"save.formats": ["complete"]})
-    assert opened(tmp_path / "native", model, tiny_dataset).family is not None, "it trains all the same"
+    assert opened(tmp_path / "native", model, tiny_dataset).family is not None, "other formats are possible"
 
 
-def test_heads_of_another_width_are_refused_for_a_complete_file(tmp_path: Path, tiny_dataset: Path) -> None:
+def test_other_head_widths_are_an_error_for_a_complete_file(tmp_path: Path, tiny_dataset: Path) -> None:
     """The quickstart's encoders are 32 wide."""
     from examples.quickstart.make_model import write_model
 
@@ -86,15 +88,17 @@ def test_heads_of_another_width_are_refused_for_a_complete_file(tmp_path: Path, 
         opened(tmp_path, tmp_path / "model", tiny_dataset, **{"save.formats": ["complete"]})
 
 
-def test_a_number_too_large_for_the_file_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    written = dict(_rounded(iter([Exported("x", torch.tensor([1.0, 1e6])), Exported("y", torch.ones(2))]), torch.float16))
+def test_overflow_in_an_exported_file_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    written = dict(
+        rounded(iter([ExportTensor("x", torch.tensor([1.0, 1e6])), ExportTensor("y", torch.ones(2))]), torch.float16)
+    )
     assert written["x"].dtype == torch.float16
     error = capsys.readouterr().err
-    assert "x has numbers that are not finite" in error
-    assert "file y" not in error
+    assert "tensor x has non-finite values" in error
+    assert "tensor y" not in error
 
 
-def test_a_tokenizer_s_folder_is_not_told_in_headers(tmp_path: Path, tiny_model: Path, tiny_dataset: Path) -> None:
+def test_headers_do_not_contain_the_folder_of_a_tokenizer(tmp_path: Path, tiny_model: Path, tiny_dataset: Path) -> None:
     folder = str(tiny_model / "tokenizer")
     experiment = opened(tmp_path, tiny_model, tiny_dataset, **{"model.clip_l_tokenizer": folder}).config.experiment
     assert str(tiny_model) not in json.dumps(training_config(experiment))

@@ -1,4 +1,4 @@
-"""What the start banner says of the objective."""
+"""The rows and notes of the start banner about the objective."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from utils.config.schema.objective import ObjectiveConfig
 from utils.run.banner import objective_notes, objective_rows
 
 
-def test_the_objective_in_force_is_told() -> None:
+def test_rows_describe_the_objective_in_use() -> None:
     assert objective_rows(ObjectiveConfig()) == [
         ("time density", "sigma"),
         ("loss weight", "logit_normal by sampling"),
@@ -22,7 +22,7 @@ def test_the_objective_in_force_is_told() -> None:
     assert objective_rows(config) == [
         ("time density", "mode"),
         ("loss weight", "none"),
-        ("shift", "3 at 512x512, times the root of the pixels elsewhere"),
+        ("shift", "3 at 512x512, scaled with the resolution elsewhere"),
         ("prediction", "raw"),
         ("loss", "huber"),
         ("t", "from 0.25 to 1"),
@@ -30,19 +30,19 @@ def test_the_objective_in_force_is_told() -> None:
     ]
     rows = dict(objective_rows(ObjectiveConfig(preset="sd_scripts", encoder_dropout_rate={"clip_l": 0.5})))
     assert rows["rounding"] == "as sd_scripts"
-    assert rows["encoders dropped"] == "{'clip_l': 0.5}"
+    assert rows["encoder dropout"] == "{'clip_l': 0.5}"
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_preset_says_what_it_set_and_what_was_written_instead(preset: str) -> None:
+def test_note_lists_what_a_preset_set_and_what_overrides_it(preset: str) -> None:
     (note,) = objective_notes(ObjectiveConfig(preset=preset, discrete_flow_shift=1.25))
-    assert note.startswith(f"objective.preset = '{preset}' is ")
-    assert note.endswith("; but written is discrete_flow_shift = 1.25")
+    assert note.startswith(f"objective.preset = '{preset}' sets ")
+    assert note.endswith("; overridden by discrete_flow_shift = 1.25")
     assert all(f"{key} = {value!r}" in note for key, value in PRESETS[preset].items())
-    assert "but written" not in objective_notes(ObjectiveConfig(preset=preset))[0]
+    assert "overridden" not in objective_notes(ObjectiveConfig(preset=preset))[0]
 
 
-def test_a_key_that_changes_nothing_and_an_output_nobody_else_reads_are_noted() -> None:
+def test_notes_name_keys_without_effect_and_outputs_other_programs_cannot_use() -> None:
     assert objective_notes(ObjectiveConfig()) == []
     (note,) = objective_notes(ObjectiveConfig(mode_scale=0.5))
     assert note == "objective.mode_scale has no effect on this objective"

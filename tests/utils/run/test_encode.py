@@ -13,10 +13,10 @@ import toml
 
 from tests.tiny_model import make_tiny_dataset, write_experiment
 from utils.config.load import ConfigError
-from utils.data.encoding.precompute import Cached, Unusable
+from utils.data.encoding.precompute import CachedDataset, UnusableExamples
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
-from utils.distributed.group import World
+from utils.distributed.world import World
 from utils.run import datasets
 from utils.run.datasets import BAD_FILE_ADVICE
 from utils.run.encode import without_unusable
@@ -43,9 +43,9 @@ class Desk:
         """After a pass in which the examples of these keys could not be encoded."""
         tables = [self.experiment.dataset.examples, *self.experiment.eval_sets.values()]
         chosen = [np.array([example.key in keys for example in table]) for table in tables]
-        unusable = Unusable(chosen, [BadFile(Path(key), "is bad") for key in keys])
+        unusable = UnusableExamples(chosen, [BadFile(Path(key), "is bad") for key in keys])
         any_data: Any = None
-        return without_unusable(self.experiment, Cached(any_data, tables, unusable, True))
+        return without_unusable(self.experiment, CachedDataset(any_data, tables, unusable, True))
 
     def errors(self, *keys: str) -> list[tuple[str, str, str]]:
         """(Name of the file, key, message) of each."""
@@ -72,7 +72,7 @@ def test_bad_files_of_a_lenient_directory_are_left_out_and_named(desk: Desk, cap
     before = [example.key for example in desk.experiment.dataset.examples]
     assert [example.key for example in left.dataset.examples] == [key for key in before if key != bad]
     assert list(left.eval_sets) == ["other"]
-    assert capsys.readouterr().out == f"left out: {bad}: is bad\n"
+    assert capsys.readouterr().out == f"skipped: {bad}: is bad\n"
 
 
 def test_bad_files_of_a_strict_directory_end_the_run_and_all_are_named(desk: Desk) -> None:

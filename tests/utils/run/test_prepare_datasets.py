@@ -210,7 +210,7 @@ def test_images_in_training_and_evaluation_are_warned_of(desk: Desk) -> None:
     experiment = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}], "holdout_images": 1})
     shared = {example.image for example in experiment.dataset.examples}
     num_both = len(shared & {example.image for example in experiment.eval_sets["other"]})
-    assert f"{num_both} images of the evaluation set 'other' are trained on too" in experiment.dataset.warnings
+    assert f"{num_both} images of the evaluation set 'other' are also in the training set" in experiment.dataset.warnings
     assert list(experiment.eval_sets) == ["holdout", "other"]
     assert len(experiment.memories) == 2, "images held out are remembered with those they are taken from"
 
