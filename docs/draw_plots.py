@@ -1,7 +1,7 @@
 """Draws the plots of docs/objective.md:  python -m docs.draw_plots [FOLDER]
 
-Every curve is computed by the code in utils/objective/; no formula stands here. A test compares the output of this script
-with the files in docs/plots.
+Every curve is computed by the code in utils/objective/. A test compares the output of this script with the files in
+docs/plots.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ SHIFT = 3.0
 SHIFT_COLORS = {1.0: "#8a8a8a", 1.5: "#7aa5d8", 3.0: T_COLOR, 6.0: "#0b2b55"}
 NUM_POINTS = 121
 MAX_WEIGHT, MAX_DENSITY = 1.75, 6.3
-"""The same in every plot, so that they can be compared."""
+"""Upper limits of the vertical axes, equal in all plots of a kind."""
 
 
-def even_times() -> Tensor:
+def even_t() -> Tensor:
     return torch.linspace(0, 1, NUM_POINTS, dtype=torch.float64)
 
 
-def density_panel(axes: Axes, sampler: TimeSampler, title: str) -> None:
+def density_axes(axes: Axes, sampler: TimeSampler, title: str) -> None:
     draw_density(axes, *sampler.density_nodes(NUM_POINTS), SHIFT)
     axes.set(ylim=(0, MAX_DENSITY), title=title)
 
 
-def weight_panel(axes: Axes, weighting: Weighting) -> None:
-    """The weight over t; the one that depends on the shift, at two."""
-    t = even_times()
+def weight_axes(axes: Axes, weighting: Weighting) -> None:
+    """Draws the weight over t; for sigma_sqrt, which depends on the shift, at two shifts."""
+    t = even_t()
     axes.plot(t, weighting(t, shift_time(t, SHIFT)), color=INK, label=f"shift {SHIFT:g}")
     if weighting.scheme == "sigma_sqrt":
         axes.plot(t, weighting(t, t), color=INK, linestyle=(0, (1, 1)), label="shift 1")
@@ -54,25 +54,25 @@ def weight_panel(axes: Axes, weighting: Weighting) -> None:
 def weighting_plot(scheme: WeightingScheme) -> Figure:
     weighting = Weighting(scheme)
     figure, (upper, lower) = new_figure([1.9, 2.1], "white")
-    weight_panel(upper, weighting)
+    weight_axes(upper, weighting)
     sampler = TimeSampler(Density("sigma"), lambda t: weighting(t, shift_time(t, SHIFT)), 0.0, 1.0)
-    density_panel(lower, sampler, 'Density drawn from, with weighting_by = "sampling"')
+    density_axes(lower, sampler, 'Density drawn from, with weighting_by = "sampling"')
     return figure
 
 
 def sampling_plot(sampling: TimestepSampling) -> Figure:
     figure, (axes,) = new_figure([2.1], "white")
-    density_panel(axes, TimeSampler(Density(sampling), None, 0.0, 1.0), f'Density of "{sampling}"')
+    density_axes(axes, TimeSampler(Density(sampling), None, 0.0, 1.0), f'Density of "{sampling}"')
     return figure
 
 
 def shift_plot() -> Figure:
     figure, (axes,) = new_figure([3.0], "white")
-    t = even_times()
+    t = even_t()
     for shift, color in SHIFT_COLORS.items():
         axes.plot(t, shift_time(t, shift), color=color, label=f"shift {shift:g}")
     unit_axis(axes, "t")
-    axes.set(ylim=(0, 1), title="sigma, the share of noise")
+    axes.set(ylim=(0, 1), title="sigma, the fraction of noise")
     axes.legend(loc="lower right")
     return figure
 
@@ -94,7 +94,7 @@ PLOTS: dict[str, Callable[[], Figure]] = {
     **{f"weighting_{name}": partial(weighting_plot, name) for name in get_args(WeightingScheme)},
     "penalty": penalty_plot,
 }
-"""Name of the file, without ending, and what draws it."""
+"""File name without extension -> function that draws the plot."""
 
 
 def main(folder: Path) -> None:

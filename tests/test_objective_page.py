@@ -1,4 +1,4 @@
-"""docs/objective.md: a section and a plot for every scheme, and the plots are what docs/draw_plots.py draws now."""
+"""docs/objective.md: completeness, agreement of its tables with the program, and plots that are up to date."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def test_every_scheme_has_a_section_with_its_plot(key: str, name: str) -> None:
     section = re.split(r"\n##+ ", rest)[0]
     plot = f"{key.partition('_')[0].replace('timestep', 'sampling')}_{name}"
     assert f"(plots/{plot}.svg)" in section
-    assert re.search(r"^    [tw] = ", section, flags=re.MULTILINE), "its formula"
+    assert re.search(r"^    [tw] = ", section, flags=re.MULTILINE), "the section has no formula"
 
 
-def test_the_page_shows_every_plot_and_no_other() -> None:
+def test_the_page_shows_exactly_the_plots_that_are_drawn() -> None:
     assert sorted(re.findall(r"\]\(plots/(\w+)\.svg\)", PAGE)) == sorted(PLOTS)
     assert sorted(path.name for path in (ROOT / "docs" / "plots").iterdir()) == sorted(f"{name}.svg" for name in PLOTS)
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_plot_is_what_is_drawn_now(name: str) -> None:
-    """But for a few hundredths of a point: another processor may round the last digit the other way."""
+def test_plot_is_up_to_date(name: str) -> None:
+    """Numbers may differ by a few hundredths of a point: other processors may round the last digit differently."""
     kept = (ROOT / "docs" / "plots" / f"{name}.svg").read_text(encoding="utf-8")
     drawn = as_svg(name, PLOTS[name]) + "\n"
-    assert NUMBER.sub("#", drawn) == NUMBER.sub("#", kept), "draw it again: make docs"
+    assert NUMBER.sub("#", drawn) == NUMBER.sub("#", kept), "outdated: run make docs"
     numbers = [[float(number) for number in NUMBER.findall(text)] for text in (drawn, kept)]
-    assert numbers[0] == pytest.approx(numbers[1], abs=0.05), "draw it again: make docs"
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.05), "outdated: run make docs"
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_plot_is_small_and_fetches_nothing(name: str) -> None:
+def test_plot_is_small_and_has_no_external_references(name: str) -> None:
     text = (ROOT / "docs" / "plots" / f"{name}.svg").read_text(encoding="utf-8")
     assert len(text) < 32_000
     assert set(re.findall(r'href="(.)', text)) <= {"#"}
@@ -69,7 +69,7 @@ def test_every_value_is_explained() -> None:
     assert [value for value in get_args(TimestepGrid) if f'* `"{value}"`' not in PAGE] == []
 
 
-def test_the_table_of_presets_is_the_presets() -> None:
+def test_the_table_of_presets_agrees_with_the_program() -> None:
     rows = PAGE.split("\n## Presets\n")[1].split("\n\nWhy each")[0].splitlines()
     table = [
         [cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| `") or "| key |" in row
@@ -92,13 +92,13 @@ def written(value: str | float) -> str:
     return f"`{value}`" if isinstance(value, str) else f"{value:g}"
 
 
-def test_tests_that_are_named_are_there() -> None:
+def test_tests_mentioned_on_the_page_exist() -> None:
     for path in re.findall(r"`(tests/[\w/]+\.py)`", PAGE):
         assert (ROOT / path).is_file()
 
 
-def test_what_draws_by_loss_are_worth() -> None:
-    """mean(w)^2 / mean(w^2), in percent, in the order of the page's table."""
+def test_the_table_of_draws_by_loss_is_correct() -> None:
+    """The numbers are mean(w)^2 / mean(w^2) in percent."""
     t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     weightings = [Weighting("none"), Weighting("sigma_sqrt")]
     weightings += [Weighting("logit_normal", logit_std=std) for std in (1.0, 0.5, 0.2)]
@@ -111,7 +111,7 @@ def test_what_draws_by_loss_are_worth() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["none", "cosmap"])
-def test_the_middle_of_the_draws_is_where_the_page_says(scheme: WeightingScheme) -> None:
+def test_the_median_sigma_of_the_page_is_correct(scheme: WeightingScheme) -> None:
     weighting = Weighting(scheme)
     sampler = TimeSampler(Density("sigma"), lambda t: weighting(t, shift_time(t, 3.0)), 0.0, 1.0)
     middle = float(shift_time(sampler.draw(torch.tensor([0.5], dtype=torch.float64)), 3.0))
