@@ -179,7 +179,7 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"seed": True}, "seed: = True: must be a valid integer"),
     ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate: = -1.0: must be greater than 0"),
     ({"model.dtype": "float64"}, "model.dtype: = 'float64': must be 'float32' or 'bfloat16'"),
-    ({"max_steps": None}, "max_steps: is missing; say how long to train by `max_steps` or `epochs`"),
+    ({"max_steps": None}, "max_steps: is missing; say how long to train by `max_steps`, `epochs` or both"),
     ({"optimizer.learning_rate": None}, "optimizer.learning_rate: is missing"),
     ({"model.type": "sd4"}, "model.type: = 'sd4': unknown model type; known: 'sd3'"),
     ({"optimizer.type": "AdamX"}, "optimizer.type: = 'AdamX': unknown; did you mean 'Adam"),
@@ -425,7 +425,7 @@ def remove_caption(folder: Path) -> Path:
     ("spoil", "reason"),
     [
         (spoil_caption, "is not UTF-8: byte 3 is 0xe9"),
-        (cut_off, "is cut off"),
+        (cut_off, "is truncated"),
         (remove_caption, "has no caption: image_004.txt is missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""docs/configuration.md out of schema.py:  python -m utils.config.document > docs/configuration.md"""
+"""Writes docs/configuration.md from the schema:  python -m utils.config.document > docs/configuration.md"""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from utils.config.schema.model import experiment_class
 
 _INTRODUCTION = """# Every key
 
-Made from the program's own schema by `make docs`; a test fails when the two differ. A key that is not here is refused.
-Paths are relative to the folder the program is started in. `--set table.key=VALUE` overrides any key of the experiment file.
+This page is generated from the schema by `make docs`; a test fails when the two differ. Keys that are not listed here are
+errors. Paths are relative to the working directory. `--set table.key=VALUE` overrides any key of the experiment file.
 """
 
 
 def document() -> str:
-    """The whole page, as Markdown."""
+    """The page as Markdown."""
     parts = [_INTRODUCTION, "## The experiment file (`--config`)\n"]
     for family in models.family_names():
         parts += _table(experiment_class(family), "", f' (`type = "{family}"`)')
@@ -54,17 +54,17 @@ def _table(table: type[BaseModel], path: str, family: str, is_list: bool = False
 
 def _first_paragraph(table: type[BaseModel], path: str) -> str:
     if not path and issubclass(table, ExperimentConfig):
-        return "One run."
+        return "The settings of one run."
     return " ".join((table.__doc__ or "").split("\n\n")[0].split())
 
 
 def _is_table(annotation: Any) -> bool:
-    """Whether a table, or a list of them, is all that may be written."""
+    """Whether the value must be a table or a list of tables."""
     return any(isinstance(part, type) and issubclass(part, BaseModel) for part in (annotation, *get_args(annotation)))
 
 
 def _is_in_list(annotation: Any) -> bool:
-    """Whether there may be several tables, `[[name]]` each."""
+    """Whether there may be several tables, written as `[[name]]`."""
     return get_origin(annotation) in (list, tuple) or any(_is_in_list(part) for part in get_args(annotation))
 
 
@@ -103,8 +103,8 @@ def _default(field: FieldInfo) -> str:
     value = field.default if field.default is not PydanticUndefined else None
     if value is None:
         return "none"
-    shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-    return f"`{re.sub('^$', '[]', shown)}`"
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{re.sub('^$', '[]', text)}`"
 
 
 if __name__ == "__main__":

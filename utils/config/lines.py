@@ -1,4 +1,4 @@
-"""Where in a TOML file a key stands: parsers that are at hand do not say."""
+"""Line numbers of keys in a TOML file, which TOML parsers do not report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LAST_PART = re.compile(r"(\[\d+\]|\.?[^.\[\]]+)$")
 
 
 def key_lines(text: str) -> dict[str, int]:
-    """Key path, such as `directory[1].path`, or table -> number of its line. Bare keys only, as people write them."""
+    """Key path, such as `directory[1].path`, or table -> line number. Finds bare keys only, not quoted ones."""
     lines: dict[str, int] = {}
     counts: Counter[str] = Counter()
     table, in_string = "", False
@@ -29,7 +29,7 @@ def key_lines(text: str) -> dict[str, int]:
             elif match := _TABLE.fullmatch(line):
                 table = match[1]
                 lines.setdefault(table, number)
-            elif line.startswith("["):  # a header written in another way: its keys are not found
+            elif line.startswith("["):  # a header in another notation: its keys are not found
                 table = line
             elif match := _KEY.match(line):
                 lines.setdefault(f"{table}.{match[1]}" if table else match[1], number)
@@ -39,7 +39,7 @@ def key_lines(text: str) -> dict[str, int]:
 
 
 def line_of(file: Path, key: str) -> int | None:
-    """The line of a key; of one that is not there itself, of the nearest thing around it. None if nothing is found."""
+    """The line of a key, or of the innermost table around it that is in the file; None if there is none."""
     try:
         lines = key_lines(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):

@@ -1,7 +1,4 @@
-"""TOML files to checked configuration, with every mistake of every file at once.
-
-A mistake is a `Problem`: file, key, what is wrong, what to do. Nothing raises at the first one.
-"""
+"""Reads the TOML files of an experiment and checks them; reports all errors of all files at once."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ from utils.config.schema.model import experiment_class
 
 TableT = TypeVar("TableT", bound=BaseModel)
 TRAINING = ""
-"""Names the training set among the evaluation sets."""
+"""Key of the training set beside the names of the evaluation sets."""
 
 
 @dataclass(frozen=True)
 class ErrorDetail:
-    """One mistake of the user's, in one line."""
+    """One error of the configuration: file, key, and what to change."""
 
     file: Path
     key: str
@@ -44,7 +41,7 @@ class ErrorDetail:
 
 
 def located(errors: Sequence[ErrorDetail], overrides: Sequence[str]) -> list[ErrorDetail]:
-    """The errors with the lines of their keys, but of those that `--set` put there or under which it put something."""
+    """The errors with the line numbers of their keys, except keys that `--set` has written or written below."""
     set_keys = [text.partition("=")[0].strip() + "." for text in overrides]
 
     def is_set(key: str) -> bool:
@@ -59,7 +56,7 @@ def located(errors: Sequence[ErrorDetail], overrides: Sequence[str]) -> list[Err
 
 
 class ConfigError(Exception):
-    """Every mistake found; its text has one line for each."""
+    """All errors of a configuration; the text has one line for each."""
 
     def __init__(self, errors: Sequence[ErrorDetail]) -> None:
         super().__init__("\n".join(str(error) for error in errors))
@@ -68,7 +65,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """The files of an experiment, checked."""
+    """The checked files of an experiment."""
 
     path: Path
     experiment: ExperimentConfig
@@ -81,7 +78,7 @@ class Config:
         return self.experiment.dataset
 
     def dataset_of(self, name: str) -> tuple[Path, DatasetConfig]:
-        """The file of an evaluation set; of TRAINING, and of images held out of it, the training set's."""
+        """Path and content of the dataset file of a set; held-out images belong to the file of the training set."""
         if name not in self.eval_sets:
             return self.dataset_path, self.dataset
         assert self.experiment.eval is not None
@@ -89,7 +86,7 @@ class Config:
         return path, self.eval_sets[name]
 
     def dataset_files(self) -> dict[Path, DatasetConfig]:
-        """Every dataset file: path -> table."""
+        """All dataset files: path -> table."""
         return dict(self.dataset_of(name) for name in (TRAINING, *self.eval_sets))
 
 
@@ -97,7 +94,7 @@ class Config:
 
 
 def read_toml(path: Path, errors: list[ErrorDetail]) -> dict[str, Any] | None:
-    """The file's content, or None and an error added."""
+    """The content of a file; None, and an error is added, if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -110,7 +107,7 @@ def read_toml(path: Path, errors: list[ErrorDetail]) -> dict[str, Any] | None:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """`a.b=VALUE` to (["a", "b"], value). VALUE is read as TOML; what is not TOML is a string.
+    """`a.b=VALUE` -> (["a", "b"], value). VALUE is parsed as TOML, or else taken as a string.
 
     Raises ValueError without an equals sign.
     """
@@ -125,7 +122,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, errors: list[ErrorDetail]) -> None:
-    """Write the `--set` values over what the file said."""
+    """Writes the values of `--set` into the content of the file."""
     for text in overrides:
         try:
             keys, value = parse_override(text)
@@ -136,7 +133,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, e
         for key in keys[:-1]:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
-                errors.append(ErrorDetail(path, ".".join(keys), f"{key} is no table, so it has no key {keys[-1]}"))
+                errors.append(
+                    ErrorDetail(path, ".".join(keys), f"{key} is not a table, so it cannot have the key {keys[-1]}")
+                )
                 break
         else:
             table[keys[-1]] = value
@@ -148,7 +147,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], path: Path, e
 def check_table(
     table: type[TableT], raw: Mapping[str, Any], path: Path, errors: list[ErrorDetail], elsewhere: Mapping[str, list[str]]
 ) -> TableT | None:
-    """The table of the values, or None and the errors added. `elsewhere`: key -> places in other files it belongs to."""
+    """The checked table; None, and errors are added, if it is invalid. `elsewhere`: key -> its places in other files."""
     try:
         return table.model_validate(raw)
     except ValidationError as invalid:
@@ -158,7 +157,7 @@ def check_table(
                 message = _unknown_key_message(str(item["loc"][-1]), item["loc"][:-1], table, elsewhere)
             elif item["type"] == "missing":
                 message = "is missing"
-            elif item["type"] == "value_error" and _is_table_or_list_of_tables(item["input"]):  # too long to be repeated
+            elif item["type"] == "value_error" and _is_table_or_list_of_tables(item["input"]):  # too long to quote
                 message = _plain(item["msg"])
             else:
                 message = f"= {item['input']!r}: {_plain(item['msg'])}"
@@ -181,7 +180,7 @@ def _plain(message: str) -> str:
 
 
 def _key_path(location: Sequence[str | int]) -> str:
-    """("directory", 1, "path") -> "directory[1].path". Parts that only name a branch of a union are left out."""
+    """("directory", 1, "path") -> "directory[1].path". Parts that name the branch of a union are omitted."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -194,7 +193,7 @@ def _key_path(location: Sequence[str | int]) -> str:
 
 
 def _tables(table: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
-    """Every key below a table as (table path, key)."""
+    """All keys below a table, as (table path, key)."""
     for name, field in table.model_fields.items():
         yield path, name
         for inner in inner_tables(field.annotation):
@@ -238,7 +237,7 @@ def _place(table_path: str) -> str:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Every file, checked key by key. Raises ConfigError with every error of all."""
+    """Reads and checks all files. Raises ConfigError with all of their errors."""
     errors: list[ErrorDetail] = []
     raw = read_toml(path, errors)
     if raw is None:
@@ -270,7 +269,7 @@ def _check_experiment(raw: Mapping[str, Any], path: Path, errors: list[ErrorDeta
     dataset_keys = {key: ["in the dataset file"] for key in known_keys(DatasetConfig)}
     experiment = check_table(table, raw, path, errors, dataset_keys)
     if experiment is not None and experiment.epochs is None and experiment.max_steps is None:
-        errors.append(ErrorDetail(path, "max_steps", "is missing; say how long to train by `max_steps` or `epochs`"))
+        errors.append(ErrorDetail(path, "max_steps", "is missing; set `max_steps`, `epochs` or both"))
     return experiment
 
 
@@ -290,7 +289,7 @@ def _check_dataset(path: Path, errors: list[ErrorDetail]) -> DatasetConfig | Non
 
 
 def _check_limits(dataset: DatasetConfig, path: Path, errors: list[ErrorDetail]) -> None:
-    """Pairs of keys of which the one must not be above the other, at the top and in each directory."""
+    """Checks that minima do not exceed maxima, at the top level and in each directory."""
     pairs = (("min_ar", "max_ar"), ("min_pixels", "max_pixels"))
     top = dataset.model_dump()
     for index, directory in enumerate(dataset.directory):
@@ -299,13 +298,13 @@ def _check_limits(dataset: DatasetConfig, path: Path, errors: list[ErrorDetail])
             if values[high] is not None and values[low] > values[high]:
                 is_own = (values[low], values[high]) != (top[low], top[high])
                 place = f"directory[{index}].{low}" if is_own else low
-                error = ErrorDetail(path, place, f"= {values[low]}: must not be above {high}, {values[high]}")
+                error = ErrorDetail(path, place, f"= {values[low]}: must not exceed {high}, which is {values[high]}")
                 if error not in errors:
                     errors.append(error)
 
 
 def _eval_paths(raw: Mapping[str, Any]) -> dict[str, Path]:
-    """Name -> dataset file of the evaluation sets, as far as they are written so."""
+    """Name -> dataset file of the evaluation sets that are written correctly."""
     table = raw.get("eval")
     sets = table.get("sets") if isinstance(table, dict) else None
     entries = [entry for entry in sets if isinstance(entry, dict)] if isinstance(sets, list) else []
@@ -313,22 +312,26 @@ def _eval_paths(raw: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def _check_eval_set(path: Path, errors: list[ErrorDetail]) -> DatasetConfig | None:
-    """An evaluation set's dataset file; what only training reads must not be in it."""
+    """Checks the dataset file of an evaluation set, which must not have keys that apply to training only."""
     dataset = _check_dataset(path, errors)
     for index, directory in enumerate(dataset.directory if dataset is not None else []):
         values = directory.model_dump()
         for key in ("horizontal_flip", "loss_weight", "cache_shuffle_num"):
             if values[key] != type(directory).model_fields[key].default:
                 place = f"directory[{index}].{key}"
-                errors.append(ErrorDetail(path, place, "has no place in an evaluation set, where every image counts alike"))
+                errors.append(
+                    ErrorDetail(path, place, "cannot be used in an evaluation set, where all images have equal weight")
+                )
         if values["num_repeats"] % 1:
             place = f"directory[{index}].num_repeats"
-            errors.append(ErrorDetail(path, place, f"= {values['num_repeats']}: an evaluation set takes whole numbers only"))
+            errors.append(
+                ErrorDetail(path, place, f"= {values['num_repeats']}: must be a whole number in an evaluation set")
+            )
     return dataset
 
 
 def dump_toml(table: BaseModel) -> str:
-    """The values of a table, defaults included, as TOML that loads to an equal table. Unset keys are left out."""
+    """The values of a table, defaults included, as TOML that loads to an equal table. Unset keys are omitted."""
     return toml.dumps(table.model_dump(mode="json", exclude_none=True), _Encoder())
 
 

@@ -1,8 +1,8 @@
-"""What other programs train SD3 by, said with this program's keys.
+"""Presets of `[objective]`: the objectives of other programs, expressed in this program's keys.
 
-Each preset is what that program does when nothing is changed; docs/objective.md has the formulas and what the same words
-mean there. Facts: kohya-ss/sd-scripts 0.10 (sd3_train.py), diffusers 0.42 (train_dreambooth_sd3.py), SimpleTuner 3, and
-the SD3 paper, arXiv 2403.03206.
+Each preset reproduces the defaults of a program; docs/objective.md has the formulas and compares the terms. Sources:
+kohya-ss/sd-scripts 0.10 (sd3_train.py), diffusers 0.42 (train_dreambooth_sd3.py), SimpleTuner 3, and the SD3 paper, arXiv
+2403.03206.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_the_resolved_copy_has_what_was_handed_down(tmp_path: Path) -> None:
     assert [entry.num_repeats for entry in again.directory] == [2.5, 1.0]
 
 
-MISSING = "resolutions is missing; give it at the top, or in every [[directory]]"
+MISSING = "resolutions is missing; set it at the top level, or in every [[directory]]"
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_resolutions_of_every_directory_are_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "key", "message"),
     [
-        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels", "= 9: must not be above max_pixels, 8"),
+        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels", "= 9: must not exceed max_pixels, which is 8"),
         (
             {"max_pixels": 8, "directory": [{"path": "a"}, {"path": "b", "min_pixels": 9}]},
             "directory[1].min_pixels",
-            "= 9: must not be above max_pixels, 8",
+            "= 9: must not exceed max_pixels, which is 8",
         ),
         (
             {"directory": [{"path": "a", "max_ar": 0.25}]},
             "directory[0].min_ar",
-            "= 0.5: must not be above max_ar, 0.25",
+            "= 0.5: must not exceed max_ar, which is 0.25",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def eval_set_error(folder: Path, **table: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize("number", [2.5, 0.5])
 def test_fractional_repeats_are_refused_in_an_evaluation_set(tmp_path: Path, number: float) -> None:
-    message = f"= {number}: an evaluation set takes whole numbers only"
+    message = f"= {number}: must be a whole number in an evaluation set"
     assert eval_set_error(tmp_path, num_repeats=number) == ("directory[0].num_repeats", message)
     directories = [{"path": "a"}, {"path": "b", "num_repeats": number}]
     assert eval_set_error(tmp_path, directory=directories) == ("directory[1].num_repeats", message)
@@ -147,7 +147,7 @@ def test_fractional_repeats_are_refused_in_an_evaluation_set(tmp_path: Path, num
 @pytest.mark.parametrize("key", ["horizontal_flip", "loss_weight", "cache_shuffle_num"])
 def test_what_only_training_reads_is_refused_in_an_evaluation_set(tmp_path: Path, key: str) -> None:
     found, message = eval_set_error(tmp_path, **{key: OTHER[key]})
-    assert (found, message.partition(",")[0]) == (f"directory[0].{key}", "has no place in an evaluation set")
+    assert (found, message.partition(",")[0]) == (f"directory[0].{key}", "cannot be used in an evaluation set")
 
 
 def test_whole_repeats_and_the_rest_are_allowed_in_an_evaluation_set(tmp_path: Path) -> None:

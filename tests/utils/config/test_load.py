@@ -111,7 +111,7 @@ def test_a_wrong_target_is_named_by_its_place(tmp_path: Path, targets: str, key:
 
 @pytest.mark.parametrize("key", ["dora", "rank_stabilized"])
 def test_what_only_low_rank_has_is_refused_for_lokr(tmp_path: Path, key: str) -> None:
-    message = '= True: goes with type = "lora" only; leave it out, or change the type'
+    message = '= True: is for type = "lora" only; remove the key, or change the type'
     assert only_error(write(tmp_path, adapter={"type": "lokr", key: True}))[1:] == (f"adapter.{key}", message)
     load(tmp_path, adapter={"type": "lora", key: True})
     load(tmp_path, adapter={"type": "lokr", key: False})
@@ -313,13 +313,13 @@ def test_a_missing_key_of_the_dataset_file_is_named(tmp_path: Path) -> None:
 def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
     _, key, message = only_error(write(tmp_path, max_steps=None))
     assert key == "max_steps"
-    assert "`max_steps` or `epochs`" in message
+    assert "`max_steps`, `epochs` or both" in message
     assert load(tmp_path, max_steps=None, epochs=2).experiment.epochs == 2
 
 
 def test_a_lower_bound_above_the_upper_one_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, dataset_file={"min_ar": 2.0, "max_ar": 0.5})
-    assert only_error(path) == ("dataset.toml", "min_ar", "= 2.0: must not be above max_ar, 0.5")
+    assert only_error(path) == ("dataset.toml", "min_ar", "= 2.0: must not exceed max_ar, which is 0.5")
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_an_override_without_key_or_value_shows_how_it_goes(tmp_path: Path, text
 def test_an_override_inside_a_value_is_refused(tmp_path: Path) -> None:
     _, key, message = only_error(write(tmp_path), "seed.extra=3")
     assert key == "seed.extra"
-    assert message == "seed is no table, so it has no key extra"
+    assert message == "seed is not a table, so it cannot have the key extra"
 
 
 def test_the_dataset_can_be_overridden(tmp_path: Path) -> None:

@@ -49,16 +49,16 @@ from utils.config.schema.sampling import SamplingConfig
             "objective.model_prediction_type",
             "= 'epsilon': must be 'raw', 'sigma_scaled' or 'additive'",
         ),
-        ({"encoder_dropout_rate": 1.5}, "objective.encoder_dropout_rate", "= 1.5: 1.5 is no number from 0 to 1"),
+        ({"encoder_dropout_rate": 1.5}, "objective.encoder_dropout_rate", "= 1.5: 1.5 is not a number from 0 to 1"),
         (
             {"encoder_dropout_rate": {"clip_l": "often"}},
             "objective.encoder_dropout_rate",
-            "clip_l = 'often' is no number from 0 to 1",
+            "clip_l = 'often' is not a number from 0 to 1",
         ),
         (
             {"timestep_sampling": "mode", "weighting_scheme": "mode"},
             "objective.weighting_scheme",
-            "= 'mode': timestep_sampling is 'mode' too: the density would count twice; set timestep_sampling = "
+            "= 'mode': timestep_sampling is also 'mode', so the density would be applied twice; set timestep_sampling = "
             '"sigma", or weighting_scheme = "none"',
         ),
     ],
@@ -87,7 +87,7 @@ def test_a_written_key_wins_over_its_preset_on_the_command_line_too(tmp_path: Pa
 @pytest.mark.parametrize(
     ("table", "key", "message"),
     [
-        ({}, "eval", "names no images: give holdout_images = 16, say, or sets of other images"),
+        ({}, "eval", "has no images; set holdout_images, such as holdout_images = 16, or add sets"),
         ({"holdout_images": -1}, "eval.holdout_images", "= -1: must be greater than or equal to 0"),
         ({"holdout_images": 2, "num_t_bands": 0}, "eval.num_t_bands", "= 0: must be greater than or equal to 1"),
         ({"holdout_images": 2, "weights": "best"}, "eval.weights", "= 'best': must be 'last' or 'ema'"),
@@ -103,7 +103,7 @@ def test_sets_have_names_of_their_own(tmp_path: Path) -> None:
     other = str(tmp_path / "dataset.toml")
     for names in (["a", "a"], ["holdout"]):
         sets = [{"name": name, "dataset": other} for name in names]
-        assert "each set needs a name of its own" in only_error(write(tmp_path, eval={"sets": sets}))[2]
+        assert "each set needs a unique name" in only_error(write(tmp_path, eval={"sets": sets}))[2]
 
 
 def test_mistakes_of_an_evaluation_set_s_file_are_told_with_the_others(tmp_path: Path) -> None:

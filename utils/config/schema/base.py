@@ -7,21 +7,22 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Strict
 
-# Strict: TOML has types of its own, so "3" is no number and true is neither 1 nor 1.0. A float may be written as 1.
+# Strict because TOML has its own types: "3" is not an integer, and true is neither 1 nor 1.0. A float may be written as 1.
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 TrainedWeights = Literal["last", "ema"]
+"""Weights that previews and evaluations use: the current ones or their moving average."""
 
 
 class Table(BaseModel):
-    """A table of a TOML file: typed, closed, read-only."""
+    """A table of a TOML file: typed, read-only, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def inner_tables(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The tables in the type of a field, alone, in lists or as alternatives."""
+    """Yields the tables in the type of a field, whether alone, in a list or in a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -10,38 +10,58 @@ from pydantic import Field, model_validator
 from utils.config.schema.base import Bool, Int, Table, TrainedWeights
 
 HOLDOUT = "holdout"
-"""Name of the evaluation set taken from the dataset."""
+"""Name of the evaluation set that `holdout_images` takes from the training set."""
 
 
 class EvalSetConfig(Table):
-    """Images that are not trained on."""
+    """An evaluation set: images that are not trained on."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(description="For tables and curves.")
-    dataset: Path = Field(description="A dataset file.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
+        description="Name of the set in tables and curves: letters, digits, `_` and `-`. Unique, and not `holdout`."
+    )
+    dataset: Path = Field(description="Dataset file of the set.")
 
 
 class EvalConfig(Table):
-    """Measure the velocity's error on held-out images: at the start, now and then, and at the end."""
+    """Measures the mean squared error of the velocity on images that are not trained on. At least one of `sets` and
+    `holdout_images` is required."""
 
-    sets: list[EvalSetConfig] = Field(default_factory=list, description="Held-out images with captions, from elsewhere.")
+    sets: list[EvalSetConfig] = Field(
+        default_factory=list, description="Evaluation sets with their own dataset files: captioned images not in `dataset`."
+    )
     holdout_images: Int = Field(
-        0, ge=0, description="Images kept out of training for this, chosen by `seed` from the dataset."
+        0,
+        ge=0,
+        description="Number of images that are excluded from training and evaluated instead, chosen from `dataset` by "
+        "`seed`.",
     )
     every_n_steps: Int | None = Field(
-        None, ge=1, description="Steps between evaluations. Unset: only before the first and after the last."
+        None,
+        ge=1,
+        description="Steps between evaluations. There is always one before the first step and one after the last. Unset: "
+        "only these two.",
     )
     num_t_bands: Int = Field(
-        4, ge=1, description="Equal parts of t; each image is measured once in each, at a time and with noise of its own."
+        4,
+        ge=1,
+        description="Number of equal timestep bins in t from 0 to 1. Each image is evaluated once in each bin, with its own "
+        "t and noise.",
     )
-    batch_size: Int = Field(4, ge=1, description="Images that go through a stage at once.")
-    weights: TrainedWeights = Field("last", description="`last`: as they are in training. `ema`: their average, of `[ema]`.")
-    keep_best: Bool = Field(False, description="Export the weights of the lowest mean loss so far, to `best` in the run.")
+    batch_size: Int = Field(4, ge=1, description="Number of images that pass through a stage at once.")
+    weights: TrainedWeights = Field(
+        "last", description="Weights to evaluate. `last`: the current ones. `ema`: their moving average; requires `[ema]`."
+    )
+    keep_best: Bool = Field(
+        False,
+        description="Export the weights with the lowest mean loss of all evaluations so far, to the folder `best` of the "
+        "run.",
+    )
 
     @model_validator(mode="after")
     def _has_images(self) -> EvalConfig:
         if not self.sets and not self.holdout_images:
-            raise ValueError("names no images: give holdout_images = 16, say, or sets of other images")
+            raise ValueError("has no images; set holdout_images, such as holdout_images = 16, or add sets")
         names = [entry.name for entry in self.sets]
         if len(set(names)) < len(names) or HOLDOUT in names:
-            raise ValueError(f"each set needs a name of its own, other than {HOLDOUT!r}")
+            raise ValueError(f"each set needs a unique name other than {HOLDOUT!r}")
         return self

@@ -9,6 +9,6 @@ from utils.config.schema.experiment import ExperimentConfig
 
 
 def experiment_class(family: str) -> type[ExperimentConfig]:
-    """ExperimentConfig whose `[model]` is checked by the family's own settings. Raises KeyError for an unknown family."""
+    """Returns ExperimentConfig with the `[model]` table of a model family. Raises KeyError for an unknown family."""
     field = (models.settings_class(family), Field(description="The network and its encoders."))
     return create_model("ExperimentConfig", __base__=ExperimentConfig, model=field)

@@ -8,6 +8,6 @@ from utils.config.schema.base import Bool, Table
 
 
 class MonitoringConfig(Table):
-    """What is written down while training."""
+    """Logs of a run."""
 
-    tensorboard: Bool = Field(True, description="Write TensorBoard events beside metrics.jsonl.")
+    tensorboard: Bool = Field(True, description="Write TensorBoard events to the run folder, besides `metrics.jsonl`.")

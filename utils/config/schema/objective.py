@@ -15,8 +15,8 @@ from utils.objective.weighting import WeightingScheme
 
 
 class ObjectiveConfig(Table):
-    """What the network is trained to predict, at which noise levels, and with which loss. docs/objective.md has all formulas,
-    with plots."""
+    """What the network is trained to predict, at which noise levels, and with which loss. docs/objective.md has the formulas
+    and plots."""
 
     preset: Preset | None = Field(
         None,
@@ -66,8 +66,8 @@ class ObjectiveConfig(Table):
         3.0,
         ge=0.01,
         le=100,
-        description="Shift s of the noise levels: sigma = s t / (1 + (s - 1) t). Values above 1 favour noisier levels. Use the "
-        "shift that the model is sampled with.",
+        description="Shift s of the noise levels: sigma = s t / (1 + (s - 1) t). Values above 1 favour noisier levels. Use "
+        "the shift that the model is sampled with.",
     )
     shift_resolution: Int | None = Field(
         None,
@@ -88,8 +88,8 @@ class ObjectiveConfig(Table):
     huber_c: Float = Field(
         0.1,
         gt=0,
-        description="For `huber` and `smooth_l1`: the error at which the penalty changes from quadratic to linear. An error of "
-        "the clean latents with `sigma_scaled`, else of the velocity.",
+        description="For `huber` and `smooth_l1`: the error at which the penalty changes from quadratic to linear. An error "
+        "of the clean latents with `sigma_scaled`, else of the velocity.",
     )
     caption_dropout_rate: Float = Field(
         0.0,

@@ -10,14 +10,18 @@ from utils.config.schema.base import Int, Table
 
 
 class PipelineConfig(Table):
-    """How the network and the batch are laid out over the processes."""
+    """How the network and the batch are distributed over the processes."""
 
     pipeline_stages: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         1,
-        description="Consecutive parts the network is cut into, one a process; must divide the number of processes. What "
-        "remains is data parallel. `auto`: one stage for each process.",
+        description="Number of consecutive parts of the network, one per process. Must divide the number of processes; "
+        "processes beyond the stages of one replica form further replicas (data parallelism). `auto`: as many stages as "
+        "processes.",
     )
-    micro_batch_size_per_gpu: Int = Field(1, ge=1, description="Images that go through a stage at once.")
+    micro_batch_size_per_gpu: Int = Field(1, ge=1, description="Number of images that pass through a stage at once.")
     gradient_accumulation_steps: Int = Field(
-        1, ge=1, description="Micro-batches in a step for each replica. At least four times the stages keeps them busy."
+        1,
+        ge=1,
+        description="Number of micro-batches per step and replica. With several stages, use at least four times their "
+        "number to keep them busy.",
     )
