@@ -33,8 +33,9 @@ from utils.data.encoding.encoded import CacheFolders, EncodedData
 from utils.data.encoding.required import required_captions, required_latents
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan
-from utils.data.sources.directory_index import DirectoryIndexer, DirectoryIndex, IndexSettings, IndexPart
-from utils.data.sources.image_rows import Memory, set_captions, unread_rows
+from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexPart, IndexSettings
+from utils.data.sources.image_rows import set_captions, unread_rows
+from utils.files.file_index import FileTable
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH, NUM_STEPS = 32, 300
@@ -57,7 +58,7 @@ class MadeUp(DirectoryIndexer):
         rows.content[:, :8] = np.arange(1, count + 1, dtype="<u8")[:, None].view(np.uint8)
         caption = "image number {:08d}, with a caption about as long as people write them for their images"
         set_captions(rows, [[caption.format(index)] for index in range(count)])
-        return DirectoryIndex([IndexPart(rows, None, Memory(None, False), np.ones(count, bool))])
+        return DirectoryIndex([IndexPart(rows, None, FileTable(None, may_write=False), np.ones(count, bool))])
 
 
 def make(folder: Path, count: int) -> dict[str, object]:

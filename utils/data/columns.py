@@ -1,7 +1,7 @@
-"""Tables in columns, for datasets of millions of images: numbers in arrays, strings in one block of bytes.
+"""Column storage for datasets of millions of images: numbers as arrays, strings as one block of bytes.
 
-A Python object for each image would take a kilobyte; here it takes what its numbers and letters take. A table is kept in
-a safetensors file and read by mapping it: what nobody looks at is never in memory, and processes share what they look at.
+A Python object per image would take about a kilobyte; columns take only the size of the numbers and characters. A table is
+stored as a safetensors file and memory-mapped: unused pages are never loaded, and processes share the pages they use.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from utils.files.atomic import replace_file, temporary_beside
 
 _ESCAPE = "surrogateescape"
-"""Names of files may be bytes that are no UTF-8."""
+"""File names may contain bytes that are not UTF-8."""
 _DAY_SECONDS = 86400.0
 _CHECKSUM_BYTES = 8
 
 
 class FileBlock:
-    """Bytes of a file, read each time they are asked for: unlike a mapping's, they never stay in memory."""
+    """A byte range of a file, read on each access: unlike a memory-mapped range, it never stays in memory."""
 
     def __init__(self, path: Path, start: int, stop: int) -> None:
         self._file = path.open("rb", buffering=0)
@@ -41,20 +41,20 @@ class FileBlock:
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(len(self))
         found = b""
-        while len(found) < stop - start:  # once, but for more than 2 GiB
+        while len(found) < stop - start:  # pread returns at most 2 GiB at a time
             more = os.pread(self._file.fileno(), stop - start - len(found), self._start + start + len(found))
             if not more:
-                raise OSError(errno.EIO, "is cut off", self._file.name)
+                raise OSError(errno.EIO, "is truncated", self._file.name)
             found += more
         return np.frombuffer(found, dtype=np.uint8)
 
     def tobytes(self) -> bytes:
-        """All of them."""
+        """Reads the whole range."""
         return self[:].tobytes()
 
 
 class Texts:
-    """Strings, one after the other in a block of bytes; string i is bytes offsets[i] to offsets[i + 1]."""
+    """Strings stored in one block of bytes; string i is block[offsets[i]:offsets[i + 1]] in UTF-8."""
 
     def __init__(self, offsets: np.ndarray, block: np.ndarray | FileBlock) -> None:
         self.offsets, self.block = offsets, block
@@ -87,7 +87,7 @@ class Texts:
     __hash__ = None  # type: ignore[assignment]
 
     def where(self, chosen: np.ndarray) -> Texts:
-        """Those of the strings for which `chosen`, a boolean for each, is true."""
+        """Returns the strings for which `chosen` (bool, (n,)) is true."""
         if chosen.all():
             return self
         lengths = np.diff(self.offsets)
@@ -96,8 +96,8 @@ class Texts:
         return Texts(offsets, self.block[:][np.repeat(chosen, lengths)])
 
     @classmethod
-    def joined(cls, parts: Iterable[Texts]) -> Texts:
-        """All strings of all parts."""
+    def concatenate(cls, parts: Iterable[Texts]) -> Texts:
+        """Concatenates the strings of all parts."""
         offsets, blocks, end = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)], 0
         for part in parts:
             offsets.append(part.offsets[1:] + end)
@@ -107,7 +107,7 @@ class Texts:
 
 
 def save_columns(path: Path, columns: Mapping[str, np.ndarray], header: str) -> None:
-    """Write the columns and a text, or leave the old file as it was."""
+    """Writes the columns and a header text atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.from_numpy(np.require(column, requirements=["C", "W"])) for name, column in columns.items()}
     temporary = temporary_beside(path)
@@ -116,7 +116,7 @@ def save_columns(path: Path, columns: Mapping[str, np.ndarray], header: str) -> 
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    """Of everything in a file of columns: what is on disks for long, changes there."""
+    """Returns a checksum of the columns and the header, to detect corruption on disk."""
     digest = hashlib.blake2b(header.encode(), digest_size=_CHECKSUM_BYTES)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -125,16 +125,16 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
 
 
 def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors, which share the file's pages and hold no file open, and its metadata.
+    """Maps a safetensors file; returns its tensors, which share the file's pages and keep no file open, and its metadata.
 
-    Raises SafetensorError or OSError when it is none.
+    Raises SafetensorError or OSError if the file is not a valid safetensors file.
     """
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def tensor_place(path: Path, name: str) -> tuple[int, int]:
-    """Where in a safetensors file the bytes of a tensor begin and end."""
+    """Returns the start and end of a tensor's bytes in a safetensors file."""
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         start, stop = json.loads(file.read(header_bytes))[name]["data_offsets"]
@@ -142,16 +142,16 @@ def tensor_place(path: Path, name: str) -> tuple[int, int]:
 
 
 def mark_used(path: Path) -> None:
-    """Note that a file of the cache was used today; `prune` goes by it."""
+    """Updates the modification time of a cache file once a day; `prune` deletes files by it."""
     try:
         if time.time() - path.stat().st_mtime > _DAY_SECONDS:
             os.utime(path)
     except OSError:
-        pass  # somebody else's cache, to read only
+        pass  # a read-only cache of another user
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the file is there and as `save_columns` wrote it; reads all of it."""
+def is_intact(path: Path) -> bool:
+    """Reads the whole file and returns whether it exists and matches its checksum."""
     try:
         map_columns(path, checked=True)
     except (SafetensorError, OSError, ValueError):
@@ -160,12 +160,12 @@ def is_whole(path: Path) -> bool:
 
 
 def map_columns(path: Path, *, checked: bool = False) -> tuple[dict[str, np.ndarray], str]:
-    """What `save_columns` wrote; the columns are read from the file as they are looked at. Marks it as used.
+    """Maps a file written by `save_columns`; returns its columns and header, and marks the file as used.
 
-    checked: read everything first. Raises ValueError when it is not what was written.
+    checked: verifies the checksum first, which reads the whole file. Raises ValueError if the file is damaged.
     """
     mark_used(path)
     tensors, metadata = map_tensors(path)
     if checked and metadata.get("checksum") != _checksum(tensors, metadata.get("header", "")):
-        raise ValueError(f"{path} is damaged: it is not what was written")
+        raise ValueError(f"{path} is damaged: its checksum does not match")
     return {name: tensor.numpy() for name, tensor in tensors.items()}, metadata.get("header", "")

@@ -13,21 +13,8 @@ from utils.data.buckets import Bucket, make_buckets
 from utils.data.examples import ExampleTable, empty_table
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_scan import ARCHIVE_SUFFIXES
-from utils.data.sources.image_rows import Remembered
+from utils.files.file_index import StoredHashes
 from utils.randomness import fraction
-
-
-@dataclass(frozen=True)
-class ContentMemory:
-    """Content hashes of a table's files, and the index files that store them between runs."""
-
-    parts: tuple[tuple[np.ndarray, Remembered], ...] = ()
-    """(Hash column of a table, index file of some of its rows)."""
-
-    def save(self) -> None:
-        """Writes the current hashes to the index files."""
-        for content, remembered in self.parts:
-            remembered.save_content(content)
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,8 @@ class Dataset:
     """Readable images that a key of the dataset file excludes, with the reason."""
     too_small: list[BadFile] = field(default_factory=list)
     """Images smaller than their bucket in directories with upscale = "error"; the run does not start."""
-    memory: ContentMemory = field(default_factory=ContentMemory)
+    stored_hashes: list[StoredHashes] = field(default_factory=list)
+    """Where the content hashes of the examples' files are stored between runs."""
 
     @property
     def num_images(self) -> int:

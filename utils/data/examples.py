@@ -1,7 +1,8 @@
-"""Examples: each image at one size with its captions. A million of them as columns; each made an object when asked for.
+"""Training examples: an image at one resolution, with its captions. A table stores millions of them as columns.
 
-An example is an image's number, a resolution's and a bucket's; all else is the image's and its directory's. The table can
-be written to a file that other processes map, so that one process lists the files and all see the same examples.
+An example is three numbers: its image, its resolution and its bucket; everything else belongs to the image or its directory.
+`Example` objects are created on access. The table can be written to a file that other processes map, so that one process
+scans the directories and all processes use the same examples.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.columns import is_whole, map_columns, save_columns
+from utils.data.columns import is_intact, map_columns, save_columns
 from utils.data.image_table import (
     Directory,
     ImageTable,
-    directory_of_json,
-    flat,
-    hash_or_nothing,
-    hashes,
+    concatenate_images,
+    directory_from_json,
+    from_columns,
+    hashes_as_bytes,
     hashes_of_paired_images,
     is_known,
-    joined_images,
+    known_hash,
     paired_image_of,
-    unflat,
-    unknown,
+    rows_without_hash,
+    to_columns,
 )
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
@@ -38,30 +39,30 @@ from utils.data.sources.tags import TagShuffle
 from utils.randomness import fraction
 
 CHUNK_ROWS = 65536
-"""Of a table, taken out of the columns at once when all are gone through."""
+"""Rows converted to Python objects at a time while iterating over a table."""
 Unhashed = tuple[np.ndarray, int, ImageFile]
-"""A column of hashes, the row in it that is to be filled in, and the file."""
+"""(Hash column, row to be filled in, file to hash)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One image at one size with its captions."""
+    """One image at one resolution, with its captions."""
 
     key: str
-    """Names the example in every random draw: its directory's place in the file, name, resolution ("0/fox.png@512")."""
+    """Identifies the example in every random draw: directory number, image name and resolution ("0/fox.png@512")."""
     image: ImageFile
     captions: tuple[str, ...]
-    """As they are written; `caption` has the other orders of their tags too."""
+    """As written in the dataset; `caption` also returns their shuffled tag orders."""
     box: CropBox
     repeats: float = 1
     mask: ImageFile | None = None
     control: ImageFile | None = None
     loss_weight: float = 1.0
     may_flip: bool = False
-    """Whether it is shown flipped at some of its draws."""
+    """Whether some draws of it are flipped horizontally."""
     shuffle: TagShuffle | None = None
     content: bytes = b""
-    """Hash of the image's bytes; empty until it is known. So for mask and control image."""
+    """Hash of the image file's bytes; empty until it is known. Likewise for the mask and the control image below."""
     mask_content: bytes = b""
     control_content: bytes = b""
 
@@ -71,31 +72,31 @@ class Example:
 
     @property
     def num_captions(self) -> int:
-        """Captions a draw may show: each in each order of its tags."""
+        """Number of captions a draw may select: captions times tag orders."""
         return len(self.captions) * (self.shuffle.num_orders if self.shuffle is not None else 1)
 
     def caption(self, number: int = 0) -> str:
-        """One of them. Number 0 is the first as it is written."""
+        """Returns caption `number` (0 to num_captions - 1). Number 0 is the first caption as written."""
         if self.shuffle is None:
             return self.captions[number]
         order, index = divmod(number, len(self.captions))
         return self.shuffle.order(self.captions[index], order)
 
 
-class Outline(NamedTuple):
-    """What of an example decides which entries of the cache are its own."""
+class CacheInputs(NamedTuple):
+    """The facts of an example that determine the keys of its cache entries."""
 
     geometry: str
-    """How it is cut out of its image: the `key` of its box."""
+    """Scaling and crop: the `key` of its crop box."""
     content: bytes
-    """Hash of the image's bytes; empty when it is not known. So for mask and control image, and when there is none."""
+    """Hash of the image file's bytes; empty if it is not known. The next two are also empty if there is no such file."""
     mask_content: bytes
     control_content: bytes
     may_flip: bool
 
 
 class ExampleTable(Sequence[Example]):
-    """A sequence of examples that holds no Example."""
+    """A sequence of examples that stores columns and creates each `Example` on access."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class ExampleTable(Sequence[Example]):
         controls: PairedImages,
         rows: np.ndarray,
     ) -> None:
-        """rows (n, 3) int32: number of the image, of the resolution among its directory's, and of the bucket."""
+        """rows: (n, 3) int32, the indices of the image, of the resolution in its directory, and of the bucket."""
         self.directories, self.containers, self.buckets = list(directories), list(containers), list(buckets)
         self.images, self.masks, self.controls = images, masks, controls
         self.rows = rows
@@ -122,7 +123,7 @@ class ExampleTable(Sequence[Example]):
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[position] for position in range(*index.indices(len(self)))]
         image, resolution, bucket = self.rows[index].tolist()
         images, directory = self.images, self.directories[self.images.directory[image]]
         name = f"{images.names[image]}@{directory.resolutions[resolution]}"
@@ -140,7 +141,7 @@ class ExampleTable(Sequence[Example]):
             loss_weight=directory.loss_weight,
             may_flip=directory.may_flip,
             shuffle=directory.shuffle,
-            content=hash_or_nothing(images.content[image]),
+            content=known_hash(images.content[image]),
             mask_content=mask_content,
             control_content=control_content,
         )
@@ -149,11 +150,11 @@ class ExampleTable(Sequence[Example]):
         return (self[index] for index in range(len(self)))
 
     def name_of(self, image: int) -> str:
-        """What begins the keys of an image's examples, before their sizes; by its row in `images`."""
+        """Returns the part of an example's key before its resolution, for a row of `images`."""
         return f"{self.directories[self.images.directory[image]].place}/{self.images.names[image]}"
 
     def file(self, image: int) -> ImageFile:
-        """Where the bytes of an image are; by its row in `images`."""
+        """Returns the location of an image's bytes, for a row of `images`."""
         images = self.images
         path = Path(self.directories[images.directory[image]].path) / images.names[image]
         number = int(images.container[image]) if len(images.container) else NO_ROW
@@ -164,7 +165,7 @@ class ExampleTable(Sequence[Example]):
         return ImageFile(Path(container.path), member, int(images.start[image]), int(images.length[image]))
 
     def box(self, index: int) -> CropBox:
-        """That of an example, without the rest of it."""
+        """Returns the crop box of an example without creating the example."""
         image, resolution, bucket = self.rows[index].tolist()
         directory = self.directories[self.images.directory[image]]
         name = f"{self.images.names[image]}@{directory.resolutions[resolution]}" if directory.random_crop else ""
@@ -172,19 +173,19 @@ class ExampleTable(Sequence[Example]):
 
     def _box(self, image: int, bucket: Bucket, directory: Directory, name: str) -> CropBox:
         width, height = self.images.sizes[image].tolist()
-        # Not by the run's seed: another one would encode every image anew. Nor by the directory's place in the file.
+        # Depends neither on the run's seed nor on the directory's number, so that changing these re-encodes nothing.
         place = fraction(0, "crop", name) if directory.random_crop else None
         return crop_box(width, height, bucket, place)
 
     def directory_of(self, index: int) -> Directory:
-        """An example's directory."""
+        """Returns the directory of an example."""
         return self.directories[self.images.directory[self.rows[index, 0]]]
 
-    def outlines(self) -> Iterator[Outline]:
-        """What the cache's keys are made of, of each example in turn; four times as fast as the examples themselves."""
+    def cache_inputs(self) -> Iterator[CacheInputs]:
+        """Yields the cache inputs of each example; four times as fast as iterating over the examples."""
         drawn = np.array([directory.random_crop for directory in self.directories], bool)
         flipped = np.array([directory.may_flip for directory in self.directories], bool)
-        known: dict[tuple[int, int, int], str] = {}  # images of one size are many
+        known: dict[tuple[int, int, int], str] = {}  # many images share a size
         for start in range(0, len(self), CHUNK_ROWS):
             if len(known) > CHUNK_ROWS:
                 known.clear()
@@ -192,7 +193,7 @@ class ExampleTable(Sequence[Example]):
             images, directory = rows[:, 0], self.images.directory[rows[:, 0]]
             shapes = np.column_stack([self.images.sizes[images], rows[:, 2]]).tolist()
             columns = (
-                hashes(self.images.content[images]),
+                hashes_as_bytes(self.images.content[images]),
                 hashes_of_paired_images(self.images.mask, images, self.masks),
                 hashes_of_paired_images(self.images.control, images, self.controls),
                 flipped[directory].tolist(),
@@ -204,26 +205,26 @@ class ExampleTable(Sequence[Example]):
                     geometry = self.box(start + offset).key()
                 elif (geometry := known.get((width, height, bucket), "")) == "":
                     geometry = known[width, height, bucket] = crop_box(width, height, self.buckets[bucket]).key()
-                yield Outline(geometry, content, mask, control, may_flip)
+                yield CacheInputs(geometry, content, mask, control, may_flip)
 
     @property
     def repeats(self) -> np.ndarray:
-        """Showings of each example in an epoch, (n,) float64."""
-        of_directory = np.array([directory.repeats for directory in self.directories], dtype=np.float64)
-        return of_directory[self.images.directory[self.rows[:, 0]]]
+        """How many times each example is shown per epoch, (n,) float64."""
+        by_directory = np.array([directory.repeats for directory in self.directories], dtype=np.float64)
+        return by_directory[self.images.directory[self.rows[:, 0]]]
 
     @property
     def num_images(self) -> int:
         return len(np.unique(self.rows[:, 0]))
 
     def bucket_counts(self) -> dict[Bucket, int]:
-        """Number of examples of each bucket that has any."""
+        """Returns the number of examples of each bucket that is used."""
         counts = np.bincount(self.rows[:, 2], minlength=len(self.buckets))
         return dict(sorted((bucket, int(count)) for bucket, count in zip(self.buckets, counts, strict=True) if count))
 
     def where(self, chosen: np.ndarray, *, never_flipped: bool = False) -> ExampleTable:
-        """The examples for which `chosen`, a boolean for each, is true, in their order."""
-        directories = [replace(one, may_flip=one.may_flip and not never_flipped) for one in self.directories]
+        """Returns the examples for which `chosen` (bool, (n,)) is true, in their order."""
+        directories = [replace(entry, may_flip=entry.may_flip and not never_flipped) for entry in self.directories]
         return ExampleTable(
             directories, self.containers, self.buckets, self.images, self.masks, self.controls, self.rows[chosen]
         )
@@ -231,25 +232,29 @@ class ExampleTable(Sequence[Example]):
     # --- hashes of bytes ---------------------------------------------------------------------------------------------
 
     def _unhashed_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[int], ImageFile]]]:
-        """(Hashes, rows of them that examples need and that are not known, row -> file) of images and companions."""
+        """Yields (hash column, used rows without a hash, row -> file) for the images, the masks and the control images."""
         images = np.unique(self.rows[:, 0])
-        yield self.images.content, unknown(self.images.content, images), self.file
+        yield self.images.content, rows_without_hash(self.images.content, images), self.file
         for column, paired_images in ((self.images.mask, self.masks), (self.images.control, self.controls)):
             if len(column):
                 rows = np.unique(column[images])
-                yield paired_images.content, unknown(paired_images.content, rows[rows != NO_ROW]), paired_images.file
+                yield (
+                    paired_images.content,
+                    rows_without_hash(paired_images.content, rows[rows != NO_ROW]),
+                    paired_images.file,
+                )
 
     def num_unhashed(self) -> int:
-        """Files that examples need and whose hash is not known."""
+        """Returns the number of files that examples use and whose hash is not known."""
         return sum(len(rows) for _, rows, _ in self._unhashed_rows())
 
     def unhashed(self) -> Iterator[Unhashed]:
-        """Each of them."""
+        """Yields each of these files."""
         for content, rows, file_of in self._unhashed_rows():
             yield from ((content, row, file_of(row)) for row in rows.tolist())
 
     def incomplete(self) -> np.ndarray:
-        """Which examples need a file whose hash is not known: boolean."""
+        """Returns which examples use a file whose hash is not known: bool, (n,)."""
         image = self.rows[:, 0]
         missing = ~is_known(self.images.content)[image]
         for column, paired_images in ((self.images.mask, self.masks), (self.images.control, self.controls)):
@@ -261,43 +266,44 @@ class ExampleTable(Sequence[Example]):
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save_in(self, folder: Path) -> Path:
-        """Write the table to a file that `open` maps, and return it; it is named after its contents."""
+        """Writes the table to a file in the folder, named after the hash of its contents, and returns its path."""
         header = {
             "directories": [asdict(directory) for directory in self.directories],
             "containers": [asdict(container) for container in self.containers],
             "buckets": [(bucket.width, bucket.height) for bucket in self.buckets],
         }
-        # Names of one file are of use while images are held out, which is done.
+        # File identities are needed only for choosing held-out images, which happens before.
         images = replace(self.images, same=self.images.same[:0])
-        columns = {"rows": self.rows, **flat("images", images)}
-        columns |= flat("masks", self.masks) | flat("controls", self.controls)
+        columns = {"rows": self.rows, **to_columns("images", images)}
+        columns |= to_columns("masks", self.masks) | to_columns("controls", self.controls)
         text = json.dumps(header)
         digest = hashlib.blake2b(text.encode(), digest_size=CONTENT_BYTES)
         for name, column in columns.items():
             digest.update(f"{name} {column.shape}".encode())
             digest.update(np.ascontiguousarray(column).data)
         path = folder / f"{digest.hexdigest()}.safetensors"
-        if not is_whole(path):
+        if not is_intact(path):
             save_columns(path, columns, text)
         return path
 
     @classmethod
     def open(cls, path: Path) -> ExampleTable:
+        """Maps a table written by `save_in`."""
         columns, text = map_columns(path)
         header = json.loads(text)
         return cls(
-            [directory_of_json(entry) for entry in header["directories"]],
+            [directory_from_json(entry) for entry in header["directories"]],
             [Container(**entry) for entry in header["containers"]],
             [Bucket(*sides) for sides in header["buckets"]],
-            ImageTable(**unflat("images", columns, path)),  # type: ignore[arg-type]
-            PairedImages(**unflat("masks", columns, path)),  # type: ignore[arg-type]
-            PairedImages(**unflat("controls", columns, path)),  # type: ignore[arg-type]
+            ImageTable(**from_columns("images", columns, path)),  # type: ignore[arg-type]
+            PairedImages(**from_columns("masks", columns, path)),  # type: ignore[arg-type]
+            PairedImages(**from_columns("controls", columns, path)),  # type: ignore[arg-type]
             columns["rows"],
         )
 
 
 def empty_table() -> ExampleTable:
-    """No examples."""
+    """Returns a table without examples."""
     return ExampleTable(
-        [], [], [], joined_images([]), empty_paired_images(), empty_paired_images(), np.zeros((0, 3), np.int32)
+        [], [], [], concatenate_images([]), empty_paired_images(), empty_paired_images(), np.zeros((0, 3), np.int32)
     )

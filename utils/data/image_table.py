@@ -1,4 +1,4 @@
-"""What is known of a dataset's images, in columns: one row an image. What a directory's images share is said once."""
+"""The images of a dataset as columns, one row per image, and the settings shared by the images of a directory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NO_HASH = bytes(CONTENT_BYTES)
 
 @dataclass(frozen=True)
 class Directory:
-    """What the examples of one [[directory]] share."""
+    """The settings shared by all examples of one [[directory]]."""
 
     place: str
-    """Its place in the file, "0"; of an evaluation set "eval/faces/0". Keys begin with it."""
+    """Number of the directory in its dataset file, "0"; "eval/faces/0" in an evaluation set. Prefix of example keys."""
     path: str
     resolutions: tuple[int, ...]
     repeats: float
@@ -35,41 +35,41 @@ class Directory:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """Columns of what is known of each image; one row each."""
+    """Columns of image properties, one row per image. (n,) unless stated otherwise."""
 
     directory: np.ndarray
-    """Number of its directory."""
+    """Index of the image's directory."""
     names: Texts
-    """Below the directory's path."""
+    """Path relative to the directory."""
     sizes: np.ndarray
-    """(n, 2) int32: width and height in pixels, as it is to be looked at."""
+    """(n, 2) int32: width and height in pixels, after EXIF rotation."""
     same: np.ndarray
-    """Equal numbers: one file under several names."""
+    """File identity: equal for several names of one file."""
     content: np.ndarray
-    """(n, 16) uint8, zeros where it is not known yet."""
+    """(n, 16) uint8: hash of the file's bytes; zeros where it is not known yet."""
     captions: Texts
     first_caption: np.ndarray
-    """(n + 1): image i has captions first_caption[i] to first_caption[i + 1]."""
+    """(n + 1,): image i has captions first_caption[i]:first_caption[i + 1]."""
     container: np.ndarray
-    """Number of the file it is in, or NO_ROW. Empty, as the next two, when no image is in a file with others."""
+    """Index of the image's archive, or NO_ROW. Empty, like the next two, if no image is in an archive."""
     start: np.ndarray
     length: np.ndarray
     mask: np.ndarray
-    """Row of its mask, or NO_ROW. Empty when no image has one. So for control images."""
+    """Row of the image's mask, or NO_ROW. Empty if no image has one. Likewise for control images below."""
     control: np.ndarray
 
     def __len__(self) -> int:
         return len(self.directory)
 
 
-def _or_empty(column: np.ndarray) -> np.ndarray:
+def _drop_if_unused(column: np.ndarray) -> np.ndarray:
     return column if (column != NO_ROW).any() else column[:0]
 
 
-def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
-    """All rows of all parts, which have every column; those that say NO_ROW in every row are left away."""
+def concatenate_images(parts: Iterable[ImageTable]) -> ImageTable:
+    """Concatenates parts that have all columns; drops the columns that are NO_ROW in every row."""
     parts = list(parts)
-    captions = Texts.joined(part.captions for part in parts)
+    captions = Texts.concatenate(part.captions for part in parts)
     counts = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.first_caption) for part in parts)])
 
     def column(name: str, dtype: type, width: tuple[int, ...] = ()) -> np.ndarray:
@@ -79,17 +79,17 @@ def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
     is_contained = bool((container != NO_ROW).any())
     return ImageTable(
         directory=column("directory", np.int32),
-        names=Texts.joined(part.names for part in parts),
+        names=Texts.concatenate(part.names for part in parts),
         sizes=column("sizes", np.int32, (2,)),
         same=column("same", np.int64),
         content=column("content", np.uint8, (CONTENT_BYTES,)),
         captions=captions,
         first_caption=group_offsets(counts),
-        container=_or_empty(container),
+        container=_drop_if_unused(container),
         start=column("start", np.int64) if is_contained else np.zeros(0, np.int64),
         length=column("length", np.int64) if is_contained else np.zeros(0, np.int64),
-        mask=_or_empty(mask),
-        control=_or_empty(control),
+        mask=_drop_if_unused(mask),
+        control=_drop_if_unused(control),
     )
 
 
@@ -97,39 +97,43 @@ def joined_images(parts: Iterable[ImageTable]) -> ImageTable:
 
 
 def is_known(content: np.ndarray) -> np.ndarray:
-    """Which of the hashes (n, 16) are no zeros: boolean, (n,)."""
+    """Returns which of the hashes (n, 16) are known, that is not zero: bool, (n,)."""
     return np.asarray(content.any(axis=1))
 
 
-def unknown(content: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def rows_without_hash(content: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns those of the rows whose hash is not known."""
     return rows[~is_known(content[rows])]
 
 
-def hashes(content: np.ndarray) -> list[bytes]:
-    """Rows (n, 16) as bytes; empty where a hash is not known."""
+def hashes_as_bytes(content: np.ndarray) -> list[bytes]:
+    """Converts hashes (n, 16) to bytes objects; empty where a hash is not known."""
     block = content.tobytes()
-    hashes = (block[start : start + CONTENT_BYTES] for start in range(0, len(block), CONTENT_BYTES))
-    return [one if one != _NO_HASH else b"" for one in hashes]
+    digests = (block[start : start + CONTENT_BYTES] for start in range(0, len(block), CONTENT_BYTES))
+    return [digest if digest != _NO_HASH else b"" for digest in digests]
 
 
 def hashes_of_paired_images(column: np.ndarray, images: np.ndarray, paired_images: PairedImages) -> list[bytes]:
-    """Of each image's mask, or control image; empty where it has none."""
+    """Returns the hash of each image's mask, or control image; empty where the image has none or the hash is unknown."""
     if not len(column):
         return [b""] * len(images)
     rows = column[images]
     return [
-        one if row != NO_ROW else b"" for one, row in zip(hashes(paired_images.content[rows]), rows.tolist(), strict=True)
+        one if row != NO_ROW else b""
+        for one, row in zip(hashes_as_bytes(paired_images.content[rows]), rows.tolist(), strict=True)
     ]
 
 
 def paired_image_of(column: np.ndarray, image: int, paired_images: PairedImages) -> tuple[ImageFile | None, bytes]:
+    """Returns the mask, or control image, of an image, and its hash; (None, b"") if it has none."""
     row = int(column[image]) if len(column) else NO_ROW
     if row == NO_ROW:
         return None, b""
-    return paired_images.file(row), hash_or_nothing(paired_images.content[row])
+    return paired_images.file(row), known_hash(paired_images.content[row])
 
 
-def hash_or_nothing(row: np.ndarray) -> bytes:
+def known_hash(row: np.ndarray) -> bytes:
+    """Converts one hash (16,) to bytes; empty if it is not known."""
     content = row.tobytes()
     return content if content != _NO_HASH else b""
 
@@ -137,15 +141,16 @@ def hash_or_nothing(row: np.ndarray) -> bytes:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def directory_of_json(entry: Mapping[str, object]) -> Directory:
+def directory_from_json(entry: Mapping[str, object]) -> Directory:
+    """Restores a directory from its JSON object."""
     shuffle = entry["shuffle"]
     values = {**entry, "resolutions": tuple(entry["resolutions"])}  # type: ignore[arg-type]
     values["shuffle"] = TagShuffle(**shuffle) if isinstance(shuffle, dict) else None
     return Directory(**values)  # type: ignore[arg-type]
 
 
-def flat(prefix: str, table: ImageTable | PairedImages) -> dict[str, np.ndarray]:
-    """Column name -> array; of strings two arrays."""
+def to_columns(prefix: str, table: ImageTable | PairedImages) -> dict[str, np.ndarray]:
+    """Converts a table to columns by prefixed name; a column of strings becomes two arrays, `.offsets` and `.block`."""
     columns: dict[str, np.ndarray] = {}
     for name, value in vars(table).items():
         if isinstance(value, Texts):
@@ -157,8 +162,8 @@ def flat(prefix: str, table: ImageTable | PairedImages) -> dict[str, np.ndarray]
     return columns
 
 
-def unflat(prefix: str, columns: Mapping[str, np.ndarray], path: Path) -> dict[str, np.ndarray | Texts]:
-    """The other way; letters stay in the file."""
+def from_columns(prefix: str, columns: Mapping[str, np.ndarray], path: Path) -> dict[str, np.ndarray | Texts]:
+    """Restores a table's fields from the columns of a file; the characters of strings are read from the file on access."""
     table: dict[str, np.ndarray | Texts] = {}
     for key, value in columns.items():
         owner, _, name = key.partition(".")

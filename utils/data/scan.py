@@ -1,4 +1,7 @@
-"""The dataset file to the table of training examples: every image in its bucket at every resolution. Opens no pixels."""
+"""Builds the table of training examples from a dataset file: assigns every image to a bucket at every resolution.
+
+Reads image sizes and captions, but no pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,23 @@ import numpy as np
 
 from utils.config.schema.dataset import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, nearest_buckets
-from utils.data.dataset import ContentMemory, Dataset, dataset_buckets, directory_errors
+from utils.data.dataset import Dataset, dataset_buckets, directory_errors
 from utils.data.examples import ExampleTable
-from utils.data.image_table import Directory, ImageTable, joined_images
+from utils.data.image_table import Directory, ImageTable, concatenate_images
 from utils.data.sources.caption_sources import first_few
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndexer, IndexPart, IndexSettings
-from utils.data.sources.image_rows import NO_ROW, Container, ImageRows, Remembered
+from utils.data.sources.image_rows import NO_ROW, Container, ImageRows
 from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable
 from utils.data.sources.tags import TagShuffle
+from utils.files.file_index import FileTable, StoredHashes
 
 
 def scan(config: DatasetConfig, multiple: int, indexer: DirectoryIndexer, *, prefix: str = "") -> Dataset:
-    """Every usable example of every directory, in order of directories and names; and what could not be used.
+    """Scans all directories; returns their usable examples, sorted by directory and name, and the unusable files.
 
-    Keys begin with the prefix: several datasets of one run need different ones. Directories that are not there are passed
-    over; directory_errors tells of them.
+    prefix: start of every example key; the datasets of one run need different prefixes. Missing directories are skipped;
+    `directory_errors` reports them.
     """
     scanner = _Scanner(config, multiple, indexer)
     broken = {key.partition(".")[0] for key, _ in directory_errors(config)}
@@ -35,7 +39,7 @@ def scan(config: DatasetConfig, multiple: int, indexer: DirectoryIndexer, *, pre
 
 
 class _Scanner:
-    """Builds the table, a directory at a time."""
+    """Builds the table one directory at a time."""
 
     def __init__(self, config: DatasetConfig, multiple: int, indexer: DirectoryIndexer) -> None:
         self._multiple, self._indexer = multiple, indexer
@@ -46,7 +50,8 @@ class _Scanner:
         self._parts: list[ImageTable] = []
         self._rows: list[np.ndarray] = []
         self._num_images = 0
-        self._remembered: list[Remembered] = []
+        self._tables: list[tuple[int, FileTable, np.ndarray]] = []
+        """(First row, table, which rows of the table) of each part."""
         self._paired_images = {kind: PairedImageTable(kind, indexer) for kind in (MASK, CONTROL)}
         self._enlarged: list[np.ndarray] = []
 
@@ -58,14 +63,14 @@ class _Scanner:
             caption_column=directory.caption_column,
         )
         num_bad = len(self._found.bad_files)
-        inner = [path for path in (directory.mask_path, directory.control_path) if path is not None]
-        listing = self._indexer.index(directory.path, settings, excluded=inner)
-        self._found.bad_files.extend(listing.bad_files)
-        self._found.warnings.extend(listing.warnings)
+        excluded = [path for path in (directory.mask_path, directory.control_path) if path is not None]
+        index = self._indexer.index(directory.path, settings, excluded)
+        self._found.bad_files.extend(index.bad_files)
+        self._found.warnings.extend(index.warnings)
         number = len(self._directories)
-        self._directories.append(_facts(directory, place))
+        self._directories.append(_directory_of(directory, place))
         before = sum(map(len, self._rows))
-        for part in listing.parts:
+        for part in index.parts:
             self._add_part(part, number, directory)
         if directory.on_bad_file == "error":
             self._found.fatal_files.extend(self._found.bad_files[num_bad:])
@@ -101,39 +106,39 @@ class _Scanner:
         usable &= (control != NO_ROW) | (directory.control_path is None)
         for index, resolution in enumerate(directory.resolutions):
             self._sort_into_buckets(rows, np.flatnonzero(usable), index, resolution, directory)
-        self._remembered.append(Remembered(part.memory, part.usable, self._num_images))
+        self._tables.append((self._num_images, part.table, part.usable))
         self._num_images += count
 
     def _paired_images_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: ImageRows) -> np.ndarray:
         if folder is None:
             return np.full(len(rows), NO_ROW, np.int32)
 
-        def shown(row: int) -> Path:
+        def path_of(row: int) -> Path:
             return directory.path / rows.names[row]
 
-        found, bad_files = self._paired_images[kind].find(folder, directory.recursive, rows, shown)
+        found, bad_files = self._paired_images[kind].find(folder, directory.recursive, rows, path_of)
         self._found.bad_files.extend(bad_files)
         return found
 
     def _in_size(self, rows: ImageRows, directory: DirectoryConfig) -> np.ndarray:
-        """Which images min_pixels and max_pixels leave."""
+        """Returns which images min_pixels and max_pixels allow; records the others as skipped."""
         pixels = rows.sizes[:, 0].astype(np.int64) * rows.sizes[:, 1]
-        left = np.ones(len(rows), bool)
-        for key, limit, wrong in (
+        allowed = np.ones(len(rows), bool)
+        for key, limit, excluded in (
             ("min_pixels", directory.min_pixels, pixels < directory.min_pixels),
             ("max_pixels", directory.max_pixels, pixels > (directory.max_pixels or np.inf)),
         ):
-            for row in np.flatnonzero(wrong).tolist():
+            for row in np.flatnonzero(excluded).tolist():
                 width, height = rows.sizes[row].tolist()
                 reason = f"is {width}x{height} pixels; {key} = {limit}"
                 self._found.skipped.append(BadFile(directory.path / rows.names[row], reason))
-            left &= ~wrong
-        return left
+            allowed &= ~excluded
+        return allowed
 
     def _sort_into_buckets(
         self, rows: ImageRows, chosen: np.ndarray, index: int, resolution: int, directory: DirectoryConfig
     ) -> None:
-        """Add an example for each chosen row at the resolution, which is the directory's number `index`."""
+        """Adds an example for each chosen row at a resolution; `index` is the resolution's index in the directory."""
         buckets = dataset_buckets(directory, resolution, self._multiple)
         numbers = np.array([self._buckets.setdefault(bucket, len(self._buckets)) for bucket in buckets], np.int32)
         sizes = rows.sizes[chosen].astype(np.float64)
@@ -143,41 +148,40 @@ class _Scanner:
         if directory.upscale == "allow":
             self._enlarged.append(chosen[is_small] + self._num_images)
         else:
-            self._leave_out_small(rows, chosen[is_small], sides[is_small], directory)
+            self._record_small(rows, chosen[is_small], sides[is_small], directory)
             chosen, nearest = chosen[~is_small], nearest[~is_small]
         columns = [chosen + self._num_images, np.full(len(chosen), index), numbers[nearest]]
         self._rows.append(np.stack(columns, axis=1).astype(np.int32))
 
-    def _leave_out_small(self, rows: ImageRows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
-        told = self._found.too_small if directory.upscale == "error" else self._found.skipped
+    def _record_small(self, rows: ImageRows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
+        recorded = self._found.too_small if directory.upscale == "error" else self._found.skipped
         for row, (bucket_width, bucket_height) in zip(chosen.tolist(), sides.astype(int).tolist(), strict=True):
             width, height = rows.sizes[row].tolist()
             reason = f"is {width}x{height} pixels, smaller than its bucket {bucket_width}x{bucket_height}"
-            told.append(BadFile(directory.path / rows.names[row], f'{reason}; upscale = "{directory.upscale}"'))
+            recorded.append(BadFile(directory.path / rows.names[row], f'{reason}; upscale = "{directory.upscale}"'))
 
     def dataset(self) -> Dataset:
-        """What was found in all directories."""
+        """Returns the dataset of all directories added so far."""
         masks, controls = self._paired_images[MASK], self._paired_images[CONTROL]
-        # A directory is listed image by image, and each image has its resolutions side by side.
+        # The examples of a directory are sorted by image, then by resolution.
         rows = np.concatenate([np.zeros((0, 3), np.int32), *self._rows])
         rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-        images = joined_images(self._parts)
+        images = concatenate_images(self._parts)
         table = ExampleTable(
             self._directories, self._containers, list(self._buckets), images, masks.columns(), controls.columns(), rows
         )
         warnings = [*self._found.warnings, *masks.warnings(), *controls.warnings()]
         enlarged = np.unique(np.concatenate([np.zeros(0, np.int64), *self._enlarged]))
         if len(enlarged):
-            shown = first_few([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
-            warnings.append(f"{len(enlarged)} images are smaller than their bucket and enlarged: {shown}")
-        memory = [(images.content, part) for part in self._remembered]
-        memory += [(table.masks.content, part) for part in masks.remembered()]
-        memory += [(table.controls.content, part) for part in controls.remembered()]
-        return replace(self._found, examples=table, warnings=warnings, memory=ContentMemory(tuple(memory)))
+            examples = first_few([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
+            warnings.append(f"{len(enlarged)} images are smaller than their bucket and are enlarged: {examples}")
+        stored = [StoredHashes(images.content, *place) for place in self._tables]
+        stored += [*masks.stored_hashes(table.masks.content), *controls.stored_hashes(table.controls.content)]
+        return replace(self._found, examples=table, warnings=warnings, stored_hashes=stored)
 
 
-def _facts(directory: DirectoryConfig, place: str) -> Directory:
-    """What the examples of a directory share."""
+def _directory_of(directory: DirectoryConfig, place: str) -> Directory:
+    """Returns the settings shared by the examples of a directory."""
     shuffle = None
     if directory.cache_shuffle_num > 1:
         shuffle = TagShuffle(directory.cache_shuffle_num, directory.cache_shuffle_delimiter, directory.keep_tokens)

@@ -6,22 +6,21 @@ training are included, none of which can hold a secret.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 from models.family import ModelFamily
 from utils.config.schema.experiment import ExperimentConfig
+from utils.files.file_index import FileIndex
 
 TRAINING_TABLES = ("seed", "model", "objective", "adapter", "ema", "optimizer", "pipeline")
 """Keys and tables of the configuration that define the training."""
 
 
-def run_metadata(config: ExperimentConfig, family: ModelFamily, step: int) -> dict[str, str]:
-    """The header entries of every exported file."""
-    base = [(path.name, file_sha256(path)) for path in family.network_files]
+def run_metadata(config: ExperimentConfig, family: ModelFamily, step: int, files: FileIndex) -> dict[str, str]:
+    """The header entries of every exported file; model sites and sd-scripts identify the base weights by their SHA-256."""
+    base = [(path.name, files.hash_of(path, "sha256")) for path in family.network_files]
     first_name, first_hash = base[0]
     token_lengths = {key: value for key, value in config.model.model_dump().items() if key.endswith("token_length")}
     return {
@@ -54,15 +53,3 @@ def _without_folders(value: object) -> object:
     if isinstance(value, str) and (Path(value).is_absolute() or "/" in value or "\\" in value):  # the folder of a tokenizer
         return Path(value).name
     return value.name if isinstance(value, Path) else value
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 by which model sites and sd-scripts identify a file; cached until the file changes."""
-    status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _sha256(path: Path, _num_bytes: int, _mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

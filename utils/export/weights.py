@@ -7,9 +7,11 @@ files are complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from utils.distributed.world import world
 from utils.export.formats import WeightReader, rounded
 from utils.export.metadata import run_metadata
 from utils.files.atomic import remove_folder, sync_folder, write_text
+from utils.files.file_index import FileIndex
 from utils.files.safetensors_writer import Entry, FileLayout, create_file, plan_file, write_tensors
 from utils.pipeline.engine import Pipeline
 from utils.trainable.base import ExportFile, ShardedFolder, Trainable
@@ -70,11 +73,22 @@ class Exporter:
 
     def _files(self, name: str, step: int) -> list[ExportFile]:
         """The files of the configured formats with their complete headers."""
-        own = run_metadata(self.config, self.family, step) if world().is_main else {}
+        own = self._run_metadata(step) if world().is_main else {}
         group.wait_for_all(f"hashes of export {name}")  # hashing a large base file may exceed a collective's timeout
         metadata = {**self.family.export_metadata(), **group.broadcast(own)}
         files = self.trainable.export_files(export_formats(self.config, self.trainable))
         return [replace(file, metadata={**metadata, **file.metadata}) for file in files]
+
+    def _run_metadata(self, step: int) -> dict[str, str]:
+        metadata = run_metadata(self.config, self.family, step, self._base_files)
+        with contextlib.suppress(OSError):  # the cache of another user may be read-only
+            self._base_files.save()
+        return metadata
+
+    @cached_property
+    def _base_files(self) -> FileIndex:
+        """Stores the hashes of the base weights between exports and between runs."""
+        return FileIndex(self.config.cache_folder)
 
     # --- one file ----------------------------------------------------------------------------------------------------
 

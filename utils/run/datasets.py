@@ -13,13 +13,14 @@ from models.family import ModelFamily
 from utils.config.load import TRAINING, Config, ErrorDetail
 from utils.config.schema.dataset import DatasetConfig
 from utils.config.schema.evaluation import HOLDOUT
-from utils.data.dataset import ContentMemory, Dataset, directory_errors, hold_out, resolution_errors
+from utils.data.dataset import Dataset, directory_errors, hold_out, resolution_errors
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.readers import Readers
 from utils.distributed.world import World
+from utils.files.file_index import FileIndex, StoredHashes
 from utils.report.dataset_gather import write_bad_files
 
 MAX_BAD_FILES_SHOWN = 20
@@ -34,7 +35,7 @@ class Datasets:
 
     training: Dataset = field(default_factory=Dataset)
     eval_sets: dict[str, ExampleTable] = field(default_factory=dict)
-    memories: list[ContentMemory] = field(default_factory=list)
+    stored_hashes: list[StoredHashes] = field(default_factory=list)
 
 
 def num_readers(world: World) -> int:
@@ -56,9 +57,9 @@ def open_datasets(
     `may_write`: whether the file index in the cache folder is updated and the list of bad files written.
     """
     with Readers(num_readers(world) * world.local_size) as readers:  # the other ranks of this host are idle
-        indexer = DirectoryIndexer(readers, config.experiment.cache_folder / "files", may_write=may_write)
+        indexer = DirectoryIndexer(readers, FileIndex(config.experiment.cache_folder, may_write=may_write))
         datasets = Datasets(_open_dataset(*config.dataset_of(TRAINING), family, errors, indexer))
-        datasets.memories.append(datasets.training.memory)
+        datasets.stored_hashes += datasets.training.stored_hashes
         _hold_out(config, datasets, errors)
         for name in config.eval_sets:
             found = _open_dataset(*config.dataset_of(name), family, errors, indexer, prefix=f"eval/{name}/")
@@ -70,7 +71,7 @@ def open_datasets(
 
 def _add_eval_set(datasets: Datasets, name: str, found: Dataset) -> None:
     datasets.eval_sets[name] = found.examples
-    datasets.memories.append(found.memory)
+    datasets.stored_hashes += found.stored_hashes
     both = _num_shared(datasets.training.examples, found.examples)
     if both:
         datasets.training.warnings.append(f"{both} images of the evaluation set {name!r} are also in the training set")

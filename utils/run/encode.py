@@ -33,7 +33,7 @@ def encode_dataset(
     config, here = experiment.config.experiment, world()
     texts = {EMPTY_CAPTION, *(text for prompt in experiment.prompts for text in (prompt.text, prompt.negative))}
     tables = [experiment.dataset.examples, *experiment.eval_sets.values()]
-    run_data = RunData(tables, sorted(texts), experiment.memories)
+    run_data = RunData(tables, sorted(texts), experiment.stored_hashes)
     try:
         cached = cache_dataset(experiment.family, run_data, experiment.cache_settings, device, num_readers(here))
     except (CachingError, CacheInUse, DamagedShard, CacheWriteError, PermissionError) as error:

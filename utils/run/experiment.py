@@ -10,9 +10,10 @@ from models.family import ModelFamily
 from utils.checkpoint.manifest import SavedState
 from utils.config.load import Config
 from utils.data.batches import BatchOrder
-from utils.data.dataset import ContentMemory, Dataset
+from utils.data.dataset import Dataset
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
+from utils.files.file_index import StoredHashes
 from utils.previews.prompt_list import Prompt
 from utils.trainable.base import Trainable
 
@@ -26,7 +27,7 @@ class Experiment:
     dataset: Dataset
     eval_sets: dict[str, ExampleTable]
     """Name -> held-out examples. Empty tables on every rank but 0 until the cache is filled, as is `dataset`."""
-    memories: list[ContentMemory]
+    stored_hashes: list[StoredHashes]
     """The stores of content hashes of the dataset's files."""
     prompts: list[Prompt]
     num_stages: int

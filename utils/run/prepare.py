@@ -67,7 +67,7 @@ def prepare(
         family=family,
         dataset=datasets.training,
         eval_sets=datasets.eval_sets,
-        memories=datasets.memories,
+        stored_hashes=datasets.stored_hashes,
         prompts=prompts,
         num_stages=num_stages,
         num_replicas=num_replicas,

@@ -30,25 +30,30 @@ from tests.tiny_model import make_tiny_dataset
 from tests.utils.data.image_makers import noise, save
 from tests.utils.data.scanning import Scan
 from utils.data.buckets import CropBox
-from utils.data.dataset import ContentMemory, Dataset
+from utils.data.dataset import Dataset
 from utils.data.encoding import precompute
 from utils.data.encoding.plan import CacheSettings
 from utils.data.encoding.precompute import CachedDataset, RunData, cache_dataset
 from utils.data.examples import ExampleTable
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
+from utils.files.file_index import StoredHashes
 
 CPU = torch.device("cpu")
 NUM_TOKENS, TEXT_WIDTH = 4, 2
 
 
 def cache_alone(
-    family: Any, tables: Sequence[ExampleTable], texts: Sequence[str], settings: CacheSettings, *memories: ContentMemory
+    family: Any,
+    tables: Sequence[ExampleTable],
+    texts: Sequence[str],
+    settings: CacheSettings,
+    stored: Sequence[StoredHashes] = (),
 ) -> CachedDataset:
     """Calls cache_dataset in a new process group of one rank, as in a run without launcher."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return cache_dataset(family, RunData(tables, texts, memories), settings, CPU, 1)
+        return cache_dataset(family, RunData(tables, texts, stored), settings, CPU, 1)
     finally:
         dist.destroy_process_group()
 
@@ -165,7 +170,7 @@ class CachingSetup:
         self.folder = folder
         self.images = make_tiny_dataset(folder / "images", 4)
         self.settings = CacheSettings(folder / "cache", posterior=False, text_dtype=None)
-        self._scan, self._recording = Scan(readers, folder / "cache" / "files"), RecordingReaders(readers)
+        self._scan, self._recording = Scan(readers, folder / "cache"), RecordingReaders(readers)
         patch.setattr(precompute, "Readers", lambda num_workers: nullcontext(self._recording))  # one pool for all tests
         patch.setattr(precompute.group, "free_memory", lambda: None)  # garbage collection is most of a test's time
 
@@ -185,7 +190,7 @@ class CachingSetup:
 
     def run(self, family: FakeFamily, *, settings: dict[str, Any] | None = None, **changes: Any) -> CachedDataset:
         found = self.scan(**changes)
-        return cache_alone(family, [found.examples], [""], replace(self.settings, **(settings or {})), found.memory)
+        return cache_alone(family, [found.examples], [""], replace(self.settings, **(settings or {})), found.stored_hashes)
 
     def encode(self, **settings: Any) -> tuple[int, int, int]:
         """Returns how many images and captions a new family had to encode."""

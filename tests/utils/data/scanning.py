@@ -11,6 +11,7 @@ from utils.data.dataset import Dataset
 from utils.data.scan import scan
 from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.readers import Readers
+from utils.files.file_index import FileIndex
 
 LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 
@@ -23,13 +24,13 @@ def config_of(*folders: Path, **changes: Any) -> DatasetConfig:
 
 
 class Scan:
-    """Looks at folders; what it found is remembered in `memory`, if there is one."""
+    """Scans folders; the file index lies in `folder`, or is kept in memory if there is none."""
 
-    def __init__(self, readers: Readers, memory: Path | None = None) -> None:
-        self.readers, self.memory = readers, memory
+    def __init__(self, readers: Readers, folder: Path | None = None) -> None:
+        self.readers, self.folder = readers, folder
 
     def __call__(self, *folders: Path, prefix: str = "", **changes: Any) -> Dataset:
-        indexer = DirectoryIndexer(self.readers, self.memory)
+        indexer = DirectoryIndexer(self.readers, FileIndex(self.folder))
         return scan(config_of(*folders, **changes), LATENT.pixel_multiple, indexer, prefix=prefix)
 
 

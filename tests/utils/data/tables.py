@@ -10,7 +10,7 @@ import numpy as np
 from utils.data.buckets import Bucket
 from utils.data.columns import Texts
 from utils.data.examples import ExampleTable
-from utils.data.image_table import Directory, ImageTable, joined_images
+from utils.data.image_table import Directory, ImageTable, concatenate_images
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 
@@ -69,7 +69,7 @@ def table_of(images: Sequence[Shown]) -> ExampleTable:
         control=control_rows,
     )
     table_rows = np.array(rows, np.int32).reshape(-1, 3)
-    return ExampleTable(directories, [], buckets, joined_images([columns]), masks, controls, table_rows)
+    return ExampleTable(directories, [], buckets, concatenate_images([columns]), masks, controls, table_rows)
 
 
 def _paired_images(paths: Sequence[str | None]) -> tuple[PairedImages, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from utils.data.columns import FileBlock, Texts, is_whole, map_columns, map_tensors, save_columns, tensor_place
+from utils.data.columns import FileBlock, Texts, is_intact, map_columns, map_tensors, save_columns, tensor_place
 from utils.files.atomic import replace_file
 
 ODD = ["", "fox", "", "Füchse 狐 🦊", "a\nline\0and", os.fsdecode(b"\xff\xfe.png"), "e\u0301", ""]
@@ -46,8 +46,8 @@ def test_a_choice_keeps_the_chosen_in_their_order(pattern: list[bool]) -> None:
 
 def test_parts_are_joined_with_those_chosen_from_others() -> None:
     some = Texts.of(ODD).where(np.arange(len(ODD)) % 2 == 1)
-    assert list(Texts.joined([some, Texts.of([]), Texts.of(["last"])])) == [*ODD[1::2], "last"]
-    assert list(Texts.joined([])) == []
+    assert list(Texts.concatenate([some, Texts.of([]), Texts.of(["last"])])) == [*ODD[1::2], "last"]
+    assert list(Texts.concatenate([])) == []
 
 
 def in_file(strings: Sequence[str], folder: Path) -> Texts:
@@ -66,7 +66,7 @@ def test_strings_left_in_their_file_are_the_same(tmp_path: Path, strings: list[s
     assert texts == left
     chosen = np.arange(len(strings)) % 3 == 1
     assert left.where(chosen) == texts.where(chosen)
-    assert Texts.joined([left, texts]) == Texts.joined([texts, left]) == Texts.of(strings + strings)
+    assert Texts.concatenate([left, texts]) == Texts.concatenate([texts, left]) == Texts.of(strings + strings)
 
 
 def test_strings_left_in_their_file_are_whole_however_little_is_read_at_once(
@@ -83,7 +83,7 @@ def test_strings_whose_file_is_cut_off_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "texts.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     assert left[0] == "fox"
-    with pytest.raises(OSError, match="is cut off"):
+    with pytest.raises(OSError, match="is truncated"):
         left[1]
 
 
@@ -219,13 +219,13 @@ def test_mapping_a_table_marks_it_as_used_once_a_day(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
-    assert not is_whole(path)
+    assert not is_intact(path)
     save_columns(path, COLUMNS, "header")
-    assert is_whole(path)
+    assert is_intact(path)
     content = path.read_bytes()
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        assert not is_whole(path), f"byte {place} of {len(content)}"
+        assert not is_intact(path), f"byte {place} of {len(content)}"
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", b"\0" * 1000])

@@ -18,7 +18,7 @@ from tests.utils.data.tables import DIRECTORY, Shown, images_of, table_of
 from utils.data.buckets import Bucket, crop_box
 from utils.data.columns import Texts
 from utils.data.examples import Example, ExampleTable, empty_table
-from utils.data.image_table import Directory, ImageTable, joined_images
+from utils.data.image_table import Directory, ImageTable, concatenate_images
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.image_rows import NO_ROW, Container, PairedImages, empty_paired_images
@@ -168,7 +168,7 @@ def test_outlines_are_the_examples_own(monkeypatch: pytest.MonkeyPatch, chunk_ro
             (example.box.key(), example.content, example.mask_content, example.control_content, example.may_flip)
             for example in table
         ]
-        assert [tuple(outline) for outline in table.outlines()] == expected
+        assert [tuple(inputs) for inputs in table.cache_inputs()] == expected
 
 
 def test_a_table_holds_no_example() -> None:
@@ -314,7 +314,7 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
     assert opened.bucket_counts() == table.bucket_counts()
     assert opened.repeats.tolist() == table.repeats.tolist()
     assert opened.incomplete().tolist() == table.incomplete().tolist()
-    assert list(opened.outlines()) == list(table.outlines())
+    assert list(opened.cache_inputs()) == list(table.cache_inputs())
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -405,11 +405,11 @@ def test_columns_that_no_image_needs_are_left_away() -> None:
 
 def test_parts_are_joined_row_by_row() -> None:
     whole = mixed_table().images
-    joined = joined_images([whole, whole])
+    joined = concatenate_images([whole, whole])
     assert len(joined) == 10
     assert list(joined.names) == 2 * list(whole.names)
     assert list(joined.captions) == 2 * list(whole.captions)
     assert joined.first_caption.tolist() == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     assert joined.mask.tolist() == 2 * whole.mask.tolist()
-    assert len(joined_images([])) == 0
+    assert len(concatenate_images([])) == 0
     assert len(empty_paired_images().paths) == 0

@@ -154,7 +154,7 @@ def test_small_images_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Pat
     of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
     found = scan_folders(tmp_path, resolutions=[32, 64])
     assert len(found.examples) == 6
-    assert found.warnings == ["2 images are smaller than their bucket and enlarged: 31x32.png, 32x32.png"]
+    assert found.warnings == ["2 images are smaller than their bucket and are enlarged: 31x32.png, 32x32.png"]
     assert (found.skipped, found.too_small) == ([], [])
 
 

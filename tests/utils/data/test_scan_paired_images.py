@@ -60,7 +60,10 @@ def test_a_mask_of_another_shape_is_bad(scan_folders: Scan, tmp_path: Path) -> N
     images, masks = make_masked(tmp_path)
     wrong = save(left_half(64, 64), masks / "image_001.jpg")
     (bad,) = scan_masked(scan_folders, images, masks).bad_files
-    assert (bad.path, bad.reason) == (wrong, "is 64x64 pixels, its image image_001.png 64x32: not the same shape")
+    assert (bad.path, bad.reason) == (
+        wrong,
+        "is 64x64 pixels, but its image image_001.png is 64x32: the aspect ratios differ",
+    )
 
 
 def test_files_that_are_no_mask_are_named(scan_folders: Scan, tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_files_that_are_no_mask_are_named(scan_folders: Scan, tmp_path: Path) ->
     (masks / "notes.txt").write_text("")
     (masks / ".hidden").write_text("")
     (warning,) = [text for text in scan_masked(scan_folders, images, masks).warnings if "mask" in text]
-    assert warning == f"{masks}: 2 files are no mask of an image: gone.png, notes.txt"
+    assert warning == f"{masks}: 2 files are not the mask of any image: gone.png, notes.txt"
 
 
 def test_directories_may_share_a_folder_of_masks(scan_folders: Scan, tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_a_image_without_a_usable_control_image_is_bad_and_the_others_are_used(s
     assert [example.image.path.stem for example in found.examples] == ["image_003"]
     assert {bad.path: bad.reason.partition(":")[0] for bad in found.bad_files} == {
         images / "image_000.png": "has no control image",
-        wrong: "is 64x64 pixels, its image image_001.png 64x32",
+        wrong: "is 64x64 pixels, but its image image_001.png is 64x32",
         damaged: next(bad.reason.partition(":")[0] for bad in found.bad_files if bad.path == damaged),
     }
     assert len(found.bad_files) == 3
@@ -170,7 +173,7 @@ def test_files_that_are_no_control_image_are_named(scan_folders: Scan, tmp_path:
     images, control = make_masked(tmp_path)
     save(left_half(), control / "gone.png")
     found = scan_folders(**with_control(images, control))
-    assert f"{control}: 1 files are no control image of an image: gone.png" in found.warnings
+    assert f"{control}: 1 files are not the control image of any image: gone.png" in found.warnings
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])

@@ -11,6 +11,7 @@ from utils.data.examples import Example
 from utils.data.scan import scan
 from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.readers import Readers
+from utils.files.file_index import FileIndex
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,6 @@ def examples(tiny_dataset: Path, readers: Readers) -> list[Example]:
     config = DatasetConfig.model_validate(
         {"resolutions": [32, 48], "num_ar_buckets": 3, "directory": [{"path": str(tiny_dataset)}]}
     )
-    found = scan(config, 16, DirectoryIndexer(readers, None)).examples
+    found = scan(config, 16, DirectoryIndexer(readers, FileIndex(None))).examples
     names = sorted({example.image for example in found})[:7]
     return [example for example in found if example.image in names]

@@ -183,7 +183,7 @@ def test_a_dataset_of_which_everything_is_left_out_is_refused(desk: Desk) -> Non
 def test_other_ranks_do_not_look_at_images(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read images"))
     experiment = desk.prepare(World(1, 1, 2, 2), pipeline={"pipeline_stages": 1})
-    assert (len(experiment.dataset.examples), experiment.memories) == (0, [])
+    assert (len(experiment.dataset.examples), experiment.stored_hashes) == (0, [])
 
 
 def test_a_second_start_opens_no_image(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_images_in_training_and_evaluation_are_warned_of(desk: Desk) -> None:
     num_both = len(shared & {example.image for example in experiment.eval_sets["other"]})
     assert f"{num_both} images of the evaluation set 'other' are also in the training set" in experiment.dataset.warnings
     assert list(experiment.eval_sets) == ["holdout", "other"]
-    assert len(experiment.memories) == 2, "images held out are remembered with those they are taken from"
+    assert len(experiment.stored_hashes) == 2, "hashes of held-out images are stored with those of the training set"
 
 
 @pytest.mark.parametrize(("cores", "ranks", "expected"), [(1, 1, 1), (8, 1, 7), (8, 4, 1), (64, 2, 16), (2, 8, 1)])

@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.console import bar_interval_seconds
-from utils.data.dataset import ContentMemory
 from utils.data.examples import ExampleTable, Unhashed
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.readers import Readers
+from utils.files.file_index import StoredHashes
 
 FILES_PER_REQUEST = 16
 """Number of files per request to a reader process."""
@@ -24,7 +24,7 @@ REQUESTS_AHEAD = 64
 SAVE_INTERVAL_SECONDS = 60.0
 
 
-def hash_files(tables: Sequence[ExampleTable], memories: Sequence[ContentMemory], readers: Readers) -> list[BadFile]:
+def hash_files(tables: Sequence[ExampleTable], stored: Sequence[StoredHashes], readers: Readers) -> list[BadFile]:
     """Hashes the files of the tables that have no hash yet and saves the hashes; returns the unreadable files."""
     bad_files: list[BadFile] = []
     count = sum(table.num_unhashed() for table in tables)
@@ -40,16 +40,16 @@ def hash_files(tables: Sequence[ExampleTable], memories: Sequence[ContentMemory]
                 column[row] = np.frombuffer(result, np.uint8)
             bar.update()
             if time.monotonic() - saved_at > SAVE_INTERVAL_SECONDS:
-                _save(memories)
+                _save(stored)
                 saved_at = time.monotonic()
     if count:
-        _save(memories)
+        _save(stored)
     return bad_files
 
 
-def _save(memories: Sequence[ContentMemory]) -> None:
-    for memory in memories:
-        memory.save()
+def _save(stored: Sequence[StoredHashes]) -> None:
+    for part in stored:
+        part.save()
 
 
 def _hashes(todo: Iterator[Unhashed], readers: Readers) -> Iterator[tuple[Unhashed, bytes | str]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from models.family import FrozenEncoder, ModelFamily, TextEncoder
 from utils.console import format_bytes
-from utils.data.cache.keys import FileHashes, content_key
+from utils.data.cache.keys import content_key
 from utils.data.cache.store import Store
 from utils.data.encoding.encoded import CacheFolders
 from utils.data.encoding.masks import MaskEncoder
@@ -22,6 +22,7 @@ from utils.data.encoding.required import RequiredEntries, required_captions, req
 from utils.data.encoding.stored_names import POSTERIOR_MOMENTS
 from utils.data.encoding.text_storage import TextCacheDtype, packed_bytes
 from utils.data.examples import ExampleTable
+from utils.files.file_index import FileIndex
 
 _KEY_AND_CHECKSUM_BYTES = 24
 _FLOAT_BYTES, _LENGTH_BYTES = 4, 8
@@ -121,10 +122,10 @@ def make_plan(
     family: ModelFamily, tables: Sequence[ExampleTable], texts: Sequence[str], settings: CacheSettings
 ) -> CachePlan:
     """Finds the missing entries. Images whose hash is unknown are skipped. Raises OSError for an unreadable encoder file."""
-    hashes = FileHashes(settings.folder / "files.json")
+    files = FileIndex(settings.folder)
 
     def folder_of(encoder: FrozenEncoder, kept: str) -> Path:
-        return settings.folder / f"{encoder.name}-{_identity(encoder, kept, hashes).hex()[:16]}"
+        return settings.folder / f"{encoder.name}-{_identity(encoder, kept, files).hex()[:16]}"
 
     folders = CacheFolders(
         settings.folder,
@@ -132,7 +133,7 @@ def make_plan(
         masks=folder_of(MaskEncoder(family.latent.downscale), ""),
         texts={encoder.name: folder_of(encoder, str(settings.text_dtype)) for encoder in family.text_encoders},
     )
-    hashes.save()
+    files.save()
     per_pixel = _FLOAT_BYTES / family.latent.downscale**2
     kept = family.latent.channels * (2 if settings.posterior else 1)
     captions = required_captions(tables, texts)
@@ -147,10 +148,10 @@ def make_plan(
     )
 
 
-def _identity(encoder: FrozenEncoder, kept: str, hashes: FileHashes) -> bytes:
+def _identity(encoder: FrozenEncoder, kept: str, files: FileIndex) -> bytes:
     """Returns the hash of everything that an encoder's entries depend on, except the input."""
     settings = [f"{key}={value}" for key, value in sorted(encoder.settings.items())]
-    return content_key(encoder.name, kept, *settings, *(f"{path.name}:{hashes.hash_of(path)}" for path in encoder.files))
+    return content_key(encoder.name, kept, *settings, *(f"{path.name}:{files.hash_of(path)}" for path in encoder.files))
 
 
 # --- missing entries ---------------------------------------------------------------------------------------------------

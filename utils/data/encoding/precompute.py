@@ -18,7 +18,6 @@ import torch
 from models.family import ModelFamily
 from utils.console import print_line
 from utils.data.cache.locks import SharedLock, remove_leftovers
-from utils.data.dataset import ContentMemory
 from utils.data.encoding.encoded import EncodedData
 from utils.data.encoding.encoder_inputs import EncoderInputs, Kind
 from utils.data.encoding.encoder_loop import Failure, encode_missing
@@ -38,6 +37,7 @@ from utils.data.sources.decoding import CONTENT_BYTES, BadFile
 from utils.data.sources.readers import Readers
 from utils.distributed import group
 from utils.distributed.world import world
+from utils.files.file_index import StoredHashes
 
 
 class CachingError(Exception):
@@ -51,7 +51,7 @@ class RunData:
     tables: Sequence[ExampleTable]
     texts: Sequence[str]
     """Texts that belong to no image, such as prompts and the empty caption."""
-    memories: Sequence[ContentMemory]
+    stored_hashes: Sequence[StoredHashes]
     """Where the hashes of the tables' files are stored."""
 
 
@@ -125,7 +125,7 @@ class _Decision:
 
 def _decide(family: ModelFamily, run_data: RunData, settings: CacheSettings, readers: Readers) -> _Decision:
     remove_leftovers(settings.folder)
-    unread = hash_files(run_data.tables, run_data.memories, readers)
+    unread = hash_files(run_data.tables, run_data.stored_hashes, readers)
     plan = make_plan(family, run_data.tables, run_data.texts, settings)
     files = [table.save_in(settings.folder / "datasets") for table in run_data.tables]
     notes = _duplicate_notes(run_data.tables)

@@ -67,12 +67,12 @@ def required_latents(tables: Sequence[ExampleTable]) -> RequiredEntries:
     """
     collector = _Collector()
     for number, table in enumerate(tables):
-        for row, outline in enumerate(_with_bar(table.outlines(), len(table))):
-            for source, plain in ((outline.content, PLAIN), (outline.control_content, CONTROL)):
+        for row, inputs in enumerate(_with_bar(table.cache_inputs(), len(table))):
+            for source, plain in ((inputs.content, PLAIN), (inputs.control_content, CONTROL)):
                 if source:
-                    collector.add(number, row, plain, latents_key(source, outline.geometry))
-                if source and outline.may_flip:
-                    collector.add(number, row, plain + FLIPPED, latents_key(source, outline.geometry, flipped=True))
+                    collector.add(number, row, plain, latents_key(source, inputs.geometry))
+                if source and inputs.may_flip:
+                    collector.add(number, row, plain + FLIPPED, latents_key(source, inputs.geometry, flipped=True))
     return collector.entries()
 
 
@@ -82,9 +82,9 @@ def required_masks(tables: Sequence[ExampleTable]) -> RequiredEntries:
     for number, table in enumerate(tables):
         if not len(table.masks.paths):
             continue
-        for row, outline in enumerate(_with_bar(table.outlines(), len(table))):
-            if outline.mask_content:
-                collector.add(number, row, PLAIN, mask_key(outline.mask_content, outline.geometry))
+        for row, inputs in enumerate(_with_bar(table.cache_inputs(), len(table))):
+            if inputs.mask_content:
+                collector.add(number, row, PLAIN, mask_key(inputs.mask_content, inputs.geometry))
     return collector.entries()
 
 

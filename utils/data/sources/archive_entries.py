@@ -1,4 +1,4 @@
-"""What is found in .tar and .parquet files: an image's place and its captions."""
+"""The entries of .tar and .parquet files: position and captions of one image."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import NamedTuple
 from utils.data.sources.decoding import BadFile
 
 NOT_INSIDE = -1
-"""`ArchiveEntry.start` of an image that is a file of its own."""
+"""`ArchiveEntry.start` of an image that is stored in a separate file."""
 
 
 class ArchiveEntry(NamedTuple):
-    """One image in an archive or a table."""
+    """One image in a .tar or .parquet file."""
 
     name: str
-    """A .tar's member; number of the row in a .parquet file; or a path from the .parquet file's folder."""
+    """Member name in a .tar file; row number in a .parquet file, or a path relative to the .parquet file's folder."""
     start: int
-    """First byte of the member's content; number of the row; NOT_INSIDE for a path."""
+    """First byte of the member's content; row number; NOT_INSIDE for a path."""
     length: int
-    """Bytes of the member; 0 for others."""
+    """Size of the member in bytes; 0 in a .parquet file."""
     captions: list[str] | None
-    """None if it has none."""
+    """None if the entry has no captions."""
 
 
 def check_regular(path: Path) -> None:
-    """Raises BadFile for what is no file with something in it; others would keep the process waiting."""
+    """Raises BadFile unless the path is a regular, non-empty file. Opening a named pipe would block the process."""
     try:
         status = path.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which captions an image of a folder has: those of its text file, else those of a table of captions in the folder."""
+"""Captions of the images of a folder: from the image's text file, otherwise from a caption table in the folder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class CaptionTable:
     path: Path
     stamp: tuple[int, int, int]
     read: Callable[[], Captions]
-    """Name below the folder, or below that of the table, or a stem -> captions. Raises BadFile."""
+    """Returns path relative to the folder or to the table's folder, with or without suffix -> captions. Raises BadFile."""
 
 
 class CaptionSources:
-    """The text files and tables of one folder. Tables are read only when an image asks for its captions."""
+    """The text files and caption tables of one folder. Tables are read only when an image needs them."""
 
     def __init__(self, folder: Path, texts: StampedFiles, tables: Sequence[CaptionTable], *, per_line: bool) -> None:
         self._folder, self.tables, self._per_line = folder, list(tables), per_line
@@ -39,32 +39,32 @@ class CaptionSources:
 
     @cached_property
     def _table(self) -> dict[str, list[str]]:
-        """Name or stem -> captions, of all tables; the first that has an image counts."""
+        """Name or stem -> captions, from all tables; the first table with an entry for an image wins."""
         joined: dict[str, list[str]] = {}
         for table in self.tables:
-            inner = table.path.parent.relative_to(self._folder)
+            table_folder = table.path.parent.relative_to(self._folder)
             try:
                 entries = table.read()
             except BadFile as bad:
                 self.bad_tables.append(bad)
                 continue
             for name, captions in entries.items():
-                joined.setdefault(self._below(inner, name), list(captions))
+                joined.setdefault(self._relative(table_folder, name), list(captions))
         return joined
 
-    def _below(self, inner: Path, name: str) -> str:
-        """A name in a table of the folder `inner`, below this folder; some programs write "./fox.png", or whole paths."""
-        return os.path.normpath(os.path.join(inner, name)).removeprefix(f"{self._folder.absolute()}/")
+    def _relative(self, table_folder: Path, name: str) -> str:
+        """Converts a name in a table to a path relative to this folder; programs also write "./fox.png" or full paths."""
+        return os.path.normpath(os.path.join(table_folder, name)).removeprefix(f"{self._folder.absolute()}/")
 
     def stamps_of(self, names: Sequence[str]) -> np.ndarray:
-        """The stamp of each image's text file, zeros for those that have none: (n, 3)."""
+        """Returns the stamp of each image's text file, (n, 3) int64; zeros for images without one."""
         rows = np.fromiter((self._texts.get(stem_of(name), -1) for name in names), np.int64, len(names))
         stamps = np.zeros((len(names), 3), np.int64)
         stamps[rows >= 0] = self._stamps[rows[rows >= 0]]
         return stamps
 
     def captions_of(self, name: str) -> list[str] | BadFile:
-        """The captions of an image, or why it has none."""
+        """Returns the captions of an image, or the reason why it has none."""
         stem = stem_of(name)
         if stem in self._texts:
             try:
@@ -76,26 +76,26 @@ class CaptionSources:
         if captions:
             return captions
         reason = f"has no caption: {Path(stem).name}.txt is missing (an empty file is an empty caption)"
-        return BadFile(self._folder / name, reason + self._why_no_table())
+        return BadFile(self._folder / name, reason + self._table_reasons())
 
-    def _why_no_table(self) -> str:
+    def _table_reasons(self) -> str:
         unread = {bad.path for bad in self.bad_tables}
-        whys = ["cannot be read" if table.path in unread else "has no entry for it" for table in self.tables]
-        return "".join(f", and {table.path.name} {why}" for table, why in zip(self.tables, whys, strict=True))
+        reasons = ["cannot be read" if table.path in unread else "has no entry for it" for table in self.tables]
+        return "".join(f", and {table.path.name} {reason}" for table, reason in zip(self.tables, reasons, strict=True))
 
     def named_images(self) -> list[str]:
-        """Images that tables name, wherever they are."""
+        """Returns the image names in the tables, in this folder or elsewhere."""
         return [name for name in self._table if Path(name).suffix.lower() in IMAGE_SUFFIXES]
 
     def nameless(self, names: Sequence[str]) -> list[str]:
-        """Entries of tables that name none of all images."""
+        """Returns the table entries that match none of the images."""
         if not self.tables:
             return []
-        everyone = {*names, *map(stem_of, names)}
-        return [name for name in self._table if name not in everyone]
+        known = {*names, *map(stem_of, names)}
+        return [name for name in self._table if name not in known]
 
     def warnings(self, names: Sequence[str]) -> list[str]:
-        """Text files that are nobody's, and images that share one; of all images' names."""
+        """Returns warnings about text files without an image and images that share one. names: those of all images."""
         stems = Counter(stem_of(name) for name in names)
         warnings = []
         shared = sorted(f"{stem}.txt" for stem, count in stems.items() if count > 1 and stem in self._texts)
@@ -108,11 +108,11 @@ class CaptionSources:
 
 
 def stem_of(name: str) -> str:
-    """The name without its suffix."""
+    """Returns the name without its suffix."""
     return name.rpartition(".")[0]
 
 
 def first_few(names: Sequence[str], limit: int = 5, *, total: int | None = None) -> str:
-    """The first few, and how many more there are; `total`: how many there are of which these are the first."""
+    """Joins the first `limit` names and counts the rest. total: the full number, if `names` has only the first of them."""
     more = (len(names) if total is None else total) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

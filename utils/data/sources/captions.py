@@ -1,8 +1,8 @@
-"""Captions: of a text file, of a table for many images, and as lists of tags in several orders.
+"""Reads captions from text files and from tables for many images.
 
-Tables are read in the forms that other programs write: `captions.json` (diffusion-pipe), `metadata.jsonl` and `metadata.csv`
-(Hugging Face imagefolder), and sd-scripts' metadata, a .json file with an object for each image. One mistake makes the
-whole table unusable: a table that is read in part would train on fewer captions than its writer thinks.
+Supported tables are those that other programs write: `captions.json` (diffusion-pipe), `metadata.jsonl` and `metadata.csv`
+(Hugging Face imagefolder), and the metadata of sd-scripts, a .json file with one object per image. A single error makes the
+whole table unusable: reading it in part would silently train on fewer captions than the user expects.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from utils.data.sources.decoding import BadFile
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
-"""What other programs call an image's caption; the first that is there is used."""
-TAGS_KEY = "tags"  # sd-scripts' name for what a tagger wrote, one string; a list of tags would pass for several captions
+"""Names of the caption in the formats of other programs; the first one present is used."""
+TAGS_KEY = "tags"  # output of a tagger in sd-scripts' metadata: one string. A list would be taken for several captions.
 _NAME_KEY = "file_name"
-_MAX_SHOWN = 80  # characters of a user's text in a message
+_MAX_QUOTED = 80  # characters of a user's text in a message
 _JSON_TYPES = {
     type(None): "null",
     bool: "true or false",
@@ -32,37 +32,37 @@ _JSON_TYPES = {
 
 
 def read_caption(path: Path) -> str:
-    """The text of a UTF-8 file, without white space around it. Raises BadFile."""
+    """Reads a UTF-8 file and strips surrounding white space. Raises BadFile."""
     return _read_text(path).strip()
 
 
 def split_lines(text: str) -> list[str]:
-    """Each line with something in it as a caption of its own; one empty caption if there is no such line."""
+    """Returns each non-blank line as a separate caption; one empty caption if all lines are blank."""
     return [line for part in text.split("\n") if (line := part.strip())] or [""]
 
 
 def read_caption_table(path: Path) -> dict[str, list[str]]:
-    """Names as the table writes them (relative paths, file names or stems) and the captions of each, at least one.
+    """Reads a caption table; returns names as written in it (relative paths, file names or stems) -> captions, at least one.
 
-    An image whose caption is null has none and is left out. Raises BadFile, which names the first wrong line or key.
+    Entries whose caption is null are skipped. Raises BadFile with the first invalid line or key.
     """
     readers = {".json": _json_entries, ".jsonl": _jsonl_entries, ".csv": _csv_entries}
     entries = readers.get(path.suffix.lower())
     if entries is None:
-        raise BadFile(path, f"is no table of captions: its name must end in {', '.join(readers)}")
+        raise BadFile(path, f"is not a caption table: its name must end in {', '.join(readers)}")
     text = _read_text(path)
     table: dict[str, list[str]] = {}
     try:
-        for place, name, captions in entries(text):
+        for location, name, captions in entries(text):
             if captions is not None and table.setdefault(name, captions) != captions:
-                raise ValueError(f"{place}: {quoted(name)} has another caption above")
+                raise ValueError(f"{location}: {quoted(name)} already has a different caption above")
     except ValueError as error:
         raise BadFile(path, str(error)) from error
     return table
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8, with or without a byte order mark; every end of line becomes a line feed. Raises ValueError with the reason."""
+    """Decodes UTF-8, drops a byte order mark and normalizes line ends to LF. Raises ValueError with the reason."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -71,30 +71,30 @@ def decode_text(data: bytes) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; Python would take the last of two equal keys."""
+    """Builds a JSON object and rejects duplicate keys with different values; Python alone would keep the last one."""
     found = dict(pairs)
     if len(found) != len(pairs):
         for key, value in pairs:
             if found[key] != value:
-                raise ValueError(f"key {quoted(key)}: is there twice, with another value")
+                raise ValueError(f"key {quoted(key)}: appears twice with different values")
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # made once: that is half of a short text's time
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # creating it takes half as long as decoding a short text
 
 
 def parse_json(text: str) -> object:
-    """What a JSON text says. Raises ValueError with the reason, also for an object that has a key twice."""
+    """Parses a JSON text. Raises ValueError with the reason, also for duplicate keys with different values."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
     except RecursionError:
-        raise ValueError("is not JSON anybody wrote: its brackets are too deep") from None
+        raise ValueError("is not usable JSON: its brackets are nested too deeply") from None
 
 
 def caption_key(entry: Mapping[str, object]) -> str | None:
-    """The key of an object about one image that has its captions: the first that is not null, else the first."""
+    """Returns the key that holds the captions in the object of one image: the first that is not null, else the first."""
     keys = [key for key in CAPTION_KEYS if key in entry]
     if isinstance(entry.get(TAGS_KEY), str):
         keys.append(TAGS_KEY)
@@ -102,10 +102,10 @@ def caption_key(entry: Mapping[str, object]) -> str | None:
 
 
 def captions_of(entry: Mapping[str, object]) -> list[str] | None:
-    """Captions of an object about one image; None if they are null. Raises ValueError with the reason."""
+    """Returns the captions in the object of one image; None if they are null. Raises ValueError with the reason."""
     key = caption_key(entry)
     if key is None:
-        raise ValueError(f"has none of the keys {', '.join(CAPTION_KEYS)}, and no string {TAGS_KEY}")
+        raise ValueError(f"has none of the keys {', '.join(CAPTION_KEYS)} and no string under {TAGS_KEY}")
     if entry[key] is None:
         return None
     try:
@@ -115,7 +115,7 @@ def captions_of(entry: Mapping[str, object]) -> list[str] | None:
 
 
 def as_captions(value: object) -> list[str]:
-    """A string or a list of strings as captions, without white space around them. Raises ValueError with the reason."""
+    """Converts a string or a list of strings to stripped captions. Raises ValueError with the reason."""
     captions = value if isinstance(value, list) else [value]
     if not captions:
         raise ValueError("is an empty list: must be a string or a list of at least one")
@@ -125,14 +125,14 @@ def as_captions(value: object) -> list[str]:
             where = "has" if isinstance(value, list) else "is"
             raise ValueError(f"{where} {_kind(caption)}: must be a string or a list of strings")
         if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption):
-            raise ValueError("has half a surrogate pair, which is no character")
+            raise ValueError("has an unpaired surrogate, which is not a character")
         stripped.append(caption.strip())
     return stripped
 
 
 def quoted(text: str) -> str:
-    """A user's text for a message: quoted, in one line, shortened."""
-    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")
+    """Quotes a user's text for a message, in one line and shortened."""
+    return repr(text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}...")
 
 
 def _read_text(path: Path) -> str:
@@ -145,7 +145,7 @@ def _read_text(path: Path) -> str:
 
 
 _Entry = tuple[str, str, list[str] | None]
-"""Where it stands in its table, name, captions."""
+"""(Location in the table, name, captions)."""
 
 
 def _json_entries(text: str) -> Iterator[_Entry]:
@@ -153,24 +153,24 @@ def _json_entries(text: str) -> Iterator[_Entry]:
     if not isinstance(table, dict):
         raise ValueError(f"is {_kind(table)}: must be an object of names and captions")
     for name, value in table.items():
-        place = f"key {quoted(name)}"
+        location = f"key {quoted(name)}"
         if not name:
-            raise ValueError(f"{place}: must be a name")
-        yield place, name, _located(place, value)
+            raise ValueError(f"{location}: must be a name")
+        yield location, name, _captions_at(location, value)
 
 
 def _jsonl_entries(text: str) -> Iterator[_Entry]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"line {number}"
+        location = f"line {number}"
         try:
             entry = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise ValueError(f"{location}: {error}") from error
         if not isinstance(entry, dict):
-            raise ValueError(f"{place}: is {_kind(entry)}: must be an object")
-        yield place, _name_in(place, entry), _located(place, entry)
+            raise ValueError(f"{location}: is {_kind(entry)}: must be an object")
+        yield location, _name_in(location, entry), _captions_at(location, entry)
 
 
 def _csv_entries(text: str) -> Iterator[_Entry]:
@@ -178,43 +178,43 @@ def _csv_entries(text: str) -> Iterator[_Entry]:
     header, last = None, 0
     try:
         for row in rows:
-            place, last = f"line {last + 1}", rows.line_num  # a quoted field may reach over several lines
+            location, last = f"line {last + 1}", rows.line_num  # a quoted field may span several lines
             if not row:
                 continue
             if header is None:
                 header = row
-                _check_header(place, header)
+                _check_header(location, header)
                 continue
             if len(row) != len(header):
-                raise ValueError(f"{place}: has {len(row)} fields, and the header {len(header)}")
+                raise ValueError(f"{location}: has {len(row)} fields, but the header has {len(header)}")
             entry: dict[str, object] = dict(zip(header, row, strict=True))
-            yield place, _name_in(place, entry), _located(place, entry)
+            yield location, _name_in(location, entry), _captions_at(location, entry)
     except csv.Error as error:
         raise ValueError(f"line {last + 1}: is not CSV: {error}") from error
 
 
-def _check_header(place: str, header: list[str]) -> None:
+def _check_header(location: str, header: list[str]) -> None:
     if len(set(header)) != len(header):
-        raise ValueError(f"{place}: the header has a name twice")
+        raise ValueError(f"{location}: the header contains a name twice")
     if _NAME_KEY not in header or not {*CAPTION_KEYS, TAGS_KEY}.intersection(header):
-        raise ValueError(f"{place}: the header must have {_NAME_KEY} and one of {', '.join(CAPTION_KEYS)}, {TAGS_KEY}")
+        raise ValueError(f"{location}: the header must have {_NAME_KEY} and one of {', '.join(CAPTION_KEYS)}, {TAGS_KEY}")
 
 
-def _name_in(place: str, entry: Mapping[str, object]) -> str:
+def _name_in(location: str, entry: Mapping[str, object]) -> str:
     name = entry.get(_NAME_KEY)
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{place}: {_NAME_KEY} must be the name of an image")
+        raise ValueError(f"{location}: {_NAME_KEY} must be the name of an image")
     return name
 
 
-def _located(place: str, value: object) -> list[str] | None:
-    """Captions of a table's entry, a mistake with the place before it."""
+def _captions_at(location: str, value: object) -> list[str] | None:
+    """Returns the captions of a table's entry; prefixes errors with the entry's location."""
     try:
         if value is None:
             return None
         return captions_of(value) if isinstance(value, dict) else as_captions(value)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{location}: {error}") from error
 
 
 def _kind(value: object) -> str:

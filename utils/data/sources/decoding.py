@@ -1,16 +1,16 @@
-"""An image file to the RGB pixels of its bucket, a mask to the weights of its latent pixels. Only here are they opened.
+"""Decodes image files to the RGB pixels of their bucket, and masks to loss weights of latent pixels.
 
-What is done to every image, in order: EXIF rotation, 16 bits to 8, transparency over white, conversion to RGB, scaling,
-cropping. Of an animation, the first frame is used. Whatever cannot be read raises `BadFile` with the reason. What a file is,
-its content says: a wrong suffix does no harm. Refused are also images of more than MAX_PIXELS, and those more than
-MAX_SIDE_RATIO times as long as wide: no bucket is near their shape.
+All images are opened here. The steps, in order: EXIF rotation, 16 bits to 8, transparency over white, conversion to RGB,
+scaling, cropping. Animations are read as their first frame. A file that cannot be read raises `BadFile` with the reason. The
+format is detected from the content, so a wrong suffix does not matter. Images with more than MAX_PIXELS, or with a side
+ratio above MAX_SIDE_RATIO, are rejected; the latter fit no bucket.
 
-A mask goes the same way up to RGB, then to grey. It may have another size than its image: scaling stretches it over what
-the image is scaled to. Scaling, cropping and shrinking to latent pixels are one step, the exact mean of the area that a
-latent pixel covers. Pillow's filters are not used: LANCZOS overshoots at edges, and BOX counts whole pixels only, so that
-edges move when the scale is no integer.
+A mask is converted to RGB in the same way, then to grey. Its size may differ from its image: it is stretched to the size to
+which the image is scaled. Scaling, cropping and reduction to latent resolution are one step: the exact mean over the area of
+a latent pixel. Pillow's filters are not used: LANCZOS overshoots at edges, and BOX counts whole pixels only, which shifts
+edges if the scale is not an integer.
 
-This file is read by processes that must start fast: it imports no torch, and pixels are NumPy arrays.
+Reader processes, which must start quickly, import this module: it does not import torch, and pixels are NumPy arrays.
 """
 
 from __future__ import annotations
@@ -35,27 +35,25 @@ from utils.data.sources.image_files import ImageFile
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"))
 MAX_PIXELS = 178_000_000
-"""Width times height of the largest image that is read: 13,000 x 13,000, half a gigabyte when decoded. Pillow itself warns
-at half of it and refuses a little above; setting its own limit would change it for the whole process."""
+"""Largest width times height that is read: 13,000 x 13,000, half a gigabyte when decoded. Pillow itself warns at half of
+this and fails slightly above it; changing Pillow's limit would affect the whole process."""
 MAX_SIDE_RATIO = 100
-"""Longest side to shortest. Scaled to cover a square of 1024 pixels, such an image has 100 of them."""
+"""Largest ratio of the longer to the shorter side. Scaled to cover a square bucket, such an image covers 100."""
 _EXIF_ORIENTATION = 274
 _SIDEWAYS = (5, 6, 7, 8)
 _ROTATION_KEYS = ("exif", "XML:com.adobe.xmp", "Raw profile type exif")
 _LATE_ROTATION = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 _TAIL_BYTES = 128 * 2**10  # EXIF data is at most 64 KiB in the JPEG file it mostly comes from
 PIXELS_VERSION = 1
-"""Part of every cached image's key: raise it when `read_pixels` makes other pixels of the same file."""
+"""Part of every cached image's key: increase it whenever `read_pixels` returns different pixels for the same file."""
 MASK_VERSION = 1
-"""The same of `read_mask`."""
-
-
+"""The same for `read_mask`."""
 CONTENT_BYTES = 16
-"""Of the hash of a file's bytes."""
+"""Size of the hash of a file's bytes."""
 
 
 class BadFile(Exception):
-    """A file of the user's that cannot be used, and why."""
+    """A file of the dataset that cannot be used, with the reason."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)
@@ -66,24 +64,24 @@ class BadFile(Exception):
         return f"{self.path}: {self.reason}"
 
 
-class _Refused(Exception):
-    """An image that is not even decoded; its text is the reason."""
+class _Rejected(Exception):
+    """An image that is rejected without being decoded; the text is the reason."""
 
 
 def bad_image(file: ImageFile, reason: str) -> BadFile:
-    """The error that names an image which may lie inside another file."""
+    """Returns the error for an image that may be inside an archive."""
     return BadFile(Path(str(file)), reason)
 
 
 def read_size(file: ImageFile) -> tuple[int, int]:
-    """Width and height (pixels) as the image is to be looked at; reads the header, and decodes only if the file's end
-    looks cut off. Raises BadFile."""
+    """Returns width and height in pixels, after EXIF rotation. Reads only the header, unless the end of the file looks
+    truncated: then decodes the image. Raises BadFile."""
     with _named(file), file.open() as content, _opened(content) as image:
         width, height = image.size
         tail = _tail(content)
-        if not _ends_as_it_should(tail, image.format) or any(mark in tail for mark in _LATE_ROTATION):
+        if not _has_end_marker(tail, image.format) or any(key in tail for key in _LATE_ROTATION):
             image.load()
-        # Asked for EXIF data, a PNG file decodes its pixels to look behind them; it was loaded above if there is any.
+        # getexif of a PNG file decodes all pixels to find data behind them; the image was loaded above if there is any.
         rotated = image.format != "PNG" or any(key in image.info for key in _ROTATION_KEYS)
         exif = image.getexif() if rotated else {}
         sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
@@ -91,8 +89,8 @@ def read_size(file: ImageFile) -> tuple[int, int]:
 
 
 def read_pixels(file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> np.ndarray:
-    """The image scaled and cropped, then flipped along its width if asked to: uint8 (3, height, width) of the box's
-    bucket. `content`: what its bytes must have as their hash. Raises BadFile, also when they have another."""
+    """Reads an image, scales, crops and, if `flipped`, flips it horizontally; returns uint8 (3, height, width) of the box's
+    bucket. content: the expected hash of the file's bytes, not checked if empty. Raises BadFile, also for another hash."""
     image = _open_rgb(file, content)
     if image.size != (box.resized_width, box.resized_height):
         image = image.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
@@ -102,7 +100,7 @@ def read_pixels(file: ImageFile, box: CropBox, *, flipped: bool = False, content
 
 
 def read_thumbnail(file: ImageFile, max_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The whole image, RGB, no side longer than max_side; and its own width and height (pixels). Raises BadFile."""
+    """Returns the RGB image reduced to at most max_side pixels a side, and its original width and height. Raises BadFile."""
     image = _open_rgb(file)
     size = image.size
     image.thumbnail((max_side, max_side))
@@ -110,10 +108,10 @@ def read_thumbnail(file: ImageFile, max_side: int) -> tuple[Image.Image, tuple[i
 
 
 def read_mask(file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> np.ndarray:
-    """How much each latent pixel counts: float32 (1, height / downscale, width / downscale) of the box's bucket, in [0, 1].
+    """Reads a mask as loss weights of latent pixels: float32 (1, height / downscale, width / downscale), in [0, 1].
 
-    It is the mean of grey value / 255 over the pixels of the image that it stands for. `content` is as in `read_pixels`.
-    Raises BadFile, also for a mask of which nothing but black is left.
+    A weight is the mean of grey value / 255 over the image pixels that the latent pixel covers. `content` is as in
+    `read_pixels`. Raises BadFile, also for a mask that is completely black after cropping.
     """
     grey = np.asarray(_open_rgb(file, content).convert("L"))  # (height, width), uint8
     height, width = grey.shape
@@ -122,100 +120,100 @@ def read_mask(file: ImageFile, box: CropBox, downscale: int, *, content: bytes =
     means = _means_between(_means_between(grey, rows).T, columns).T
     if not means.any():
         where = f"inside the crop to {box.bucket}" if grey.any() else "everywhere"
-        raise bad_image(file, f"is black {where}: nothing of the image would count")
+        raise bad_image(file, f"is black {where}: no pixel of the image would be trained on")
     return np.array(means[None] / 255, dtype=np.float32, order="C")
 
 
-def _edges(side: int, resized_side: int, places: range) -> list[float]:
-    """Places on a side that was scaled, in pixels of the file; exact where they are between two pixels."""
-    return [place * side / resized_side for place in places]
+def _edges(side: int, resized_side: int, positions: range) -> list[float]:
+    """Converts positions on the scaled side to pixels of the file; exact at pixel boundaries."""
+    return [position * side / resized_side for position in positions]
 
 
 def _means_between(values: np.ndarray, edges: list[float]) -> np.ndarray:
-    """Means of the rows between two edges each, a cut row counting by its share: (rows, n) to float64 (edges - 1, n)."""
+    """Averages the rows between consecutive edges, weighting partial rows: (rows, n) to float64 (edges - 1, n)."""
     means = []
     for start, stop in pairwise(edges):
         rows = np.arange(math.floor(start), min(math.ceil(stop), len(values)))
-        shares = np.minimum(rows + 1, stop) - np.maximum(rows, start)
-        means.append(shares @ values[rows[0] : rows[-1] + 1] / (stop - start))
+        weights = np.minimum(rows + 1, stop) - np.maximum(rows, start)
+        means.append(weights @ values[rows[0] : rows[-1] + 1] / (stop - start))
     return np.stack(means)
 
 
 def _open_rgb(file: ImageFile, content: bytes = b"") -> Image.Image:
-    """The image as it is to be looked at. Raises BadFile."""
+    """Reads an image as RGB, after EXIF rotation. Raises BadFile."""
     with _named(file), _unchanged(file, content) as stream, _opened(stream) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
 def _unchanged(file: ImageFile, content: bytes) -> BinaryIO:
-    """The image's bytes, which must have this hash if there is one: what is cached under it must be made of them."""
+    """Opens the image's bytes and checks their hash if `content` is not empty, since results are cached under that hash."""
     if not content:
         return file.open()
     data = file.read()
     if content_hash(data) != content:
-        raise _Refused("has changed since the run began; start again")
+        raise _Rejected("has changed since the run started; start the run again")
     return BytesIO(data)
 
 
 def content_hash(data: bytes) -> bytes:
-    """What an image's bytes are called in the cache."""
+    """Returns the hash by which the cache identifies an image's bytes: blake2b, 16 bytes."""
     return hashlib.blake2b(data, digest_size=CONTENT_BYTES).digest()
 
 
 @contextmanager
 def _named(file: ImageFile) -> Iterator[None]:
-    """Whatever fails inside is the image's fault: BadFile; but not that memory is short."""
+    """Converts any exception except MemoryError to a BadFile of the image."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # damaged files make Pillow's decoders raise whatever they like
+    except Exception as error:  # damaged files make Pillow's decoders raise arbitrary exceptions
         raise bad_image(file, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    """Of an error while an image was opened or decoded, in one line."""
+    """Describes an error from opening or decoding an image, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, _Refused):
+    if isinstance(error, _Rejected):
         return text
     if isinstance(error, Image.DecompressionBombError):
-        announced = re.search(r"\((\d+) pixels\)", text)
-        return _too_large(int(announced[1]) if announced else None)
+        declared = re.search(r"\((\d+) pixels\)", text)
+        return _too_large(int(declared[1]) if declared else None)
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     if text.startswith("cannot identify"):
         return "is not an image Pillow can read"
-    return "is cut off" if "truncated" in text.lower() else f"cannot be decoded: {text}"
+    return "is truncated" if "truncated" in text.lower() else f"cannot be decoded: {text}"
 
 
 @contextmanager
 def _opened(content: BinaryIO) -> Iterator[Image.Image]:
-    """The image, of which the header has been read, if it is one to decode. Raises _Refused, and what Pillow raises."""
+    """Opens an image, reads its header and checks its size and format. Raises _Rejected and the exceptions of Pillow."""
     size_bytes = content.seek(0, os.SEEK_END)
     if not size_bytes:
-        raise _Refused("is empty (0 bytes)")
+        raise _Rejected("is empty (0 bytes)")
     content.seek(0)
     start = content.read(12)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's name no file; and the limit of pixels is ours
+            warnings.simplefilter("ignore")  # Pillow's warnings name no file, and the pixel limit is checked below
             with Image.open(content) as image:
                 _check(image)
                 yield image
     except Exception as error:
         if start[8:] == b"WEBP" and size_bytes < 8 + int.from_bytes(start[4:8], "little"):
-            raise _Refused("is cut off") from error  # Pillow does not say so of this format
+            raise _Rejected("is truncated") from error  # Pillow does not report this for WebP
         raise
 
 
 def _check(image: Image.Image) -> None:
     width, height = image.size
     if image.format == "EPS":
-        raise _Refused("is PostScript: a program, and not run")
+        raise _Rejected("is PostScript, a program, which is not executed")
     if width * height > MAX_PIXELS:
-        raise _Refused(_too_large(width * height))
+        raise _Rejected(_too_large(width * height))
     if max(width, height) > MAX_SIDE_RATIO * min(width, height):
-        raise _Refused(f"is {width}x{height} pixels: no bucket is near its shape")
+        raise _Rejected(f"is {width}x{height} pixels: no bucket has a similar aspect ratio")
 
 
 def _too_large(num_pixels: int | None) -> str:
@@ -224,24 +222,24 @@ def _too_large(num_pixels: int | None) -> str:
 
 
 def _tail(content: BinaryIO) -> bytes:
-    """The last bytes: the end mark, and in a PNG file what was put behind the pixels. The place in the file is kept."""
-    place = content.tell()
+    """Reads the end of a file: the end marker and, for PNG, chunks behind the pixels. Restores the file position."""
+    position = content.tell()
     content.seek(max(0, content.seek(0, os.SEEK_END) - _TAIL_BYTES))
     tail = content.read()
-    content.seek(place)
+    content.seek(position)
     return tail
 
 
-def _ends_as_it_should(tail: bytes, image_format: str | None) -> bool:
-    """Whether a file ends with its format's end mark. False also where there is none to look for: decode to know."""
-    marks = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
-    return image_format in marks and tail.endswith(marks[image_format])
+def _has_end_marker(tail: bytes, image_format: str | None) -> bool:
+    """Returns whether a file ends with its format's end marker; False for formats without one, which must be decoded."""
+    markers = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
+    return image_format in markers and tail.endswith(markers[image_format])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB; what is transparent becomes white. Raises ValueError for floating-point pixels."""
+    """Converts an image to 8-bit RGB over a white background. Raises ValueError for floating-point pixels."""
     if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, whose range nobody states")
+        raise ValueError("floating-point pixels have no defined value range")
     if image.mode.startswith("I"):
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -252,7 +250,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """16-bit grey values (also where Pillow widened them to 32) to 8 bits, rounded."""
+    """Converts 16-bit grey values (which Pillow may store in 32 bits) to 8 bits, rounded."""
     if pixels.max(initial=0) <= 255 and pixels.dtype.itemsize > 2:
         return pixels.astype(np.uint8)
     return np.clip(np.round(pixels.astype(np.float64) / 257), 0, 255).astype(np.uint8)

@@ -1,8 +1,8 @@
 """Indexes a [[directory]] of the dataset file: its images as columns, with sizes and captions, and its unusable files.
 
 Sizes are read from file headers in several processes; captions come from text files, caption tables and archives. The index
-is stored in the cache together with each file's stamp (size, mtime, ctime). A later start compares the stamps and reads only
-the files that changed, so it opens no file of an unchanged directory. Unusable files are tried again at every start.
+is stored in the cache's file index together with each file's stamp. A later start compares the stamps and reads only the
+files that changed, so it opens no file of an unchanged directory. Unusable files are tried again at every start.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from utils.data.sources.archive_entries import NOT_INSIDE, ArchiveEntry
 from utils.data.sources.caption_sources import CaptionSources, CaptionTable, first_few
 from utils.data.sources.captions import read_caption_table
 from utils.data.sources.decoding import BadFile
-from utils.data.sources.directory_scan import DirectoryScan, merge_files, scan_directory, stamp_of, stat_files
+from utils.data.sources.directory_scan import DirectoryScan, merge_files, scan_directory, stat_files
 from utils.data.sources.image_files import TABLE_SUFFIX, ImageFile
 from utils.data.sources.image_rows import (
     UNREAD,
     Container,
     ImageRows,
-    Memory,
     add_captions,
     carry_over,
+    load_rows,
+    save_rows,
     set_captions,
     unread_rows,
 )
 from utils.data.sources.readers import Readers
 from utils.data.sources.tar_files import list_tar
+from utils.files.file_index import FileIndex, FileTable, Stamp, stamp_of
 
 FILES_AT_ONCE = 256
 """Files per request to a reader process."""
@@ -48,7 +50,7 @@ CaptionReader = Callable[[int], list[str] | BadFile]
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """The keys of the dataset file that affect the index. Their names are part of the index file's name."""
+    """The keys of the dataset file that affect the index. Their names are part of the name of its table."""
 
     recursive: bool
     caption_per_line: bool = False
@@ -65,9 +67,10 @@ class IndexPart:
     rows: ImageRows
     """The usable images; names are relative to the directory's path."""
     container: Container | None
-    memory: Memory
+    table: FileTable
+    """Where the rows are stored."""
     usable: np.ndarray
-    """Which rows of the index file these are (bool)."""
+    """Which rows of the table these are (bool)."""
 
 
 @dataclass
@@ -82,10 +85,10 @@ class DirectoryIndex:
 
 
 class DirectoryIndexer:
-    """Indexes directories and stores the indexes in `memory_folder`; None: nothing is stored."""
+    """Indexes directories; what is read from their files is stored in `files`."""
 
-    def __init__(self, readers: Readers, memory_folder: Path | None, *, may_write: bool = True) -> None:
-        self._readers, self._memory_folder, self._may_write = readers, memory_folder, may_write
+    def __init__(self, readers: Readers, files: FileIndex) -> None:
+        self._readers, self._files = readers, files
 
     def index(self, path: Path, settings: IndexSettings, excluded: Sequence[Path] = ()) -> DirectoryIndex:
         """Indexes a folder, without the subfolders in `excluded`, or a single archive."""
@@ -106,20 +109,17 @@ class DirectoryIndexer:
         self._add_files(index, path, scan, captions, settings)
         return index
 
-    def _memory(self, path: Path, settings: IndexSettings) -> Memory:
-        if self._memory_folder is None:
-            return Memory(None, False)
-        name = content_key(str(path.absolute()), json.dumps(asdict(settings), sort_keys=True)).hex()
-        return Memory(self._memory_folder / f"{name}.safetensors", self._may_write)
+    def _table(self, path: Path, settings: IndexSettings) -> FileTable:
+        return self._files.table(content_key(str(path.absolute()), json.dumps(asdict(settings), sort_keys=True)).hex())
 
     # --- images in files of their own ------------------------------------------------------------------------------
 
     def _add_files(
         self, index: DirectoryIndex, folder: Path, scan: DirectoryScan, captions: CaptionSources, settings: IndexSettings
     ) -> None:
-        memory = self._memory(folder, settings)
-        old, header = memory.load() or (None, {})
-        tables = [[str(table.path), list(table.stamp)] for table in captions.tables]
+        table = self._table(folder, settings)
+        old, header = load_rows(table) or (None, {})
+        tables = [[str(source.path), list(source.stamp)] for source in captions.tables]
         same_tables = header.get("tables") == tables
         elsewhere = header.get("elsewhere", []) if same_tables else captions.named_images()
         inside = set(scan.images.names)
@@ -146,12 +146,12 @@ class DirectoryIndexer:
             nameless = header["nameless"] if same_names else captions.nameless(files.names)
             # An unreadable table is tried again at the next start.
             header = {"tables": None if captions.bad_tables else tables, "elsewhere": elsewhere, "nameless": nameless}
-            memory.save(rows, header)
+            save_rows(table, rows, header)
         if header["nameless"]:
             count, entries = len(header["nameless"]), first_few(header["nameless"])
             index.warnings.append(f"{folder}: {count} entries of caption tables match no image: {entries}")
         usable = _usable(rows, settings)
-        index.parts.append(IndexPart(rows.where(usable), None, memory, usable))
+        index.parts.append(IndexPart(rows.where(usable), None, table, usable))
 
     def _read_missing(
         self,
@@ -193,10 +193,10 @@ class DirectoryIndexer:
     def _add_archive(self, index: DirectoryIndex, folder: Path, name: str, settings: IndexSettings) -> list[CaptionTable]:
         """Adds the images in an archive. A .parquet file that only has image paths becomes a caption table instead."""
         path = folder / name if name else folder
-        memory = self._memory(path, settings)
+        table = self._table(path, settings)
         try:
             stamp = stamp_of(path)
-            rows, header = memory.load() or (None, {})
+            rows, header = load_rows(table) or (None, {})
             was_known = rows is not None and header.get("stamp") == list(stamp)
             if rows is None or not was_known:
                 contents = _read_archive(path, settings, self._readers)
@@ -212,7 +212,7 @@ class DirectoryIndexer:
             index.warnings.append(f"{path}: {header['others']} members are neither images nor captions")
         if header["only_names"]:
             if not was_known:
-                memory.save(rows, header)
+                save_rows(table, rows, header)
             return [CaptionTable(path, stamp, lambda: _caption_table_of(rows))]
         container = Container(str(path), name, header["column"])
         names = list(rows.names)
@@ -224,10 +224,10 @@ class DirectoryIndexer:
             return BadFile(Path(str(file_of(row))), "has no caption in the archive")
 
         if self._read_missing(rows, file_of, captions_of, index.bad_files) or not was_known:
-            memory.save(rows, header)
+            save_rows(table, rows, header)
         usable = _usable(rows, settings)
         below = replace(rows, names=Texts.of(f"{name}/{member}" for member in names)) if name else rows
-        index.parts.append(IndexPart(below.where(usable), container, memory, usable))
+        index.parts.append(IndexPart(below.where(usable), container, table, usable))
         return []
 
 
@@ -284,7 +284,7 @@ def _read_archive(path: Path, settings: IndexSettings, readers: Readers) -> _Con
     return _Contents(entries, "", bad_files, len(others))
 
 
-def _rows_from(contents: _Contents, path: Path, stamp: tuple[int, int, int]) -> ImageRows:
+def _rows_from(contents: _Contents, path: Path, stamp: Stamp) -> ImageRows:
     """Returns rows with the position and captions of each image of an archive; sizes and hashes are not known yet."""
     entries, count = contents.entries, len(contents.entries)
     zeros = np.zeros((count, 3), np.int64)
@@ -296,7 +296,7 @@ def _rows_from(contents: _Contents, path: Path, stamp: tuple[int, int, int]) -> 
     return rows
 
 
-def _header_from(contents: _Contents, stamp: tuple[int, int, int]) -> dict[str, Any]:
+def _header_from(contents: _Contents, stamp: Stamp) -> dict[str, Any]:
     return {
         "stamp": list(stamp),
         "column": contents.column,

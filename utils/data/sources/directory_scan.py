@@ -1,4 +1,4 @@
-"""What files a folder has, by their names, and their stamps: what tells that a file is still the one it was."""
+"""Scans a folder: files by kind, and their stamps (size, mtime, ctime), by which later runs detect changed files."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.sources.decoding import IMAGE_SUFFIXES, BadFile
+from utils.files.file_index import stamp_from
 
 ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".parquet")
 CAPTION_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv")
-_NUMBERS = 5  # size, time of change of content and of anything, number in its file system, number of that
+_STAT_FIELDS = 5  # size, mtime, ctime, inode, device
 
 
 class StampedFiles:
-    """Names, and a stamp and an identity of each."""
+    """Sorted file names with a stamp and an identity each."""
 
-    def __init__(self, names: list[str], numbers: np.ndarray) -> None:
-        """numbers (n, 5) int64: size, mtime, ctime (nanoseconds), inode, device."""
+    def __init__(self, names: list[str], stats: np.ndarray) -> None:
+        """stats: (n, 5) int64: size in bytes, mtime and ctime in nanoseconds, inode, device."""
         order = sorted(range(len(names)), key=names.__getitem__)
-        self.names = [names[place] for place in order]
-        numbers = numbers[order]
-        self.stamps = np.ascontiguousarray(numbers[:, :3])
-        """(n, 3) int64: when one of them differs, the file may be another."""
-        self.same = _identities(numbers[:, 3], numbers[:, 4])
-        """(n,) int64, equal for two names of one file."""
+        self.names = [names[row] for row in order]
+        stats = stats[order]
+        self.stamps = np.ascontiguousarray(stats[:, :3])
+        """(n, 3) int64: size, mtime, ctime. If one of them differs, the file may have changed."""
+        self.same = _identities(stats[:, 3], stats[:, 4])
+        """(n,) int64 file identity: equal for two names of the same file."""
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 def _identities(inodes: np.ndarray, devices: np.ndarray) -> np.ndarray:
-    odd = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)  # no small multiple of which is near another, modulo 2**64
+    odd = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)  # its small multiples are far apart modulo 2**64
     return (inodes.astype(np.uint64) + odd * devices.astype(np.uint64)).astype(np.int64)
 
 
 @dataclass
 class DirectoryScan:
-    """Everything in a folder; names are below it, with slashes. What begins with a dot is not looked at."""
+    """The contents of a folder; names are relative to it, with slashes. Names that start with a dot are ignored."""
 
     images: StampedFiles
     texts: StampedFiles
@@ -50,68 +51,63 @@ class DirectoryScan:
     tables: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
-    """Folders that were not looked into."""
+    """Subfolders that were not scanned."""
     bad_files: list[BadFile] = field(default_factory=list)
 
 
-def stamp_of(path: Path) -> tuple[int, int, int]:
-    """The stamp of one file. Raises OSError."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def stat_files(folder: Path, names: Iterable[str]) -> StampedFiles:
-    """Those of the files that are there; no name that somebody wrote into a table is too odd."""
-    found, numbers = [], array("q")
+    """Returns the existing files among the names, which may be arbitrary text from a caption table."""
+    found, stats = [], array("q")
     for name in names:
         try:
             status = os.stat(folder / name)
-        except (OSError, ValueError):  # ValueError: it has a null character, or half a surrogate pair
+        except (OSError, ValueError):  # ValueError: the name has a null character or an unpaired surrogate
             continue
         found.append(name)
-        numbers.extend(_numbers(status))
-    return StampedFiles(found, _table(numbers))
+        stats.extend(_stat_fields(status))
+    return StampedFiles(found, _table(stats))
 
 
 def merge_files(first: StampedFiles, second: StampedFiles) -> StampedFiles:
-    files = StampedFiles([], np.zeros((0, _NUMBERS), np.int64))
+    """Merges two sets of files, sorted by name."""
+    files = StampedFiles([], np.zeros((0, _STAT_FIELDS), np.int64))
     names = first.names + second.names
     order = sorted(range(len(names)), key=names.__getitem__)
-    files.names = [names[place] for place in order]
+    files.names = [names[row] for row in order]
     files.stamps = np.concatenate([first.stamps, second.stamps])[order]
     files.same = np.concatenate([first.same, second.same])[order]
     return files
 
 
-def _numbers(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+def _stat_fields(status: os.stat_result) -> tuple[int, ...]:
+    return *stamp_from(status), status.st_ino, status.st_dev
 
 
-def _table(numbers: array[int]) -> np.ndarray:
-    return np.array(numbers, dtype=np.int64).reshape(-1, _NUMBERS)
+def _table(stats: array[int]) -> np.ndarray:
+    return np.array(stats, dtype=np.int64).reshape(-1, _STAT_FIELDS)
 
 
-class _Walker:
-    """A walk under way."""
+class _Scanner:
+    """The state of a directory scan."""
 
     def __init__(self, folder: Path, recursive: bool, excluded: Collection[tuple[int, int]]) -> None:
         self.folder, self.recursive, self.excluded = folder, recursive, excluded
-        """excluded: (device, inode) of folders that are none of this one's."""
-        self.seen: set[tuple[int, int]] = set()
+        """excluded: (device, inode) of subfolders that are used for something else."""
+        self.known_folders: set[tuple[int, int]] = set()
         self.links: list[tuple[str, tuple[int, int]]] = []
-        """Links to folders, and the folders' identities."""
+        """(Name, (device, inode) of the target) of links to folders that have not been followed yet."""
         self.image_names: list[str] = []
         self.text_names: list[str] = []
-        self.image_numbers, self.text_numbers = array("q"), array("q")
+        self.image_stats, self.text_stats = array("q"), array("q")
         self.found = DirectoryScan(StampedFiles([], _table(array("q"))), StampedFiles([], _table(array("q"))))
 
-    def look_into(self, inner: str) -> list[str]:
-        """Take down the files of a folder; returns its folders that are to be looked into."""
+    def scan_folder(self, inner: str) -> list[str]:
+        """Records the files of a folder; returns its subfolders to be scanned."""
         deeper = []
         try:
             entries = list(os.scandir(self.folder / inner))
         except OSError as error:
-            self.found.bad_files.append(BadFile(self.folder / inner, f"cannot be looked into: {error.strerror}"))
+            self.found.bad_files.append(BadFile(self.folder / inner, f"cannot be listed: {error.strerror}"))
             return []
         for entry in entries:
             if entry.name.startswith("."):
@@ -120,12 +116,12 @@ class _Walker:
             try:
                 status = entry.stat()
             except OSError as error:
-                self._take_broken(name, entry, error)
+                self._record_broken(name, entry, error)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 deeper += self._folder(name, status)
             else:
-                self._take(name, status)
+                self._record(name, status)
         return deeper
 
     def _folder(self, name: str, status: os.stat_result) -> list[str]:
@@ -138,33 +134,33 @@ class _Walker:
         if os.path.islink(self.folder / name):
             self.links.append((name, identity))
             return []
-        return self._not_seen(name, identity)
+        return self._unless_known(name, identity)
 
     def follow_link(self) -> list[str]:
-        """The folder behind a link, unless it is looked into anyway. To be called when no other folder is left: what has a
-        name of its own is called by that, in whatever order the file system lists."""
+        """Returns the target of a link if it has not been scanned. Called when no other folder is left: so a folder that is
+        also reachable without links keeps its own name, in whatever order the file system lists entries."""
         name, identity = min(self.links)
         self.links.remove((name, identity))
-        deeper = self._not_seen(name, identity)
+        deeper = self._unless_known(name, identity)
         if not deeper:
-            reason = "is a link to a folder that is looked into already"
+            reason = "is a link to a folder that is already included"
             self.found.bad_files.append(BadFile(self.folder / name, reason))
         return deeper
 
-    def _not_seen(self, name: str, identity: tuple[int, int]) -> list[str]:
-        if identity in self.seen:
+    def _unless_known(self, name: str, identity: tuple[int, int]) -> list[str]:
+        if identity in self.known_folders:
             return []
-        self.seen.add(identity)
+        self.known_folders.add(identity)
         return [f"{name}/"]
 
-    def _take(self, name: str, status: os.stat_result) -> None:
+    def _record(self, name: str, status: os.stat_result) -> None:
         suffix = name[name.rfind(".") :].lower()
         if suffix in IMAGE_SUFFIXES:
             self.image_names.append(name)
-            self.image_numbers.extend(_numbers(status))
+            self.image_stats.extend(_stat_fields(status))
         elif suffix == ".txt":
             self.text_names.append(name)
-            self.text_numbers.extend(_numbers(status))
+            self.text_stats.extend(_stat_fields(status))
         elif name.lower().endswith(ARCHIVE_SUFFIXES):
             self.found.archives.append(name)
         elif name.rpartition("/")[2] in CAPTION_TABLES:
@@ -172,27 +168,27 @@ class _Walker:
         else:
             self.found.others.append(name)
 
-    def _take_broken(self, name: str, entry: os.DirEntry[str], error: OSError) -> None:
-        """What has a name and is nothing: a link to nothing, or in a circle; a file that has just gone."""
+    def _record_broken(self, name: str, entry: os.DirEntry[str], error: OSError) -> None:
+        """Records an entry that cannot be read: a broken or circular link, or a file that has just been deleted."""
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or entry.is_symlink():
-            reason = f"is a link to nothing: {error.strerror}" if entry.is_symlink() else f"cannot be read: {error.strerror}"
+            reason = f"is a broken link: {error.strerror}" if entry.is_symlink() else f"cannot be read: {error.strerror}"
             self.found.bad_files.append(BadFile(self.folder / name, reason))
 
 
 def scan_directory(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> DirectoryScan:
-    """Everything in the folder, in order of names; `excluded`: folders in it that belong to something else."""
-    here = os.stat(folder)
+    """Scans a folder; the result is sorted by name. excluded: subfolders that are used for something else."""
+    root = os.stat(folder)
     identities = {(status.st_dev, status.st_ino) for path in excluded if path.is_dir() for status in [os.stat(path)]}
-    walker = _Walker(folder, recursive, identities)
-    walker.seen.add((here.st_dev, here.st_ino))
+    scanner = _Scanner(folder, recursive, identities)
+    scanner.known_folders.add((root.st_dev, root.st_ino))
     todo = [""]
     while todo:
-        todo += walker.look_into(todo.pop())
-        while not todo and walker.links:
-            todo += walker.follow_link()
-    found = walker.found
-    found.images = StampedFiles(walker.image_names, _table(walker.image_numbers))
-    found.texts = StampedFiles(walker.text_names, _table(walker.text_numbers))
+        todo += scanner.scan_folder(todo.pop())
+        while not todo and scanner.links:
+            todo += scanner.follow_link()
+    found = scanner.found
+    found.images = StampedFiles(scanner.image_names, _table(scanner.image_stats))
+    found.texts = StampedFiles(scanner.text_names, _table(scanner.text_stats))
     for names in (found.archives, found.tables, found.others, found.folders):
         names.sort()
     found.bad_files.sort(key=lambda bad: bad.path)

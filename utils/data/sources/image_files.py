@@ -1,6 +1,6 @@
-"""Where the bytes of an image are: in a file of its own, or inside a .tar or .parquet file, which is never unpacked.
+"""Locates and reads the bytes of an image: a separate file, or a part of a .tar or .parquet file, which is never unpacked.
 
-Whatever is missing, cut off or changed since it was listed raises OSError, with a reason in its `strerror`.
+Files that are missing or truncated raise OSError with the reason in its `strerror`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TABLE_SUFFIX = ".parquet"
-_BYTES_FIELD = "bytes"  # what Hugging Face's datasets call it in an image's struct
+_BYTES_FIELD = "bytes"  # the field of an image's struct in Hugging Face datasets
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class ImageFile:
-    """Where the bytes of an image are: a file, or a part of a .tar or .parquet file."""
+    """The location of an image's bytes: a file, or a part of a .tar or .parquet file."""
 
     path: Path
     member: str = ""
-    """Empty for a file of its own; in a .tar file the member's name, in a .parquet file that of the column."""
+    """Empty for a separate file; the member name in a .tar file; the column name in a .parquet file."""
     start: int = 0
-    """In a .tar file the first byte of the member's content, in a .parquet file the number of the row."""
+    """First byte of the member's content in a .tar file; row number in a .parquet file."""
     length: int = 0
-    """In a .tar file how many bytes the member has."""
+    """Size of the member in bytes in a .tar file; otherwise 0."""
 
     def __str__(self) -> str:
         if not self.member:
@@ -38,7 +38,7 @@ class ImageFile:
         return f"{self.path}/row {self.start}" if self._is_in_table() else f"{self.path}/{self.member}"
 
     def read(self) -> bytes:
-        """All bytes of the image. Raises OSError."""
+        """Reads all bytes of the image. Raises OSError."""
         if not self.member:
             with self.open() as file:
                 return file.read()
@@ -47,7 +47,7 @@ class ImageFile:
         return _read_range(self.path, self.start, self.length)
 
     def open(self) -> BinaryIO:
-        """The image's bytes as a file to read from, with an end of its own. Raises OSError."""
+        """Opens the image's bytes as a binary file that contains nothing else. Raises OSError."""
         return BytesIO(self.read()) if self.member else _open_regular(self.path)
 
     def _is_in_table(self) -> bool:
@@ -55,7 +55,7 @@ class ImageFile:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    # Opened without waiting: a named pipe would keep the reader until somebody writes to it.
+    # Non-blocking: opening a named pipe would otherwise wait for a writer.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -64,30 +64,37 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def _read_range(path: Path, start: int, length: int) -> bytes:
-    """Bytes start to start + length, of which none may be missing."""
+    """Reads bytes start to start + length. Raises OSError if some are missing."""
     with _open_regular(path) as file:
-        there = os.fstat(file.fileno()).st_size - start
-        if there >= length:  # a length that cannot be right must not be allocated
+        available = os.fstat(file.fileno()).st_size - start
+        if available >= length:  # an impossible length must not be allocated
             file.seek(start)
             content = file.read(length)
-            there = len(content)
-    if there < length:
-        raise OSError(errno.EIO, f"{path.name} is cut off: of {length} bytes {max(0, there)} are there", str(path))
+            available = len(content)
+    if available < length:
+        message = f"{path.name} is truncated: {max(0, available)} of {length} bytes exist"
+        raise OSError(errno.EIO, message, str(path))
     return content
 
 
-# --- tables ------------------------------------------------------------------------------------------------------------
+# --- .parquet files ----------------------------------------------------------------------------------------------------
 
 
 def _read_row(path: Path, column: str, row: int) -> bytes:
     status = path.stat()
-    stamp = (status.st_size, status.st_mtime_ns, status.st_ino)  # a file that was replaced is not read from memory
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ino)  # so that a replaced file is not served from the cache
     try:
         ends = _row_group_ends(path, stamp)
         group = bisect_right(ends, row)
         first = ends[group - 1] if group else 0
         content = _row_group(path, stamp, group, column)[row - first].as_py()
-    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # pyarrow's, of a damaged file
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        NotImplementedError,
+    ) as error:  # raised by pyarrow for damaged files
         if isinstance(error, OSError) and error.strerror:
             raise
         raise OSError(errno.EIO, f"row {row} of {path.name}: {_one_line(error)}", str(path)) from error
@@ -98,16 +105,16 @@ def _read_row(path: Path, column: str, row: int) -> bytes:
 
 @lru_cache(maxsize=64)
 def _row_group_ends(path: Path, stamp: tuple[int, ...]) -> list[int]:
-    """The number of the first row behind each row group."""
-    from pyarrow import parquet  # an optional requirement, and slow to import
+    """Returns the end row of each row group (exclusive)."""
+    from pyarrow import parquet  # an optional dependency, and slow to import
 
     with parquet.ParquetFile(path) as table:
         return list(accumulate(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)))
 
 
-@lru_cache(maxsize=1)  # rows are read in their order, and a group may have hundreds of megabytes
+@lru_cache(maxsize=1)  # rows are read in order, and a group may take hundreds of megabytes
 def _row_group(path: Path, stamp: tuple[int, ...], group: int, column: str) -> Any:
-    """The bytes of the images of one row group, as an array of pyarrow's."""
+    """Returns the bytes of the images of one row group as a pyarrow array."""
     import pyarrow
     from pyarrow import compute, parquet
 
@@ -116,7 +123,7 @@ def _row_group(path: Path, stamp: tuple[int, ...], group: int, column: str) -> A
     if pyarrow.types.is_struct(values.type):
         values = compute.struct_field(values, _BYTES_FIELD)
     if not (pyarrow.types.is_binary(values.type) or pyarrow.types.is_large_binary(values.type)):
-        raise ValueError(f"column {column} has {values.type} and no bytes")
+        raise ValueError(f"column {column} has type {values.type}, not bytes")
     return values
 
 

@@ -1,19 +1,18 @@
-"""Indexed images as tables of columns, and the index files that store them together with the stamps of the source files."""
+"""Indexed images as columns: what the file index stores for each image of a directory or archive."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
-from utils.data.columns import Texts, map_columns, save_columns
+from utils.data.columns import Texts
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
+from utils.files.file_index import FileTable, are_unchanged, match_rows
 
 UNREAD = 0
 """Width stored for an image whose size is not known."""
@@ -123,18 +122,13 @@ def carry_over(fresh: ImageRows, old: ImageRows, *, captions_too: bool) -> Image
 
     captions_too: whether captions that do not come from a text file may be reused as well.
     """
-    if len(old) == len(fresh) and old.names == fresh.names:
-        sources = np.arange(len(old))
-    else:
-        row_of = {name: row for row, name in enumerate(old.names)}
-        sources = np.fromiter((row_of.get(name, -1) for name in fresh.names), np.int64, len(fresh))
-    known = sources >= 0
-    if not known.any():
+    sources = match_rows(fresh.names, old.names)
+    if not (sources >= 0).any():
         return fresh
-    same_file = known & (old.stamps[sources] == fresh.stamps).all(axis=1)
+    same_file = are_unchanged(fresh.stamps, old.stamps, sources)
     fresh.sizes[same_file] = old.sizes[sources[same_file]]
     fresh.content[same_file] = old.content[sources[same_file]]
-    same_text = known & (old.caption_stamps[sources] == fresh.caption_stamps).all(axis=1)
+    same_text = are_unchanged(fresh.caption_stamps, old.caption_stamps, sources)
     same_text &= fresh.caption_stamps.any(axis=1) | captions_too
     if same_text.all() and np.array_equal(sources, np.arange(len(old))):
         fresh.captions, fresh.first_caption = old.captions, old.first_caption
@@ -159,64 +153,19 @@ def add_captions(rows: ImageRows, found: Mapping[int, Sequence[str]]) -> None:
     set_captions(rows, [found.get(row) or texts[bounds[row] : bounds[row + 1]] for row in range(len(rows))])
 
 
-@dataclass(frozen=True)
-class Memory:
-    """An index file that stores rows. If it is lost or damaged, the source files are read again."""
-
-    path: Path | None
-    """None: nothing is stored."""
-    may_write: bool
-
-    def load(self) -> tuple[ImageRows, dict[str, Any]] | None:
-        """Returns the stored rows and their header, or None if there is no valid file."""
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            columns, text = map_columns(self.path, checked=True)
-            header = json.loads(text)
-            values = {
-                field.name: Texts(columns[f"{field.name}.offsets"], columns[f"{field.name}.block"])
-                if f"{field.name}.offsets" in columns
-                else columns[field.name]
-                for field in fields(ImageRows)
-            }
-            return ImageRows(**values), header  # type: ignore[arg-type]
-        except (SafetensorError, OSError, ValueError, KeyError):
-            return None
-
-    def save(self, rows: ImageRows, header: Mapping[str, Any]) -> None:
-        """Writes the rows and a header, a JSON object."""
-        if self.path is None or not self.may_write:
-            return
-        columns: dict[str, np.ndarray] = {}
-        for field in fields(ImageRows):
-            value = getattr(rows, field.name)
-            if isinstance(value, Texts):
-                columns |= {f"{field.name}.offsets": value.offsets, f"{field.name}.block": value.block[:]}
-            else:
-                columns[field.name] = value
-        save_columns(self.path, columns, json.dumps(header))
-
-    def save_content(self, chosen: np.ndarray, content: np.ndarray) -> None:
-        """Stores the hashes (m, 16) of the rows for which `chosen` is true."""
-        loaded = self.load()
-        if loaded is not None and len(loaded[0]) == len(chosen):
-            rows, header = loaded
-            rows.content = rows.content.copy()
-            rows.content[chosen] = content
-            self.save(rows, header)
+def load_rows(table: FileTable) -> tuple[ImageRows, dict[str, Any]] | None:
+    """Returns the stored rows and their header, or None if the table is missing or damaged."""
+    loaded = table.load()
+    if loaded is None:
+        return None
+    columns, header = loaded
+    try:
+        values: dict[str, Any] = {field.name: columns[field.name] for field in fields(ImageRows)}
+        return ImageRows(**values), header
+    except KeyError:
+        return None
 
 
-@dataclass(frozen=True)
-class Remembered:
-    """The index file that stores the hashes of consecutive rows of a larger table, from row `start` on."""
-
-    memory: Memory
-    usable: np.ndarray
-    """Which rows of the index file these are (bool); their number is the number of rows in the table."""
-    start: int
-
-    def save_content(self, content: np.ndarray) -> None:
-        """Stores the hashes, given those of the whole table, (n, 16)."""
-        count = int(self.usable.sum())
-        self.memory.save_content(self.usable, content[self.start : self.start + count])
+def save_rows(table: FileTable, rows: ImageRows, header: Mapping[str, Any]) -> None:
+    """Writes the rows and a header, a JSON object."""
+    table.save({field.name: getattr(rows, field.name) for field in fields(ImageRows)}, header)

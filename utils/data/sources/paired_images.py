@@ -1,4 +1,4 @@
-"""Masks and control images: which image has which, by name and shape."""
+"""Pairs images with their masks and control images, by name and aspect ratio."""
 
 from __future__ import annotations
 
@@ -12,56 +12,57 @@ from utils.data.columns import Texts
 from utils.data.sources.caption_sources import first_few, stem_of
 from utils.data.sources.decoding import CONTENT_BYTES, BadFile
 from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
-from utils.data.sources.image_rows import NO_ROW, ImageRows, PairedImages, Remembered
+from utils.data.sources.image_rows import NO_ROW, ImageRows, PairedImages
+from utils.files.file_index import StoredHashes
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of companion."""
+    """A kind of paired image: masks or control images."""
 
     word: str
     key: str
-    """Of the dataset file: where they are."""
+    """Key of the dataset file that names their folder."""
     hint: str
 
 
-MASK = Kind("mask", "mask_path", " (a white image is a mask of everything)")
+MASK = Kind("mask", "mask_path", " (a white image as mask trains on all pixels)")
 CONTROL = Kind("control image", "control_path", "")
 
 
 class PairedImageTable:
-    """The companions of one kind of all directories; each folder of theirs is listed once."""
+    """The paired images of one kind for all directories; each of their folders is indexed once."""
 
     def __init__(self, kind: Kind, indexer: DirectoryIndexer) -> None:
         self._kind, self._indexer = kind, indexer
-        self._listings: dict[Path, DirectoryIndex] = {}
+        self._indexes: dict[Path, DirectoryIndex] = {}
         self._starts: dict[Path, int] = {}
         self._used: dict[Path, set[str]] = {}
         self._count = 0
 
     def find(
-        self, folder: Path, recursive: bool, images: ImageRows, shown: Callable[[int], Path]
+        self, folder: Path, recursive: bool, images: ImageRows, path_of: Callable[[int], Path]
     ) -> tuple[np.ndarray, list[BadFile]]:
-        """Of each image the row of its companion in `columns`, NO_ROW where it has none that can be used; the bad files.
+        """Returns the row in `columns` of each image's paired image, NO_ROW where there is no usable one; and the bad files.
 
-        folder: where they are. shown: how the image of a row is called in messages.
+        folder: contains the paired images. path_of: the path of an image, by its row, for messages.
         """
-        listing, start = self._list(folder, recursive), self._starts[folder]
-        names, sizes = list(listing.parts[0].rows.names), listing.parts[0].rows.sizes.tolist()
+        index, start = self._index(folder, recursive), self._starts[folder]
+        names, sizes = list(index.parts[0].rows.names), index.parts[0].rows.sizes.tolist()
         by_stem: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             by_stem.setdefault(stem_of(name), []).append(row)
-        broken = {stem_of(_below(bad.path, folder)): bad for bad in listing.bad_files}
+        broken = {stem_of(_relative(bad.path, folder)): bad for bad in index.bad_files}
         found, bad_files = np.full(len(images), NO_ROW, np.int32), []
         for image, (name, size) in enumerate(zip(images.names, images.sizes.tolist(), strict=True)):
             rows = by_stem.get(stem_of(name), [])
             self._used[folder].update(names[row] for row in rows)
             if not rows and stem_of(name) in broken:
                 bad = broken[stem_of(name)]
-                self._used[folder].add(_below(bad.path, folder))
+                self._used[folder].add(_relative(bad.path, folder))
             else:
                 candidates = [(folder / names[row], sizes[row]) for row in rows]
-                misfit = _misfit(self._kind, shown(image), size, candidates)
+                misfit = _misfit(self._kind, path_of(image), size, candidates)
                 if misfit is None:
                     found[image] = start + rows[0]
                     continue
@@ -69,46 +70,49 @@ class PairedImageTable:
             bad_files.append(bad)
         return found, bad_files
 
-    def _list(self, folder: Path, recursive: bool) -> DirectoryIndex:
-        if folder not in self._listings:
-            listing = self._indexer.index(folder, IndexSettings(recursive, has_captions=False))
-            self._listings[folder], self._starts[folder], self._used[folder] = listing, self._count, set()
-            self._count += len(listing.parts[0].rows)
-        return self._listings[folder]
+    def _index(self, folder: Path, recursive: bool) -> DirectoryIndex:
+        if folder not in self._indexes:
+            index = self._indexer.index(folder, IndexSettings(recursive, has_captions=False))
+            self._indexes[folder], self._starts[folder], self._used[folder] = index, self._count, set()
+            self._count += len(index.parts[0].rows)
+        return self._indexes[folder]
 
     def columns(self) -> PairedImages:
-        rows = [listing.parts[0].rows for listing in self._listings.values()]
+        """Returns the paired images of all folders."""
+        rows = [index.parts[0].rows for index in self._indexes.values()]
         content = np.concatenate([np.zeros((0, CONTENT_BYTES), np.uint8), *(part.content for part in rows)])
-        paths = (str(folder / name) for folder, part in zip(self._listings, rows, strict=True) for name in part.names)
+        paths = (str(folder / name) for folder, part in zip(self._indexes, rows, strict=True) for name in part.names)
         return PairedImages(Texts.of(paths), content)
 
-    def remembered(self) -> list[Remembered]:
-        """Where the hashes of the rows of `columns` are kept."""
-        parts = {folder: listing.parts[0] for folder, listing in self._listings.items()}
-        return [Remembered(part.memory, part.usable, self._starts[folder]) for folder, part in parts.items()]
+    def stored_hashes(self, content: np.ndarray) -> list[StoredHashes]:
+        """Returns where the hashes are stored; `content` is the hash column of `columns`."""
+        parts = {folder: index.parts[0] for folder, index in self._indexes.items()}
+        return [StoredHashes(content, self._starts[folder], part.table, part.usable) for folder, part in parts.items()]
 
     def warnings(self) -> list[str]:
-        """StampedFiles in the folders that are no image's companion."""
+        """StampedReturns warnings about files in the folders that are paired with no image."""
         warnings = []
-        for folder, listing in self._listings.items():
-            names = {*listing.parts[0].rows.names, *listing.others}
-            names |= {_below(bad.path, folder) for bad in listing.bad_files}
+        for folder, index in self._indexes.items():
+            names = {*index.parts[0].rows.names, *index.others}
+            names |= {_relative(bad.path, folder) for bad in index.bad_files}
             unused = sorted(names - self._used[folder])
             if unused:
-                warnings.append(f"{folder}: {len(unused)} files are no {self._kind.word} of an image: {first_few(unused)}")
+                warnings.append(
+                    f"{folder}: {len(unused)} files are not the {self._kind.word} of any image: {first_few(unused)}"
+                )
         return warnings
 
 
-def _below(path: Path, folder: Path) -> str:
+def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
 def _misfit(
     kind: Kind, image: Path, size: Sequence[int], candidates: Sequence[tuple[Path, Sequence[int]]]
 ) -> BadFile | None:
-    """Why none of these can be the image's companion, if none can."""
+    """Returns the reason why the image has no usable paired image, None if it has one."""
     if not candidates:
-        return BadFile(image, f"has no {kind.word}: none in {kind.key} has its name{kind.hint}")
+        return BadFile(image, f"has no {kind.word}: no file in {kind.key} has its name{kind.hint}")
     if len(candidates) > 1:
         paths = ", ".join(str(path) for path, _ in candidates)
         return BadFile(image, f"has several {kind.word}s: {paths}; keep one")
@@ -116,10 +120,10 @@ def _misfit(
     if same_shape(found, size):
         return None
     sizes = [f"{width}x{height}" for width, height in (found, size)]
-    return BadFile(path, f"is {sizes[0]} pixels, its image {image.name} {sizes[1]}: not the same shape")
+    return BadFile(path, f"is {sizes[0]} pixels, but its image {image.name} is {sizes[1]}: the aspect ratios differ")
 
 
 def same_shape(size: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether the smaller (width, height) is the larger one scaled in proportion, to within a pixel of the smaller."""
+    """Returns whether two sizes (width, height) have the same aspect ratio, to within one pixel of the smaller size."""
     (width, height), (larger_width, larger_height) = sorted((tuple(size), tuple(other)))
     return abs(width / larger_width - height / larger_height) <= 1 / larger_width + 1 / larger_height

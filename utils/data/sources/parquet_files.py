@@ -1,9 +1,9 @@
-"""What .parquet files hold: the row of each image, and its captions.
+"""Lists the images of .parquet files: row and captions of each.
 
-A .parquet file has an image in each row: its bytes, plain or in a struct as Hugging Face writes them, or its path. Only
-captions and paths are read; the bytes are not, unless the file does not tell in which rows there are none.
+Each row of a .parquet file has one image: its bytes, plain or in a struct as written by Hugging Face datasets, or its path.
+Only captions and paths are read. The bytes are read only if the file's statistics do not specify which rows have none.
 
-Of some damaged files pyarrow does not raise an error but ends the process. So this is called in a reader process, which may.
+Some damaged files make pyarrow terminate the process instead of raising an error, so this code runs in a reader process.
 """
 
 from __future__ import annotations
@@ -24,72 +24,72 @@ _PATH_COLUMNS = ("image", "image_path", "path", "file_name")
 def list_parquet(
     path: Path, image_column: str | None, caption_column: str | None
 ) -> tuple[list[ArchiveEntry], str, list[BadFile]]:
-    """Images by row; the column they are in; rows that cannot be used.
+    """Returns the images by row, the column that contains them, and the unusable rows.
 
-    Where no column is named, the first usable one of the usual names is taken; without one for captions there are none.
-    Raises BadFile for what is no .parquet file or lacks a column, and if pyarrow is not installed.
+    A column that is None is chosen by the usual names: the first usable one; without a caption column there are no captions.
+    Raises BadFile for an invalid .parquet file, a missing column, and if pyarrow is not installed.
     """
     check_regular(path)
     try:
-        from pyarrow import parquet  # an optional requirement, and slow to import
+        from pyarrow import parquet  # an optional dependency, and slow to import
     except ImportError as error:
-        raise BadFile(path, "needs pyarrow to be read: pip install pyarrow") from error
-    found: list[ArchiveEntry] = []
+        raise BadFile(path, "requires pyarrow: pip install pyarrow") from error
+    entries: list[ArchiveEntry] = []
     bad: list[BadFile] = []
     try:
         with parquet.ParquetFile(path) as table:
             columns = _choose_columns(table.schema_arrow, image_column, caption_column)
             for number, row in enumerate(_rows(table, columns)):
                 try:
-                    found.append(_found_in_row(number, row))
+                    entries.append(_entry_of_row(number, row))
                 except ValueError as error:
                     bad.append(BadFile(path / f"row {number}", str(error)))
     except _WrongColumns as error:
         raise BadFile(path, str(error)) from error
     except MemoryError:
         raise
-    except Exception as error:  # damage makes pyarrow raise errors of many kinds
+    except Exception as error:  # damaged files make pyarrow raise arbitrary exceptions
         raise BadFile(path, f"cannot be read as a .parquet file: {' '.join(str(error).split())}") from error
-    return found, columns.images, bad
+    return entries, columns.images, bad
 
 
 class _WrongColumns(Exception):
-    """A column is missing, or has another type than it must have."""
+    """A column is missing or has the wrong type."""
 
 
 class _Columns(NamedTuple):
     images: str
     bytes_leaf: str | None
-    """The column in the file that has the bytes; None if there are paths only. So for the next."""
+    """Path of the leaf column with the bytes; None if there are only paths. Likewise for the paths below."""
     path_leaf: str | None
     captions: str | None
 
 
 def _choose_columns(schema: Any, image_column: str | None, caption_column: str | None) -> _Columns:
-    """The columns to read of a table of pyarrow's. Raises _WrongColumns."""
-    there = _described(schema)
+    """Chooses the columns to read from a pyarrow schema. Raises _WrongColumns."""
+    existing = _described(schema)
     names = (image_column,) if image_column is not None else (*_BYTES_COLUMNS, *_PATH_COLUMNS)
     leaves = [(name, *_image_leaves(schema, name)) for name in names]
     best = next((leaf for leaf in leaves if leaf[1]), None) or next((leaf for leaf in leaves if leaf[2]), None)
     if best is None:
         what = f"column {quoted(image_column)} with images or paths" if image_column is not None else "column of images"
-        raise _WrongColumns(f"has no {what}; its columns are {there}")
+        raise _WrongColumns(f"has no {what}; its columns are {existing}")
     usual = (name for name in CAPTION_KEYS if name != best[0] and _has_captions(schema, name))
     captions = caption_column if caption_column is not None else next(usual, None)
     if captions is not None and not _has_captions(schema, captions):
-        raise _WrongColumns(f"has no column {quoted(captions)} with strings or lists of strings; its columns are {there}")
+        raise _WrongColumns(f"has no column {quoted(captions)} with strings or lists of strings; its columns are {existing}")
     return _Columns(*best, captions)
 
 
 def _described(schema: Any) -> str:
-    """Names and types of columns for a message."""
+    """Formats names and types of the columns for a message."""
     columns = [f"{quoted(name)} ({str(kind)[:40]})" for name, kind in zip(schema.names, schema.types, strict=True)]
     rest = f" and {len(columns) - _MAX_COLUMNS_SHOWN} more" if len(columns) > _MAX_COLUMNS_SHOWN else ""
     return (", ".join(columns[:_MAX_COLUMNS_SHOWN]) or "none") + rest
 
 
 def _image_leaves(schema: Any, name: str) -> tuple[str | None, str | None]:
-    """Where a column of images has bytes, and where paths; None where it has not."""
+    """Returns the leaf columns of an image column that contain bytes and paths; None where there are none."""
     from pyarrow import types
 
     if schema.get_field_index(name) < 0:
@@ -104,7 +104,7 @@ def _image_leaves(schema: Any, name: str) -> tuple[str | None, str | None]:
 
 
 def _has_captions(schema: Any, name: str) -> bool:
-    """Whether there is such a column, of strings or lists of strings."""
+    """Returns whether there is a column of this name with strings or lists of strings."""
     from pyarrow import types
 
     if schema.get_field_index(name) < 0:
@@ -124,7 +124,7 @@ class _Row(NamedTuple):
 
 
 def _rows(table: Any, columns: _Columns) -> Iterator[_Row]:
-    """The table's rows, read a row group at a time."""
+    """Yields the table's rows, reading one row group at a time."""
     names = [name for name in (columns.path_leaf, columns.captions) if name is not None]
     for group in range(table.num_row_groups):
         num_rows = table.metadata.row_group(group).num_rows
@@ -135,20 +135,20 @@ def _rows(table: Any, columns: _Columns) -> Iterator[_Row]:
         yield from map(_Row, have_bytes, paths, captions)
 
 
-def _found_in_row(number: int, row: _Row) -> ArchiveEntry:
-    """Raises ValueError for a row that cannot be used, with the reason."""
+def _entry_of_row(number: int, row: _Row) -> ArchiveEntry:
+    """Converts a row to an entry. Raises ValueError with the reason for a row that cannot be used."""
     captions = None if row.captions is None else as_captions(row.captions)
     if row.has_bytes:
         return ArchiveEntry(str(number), number, 0, captions)
     if not row.path:
         raise ValueError("has no image")
     if "://" in row.path:
-        raise ValueError(f"has an address, {quoted(row.path)}: images are not downloaded")
+        raise ValueError(f"has a URL, {quoted(row.path)}: images are not downloaded")
     return ArchiveEntry(row.path, NOT_INSIDE, 0, captions)
 
 
 def _paths(column: Any) -> list[str | None]:
-    """Paths of a column of strings, or of a struct of which nothing else was read."""
+    """Returns the paths in a column of strings, or of structs of which only `path` was read."""
     from pyarrow import types
 
     values = column.to_pylist()
@@ -156,18 +156,19 @@ def _paths(column: Any) -> list[str | None]:
 
 
 def _have_bytes(table: Any, group: int, leaf: str) -> list[bool]:
-    """Of each row whether the image's bytes are there; they are read only where the file's statistics do not tell."""
+    """Returns for each row whether it has image bytes; reads the bytes only if the file's statistics are not sufficient."""
     from pyarrow import compute, types
 
-    about = table.metadata.row_group(group)
-    chunk = next(about.column(index) for index in range(about.num_columns) if about.column(index).path_in_schema == leaf)
+    metadata = table.metadata.row_group(group)
+    chunks = (metadata.column(index) for index in range(metadata.num_columns))
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == leaf)
     statistics = chunk.statistics
-    if statistics is not None and statistics.has_null_count and statistics.null_count in (0, about.num_rows):
-        return [statistics.null_count == 0] * about.num_rows
-    there: list[bool] = []
+    if statistics is not None and statistics.has_null_count and statistics.null_count in (0, metadata.num_rows):
+        return [statistics.null_count == 0] * metadata.num_rows
+    have_bytes: list[bool] = []
     for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=[leaf], use_threads=False):
         values = batch.column(0)
         if types.is_struct(values.type):
             values = compute.struct_field(values, 0)
-        there.extend(values.is_valid().to_pylist())
-    return there
+        have_bytes.extend(values.is_valid().to_pylist())
+    return have_bytes

@@ -1,13 +1,13 @@
-"""What a reader process does: a program that reads images, and the messages it and its parent send each other.
+"""The reader process: a program that reads images, and the protocol between it and its parent.
 
-It imports NumPy and Pillow and no torch, so it starts in a fraction of a second; pyarrow, and what the listing of a .parquet
-file needs besides, only when it is asked for the first one.
+The program imports NumPy and Pillow but not torch, so it starts in a fraction of a second. It imports pyarrow and the other
+modules for .parquet files on the first request that needs them.
 
-Both talk over a socket, the program's standard input: messages of a length and as many bytes, JSON, or the bytes of an
-array. A request has a task and names files; the program says that it has taken it, then there is an answer to each file in
-turn, sent before the next file is opened.
+Protocol: parent and program exchange messages over a socket, the program's standard input. A message is its length and that
+many bytes: JSON, or the contents of an array. A request contains a task and a list of files. The program acknowledges it and
+then sends one reply per file, in order, each before it opens the next file.
 
-It ends when the socket does, also while it decodes: nothing is left of it when its parent is killed.
+The process exits when the socket is closed, even while it decodes, so it never outlives a parent that was killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from utils.data.sources.decoding import CONTENT_BYTES, BadFile, bad_image, read_
 from utils.data.sources.image_files import ImageFile
 
 NICENESS = 5
-"""Readers may use every core; the process that feeds the encoder should not wait for one. On idle cores it costs nothing."""
+"""Reader processes may use every core, but must not slow down the process that feeds the encoder."""
 _LENGTH = struct.Struct("!Q")
 _BLOCK_BYTES = 2**20
 
@@ -45,45 +45,50 @@ _BLOCK_BYTES = 2**20
 
 
 def send(channel: socket.socket, message: bytes) -> None:
-    """Raises OSError when the other end is closed, TimeoutError (one of them) after the socket's time limit."""
+    """Sends one message. Raises OSError if the other end is closed; its subclass TimeoutError after the socket's timeout."""
     channel.sendall(_LENGTH.pack(len(message)))
     channel.sendall(message)
 
 
 def receive(channel: socket.socket) -> bytearray:
-    """Raises EOFError when the other end is closed, TimeoutError after the socket's time limit."""
+    """Receives one message. Raises EOFError if the other end is closed, TimeoutError after the socket's timeout."""
     header = bytearray(_LENGTH.size)
-    fill(channel, memoryview(header))
+    receive_into(channel, memoryview(header))
     message = bytearray(_LENGTH.unpack(header)[0])
-    fill(channel, memoryview(message))
+    receive_into(channel, memoryview(message))
     return message
 
 
-def fill(channel: socket.socket, place: memoryview) -> None:
-    """Receive bytes up to the end of a place for them. Raises as `receive` does."""
-    while place:
-        num_bytes = channel.recv_into(place)
+def receive_into(channel: socket.socket, buffer: memoryview) -> None:
+    """Receives bytes until the buffer is full. Raises the same errors as `receive`."""
+    while buffer:
+        num_bytes = channel.recv_into(buffer)
         if not num_bytes:
             raise EOFError
-        place = place[num_bytes:]
+        buffer = buffer[num_bytes:]
 
 
-def packed_file(file: ImageFile) -> list[Any]:
-    """A file for JSON."""
-    return [os.path.abspath(file.path), file.member, file.start, file.length]  # the other process has its own folder
+def pack_file(file: ImageFile) -> list[Any]:
+    """Converts a file to JSON values."""
+    return [
+        os.path.abspath(file.path),
+        file.member,
+        file.start,
+        file.length,
+    ]  # the other process has its own working directory
 
 
-def packed_box(box: CropBox) -> list[Any]:
-    """A box for JSON."""
+def pack_box(box: CropBox) -> list[Any]:
+    """Converts a crop box to JSON values."""
     return [box.scale, box.resized_width, box.resized_height, box.left, box.top, [box.bucket.width, box.bucket.height]]
 
 
-def _unpacked_file(packed: list[Any]) -> ImageFile:
+def _unpack_file(packed: list[Any]) -> ImageFile:
     path, member, start, length = packed
     return ImageFile(Path(path), member, start, length)
 
 
-def _unpacked_box(packed: list[Any]) -> CropBox:
+def _unpack_box(packed: list[Any]) -> CropBox:
     scale, resized_width, resized_height, left, top, bucket = packed
     return CropBox(scale, resized_width, resized_height, left, top, Bucket(*bucket))
 
@@ -92,28 +97,28 @@ def _unpacked_box(packed: list[Any]) -> CropBox:
 
 
 def main() -> None:
-    """A reader process: answers requests until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is to end, the parent decides
+    """Runs a reader process: handles requests until the parent exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     os.nice(NICENESS)
-    warnings.filterwarnings("ignore", module="PIL")  # they name no file; what matters is an answer
+    warnings.filterwarnings("ignore", module="PIL")  # they name no file; errors are sent as replies
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     channel = socket.socket(fileno=sys.stdin.fileno())
-    os.dup2(1, 2)  # to the parent's standard error: that we started is certain now
+    os.dup2(1, 2)  # from here on, the parent's standard error: the start succeeded
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, requests), daemon=True).start()
-    with suppress(OSError):  # the parent is gone
+    with suppress(OSError):  # the parent has exited
         send(channel, b"ready")
         while True:
             request = requests.get()
-            send(channel, b"taken")
+            send(channel, b"accepted")
             for file in request["files"]:
-                _answer(channel, request["task"], _unpacked_file(file))
+                _reply(channel, request["task"], _unpack_file(file))
 
 
 def _listen(channel: socket.socket, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Pass on requests, and end the process when its parent is gone, whatever it is doing.
+    """Queues incoming requests, and exits the process when the parent has exited, whatever the main thread is doing.
 
-    The socket says so, unless another process has inherited the parent's end: then the operating system does.
+    The socket is closed with the parent, unless another process inherited its end: so the parent's process id is polled too.
     """
     parent = os.getppid()
     try:
@@ -128,29 +133,31 @@ def _listen(channel: socket.socket, requests: queue.SimpleQueue[dict[str, Any]])
         os._exit(0)
 
 
-def _answer(channel: socket.socket, task: list[Any], file: ImageFile) -> None:
-    made: Any = None
+def _reply(channel: socket.socket, task: list[Any], file: ImageFile) -> None:
+    """Runs a task on one file and sends the result, the reason why the file is bad, or the traceback of a bug."""
+    result: Any = None
     try:
-        made = _work(task, file)
-        head = {"shape": made.shape, "dtype": made.dtype.name} if isinstance(made, np.ndarray) else {"value": made}
+        result = _work(task, file)
+        is_array = isinstance(result, np.ndarray)
+        head = {"shape": result.shape, "dtype": result.dtype.name} if is_array else {"value": result}
     except BadFile as bad:
         head = {"reason": bad.reason}
     except MemoryError:
-        head = {"reason": "needs more memory to be read than there is"}
+        head = {"reason": "needs more memory to be read than is available"}
     except Exception:
-        head = {"bug": traceback.format_exc()}
+        head = {"traceback": traceback.format_exc()}
     send(channel, json.dumps(head).encode())
-    if isinstance(made, np.ndarray):
-        channel.sendall(made.data.cast("B"))
+    if isinstance(result, np.ndarray):
+        channel.sendall(result.data.cast("B"))
 
 
 def _work(task: list[Any], file: ImageFile) -> Any:
-    """Raises BadFile."""
+    """Runs a task on one file. Raises BadFile."""
     match task:
         case ["pixels", box, flipped, content]:
-            return read_pixels(file, _unpacked_box(box), flipped=flipped, content=bytes.fromhex(content))
+            return read_pixels(file, _unpack_box(box), flipped=flipped, content=bytes.fromhex(content))
         case ["mask", box, downscale, content]:
-            return read_mask(file, _unpacked_box(box), downscale, content=bytes.fromhex(content))
+            return read_mask(file, _unpack_box(box), downscale, content=bytes.fromhex(content))
         case ["size"]:
             return read_size(file)
         case ["hash"]:
@@ -162,7 +169,7 @@ def _work(task: list[Any], file: ImageFile) -> Any:
 
 def _hash(file: ImageFile) -> str:
     try:
-        digest = hashlib.blake2b(digest_size=CONTENT_BYTES)  # as content_hash, of files of any size
+        digest = hashlib.blake2b(digest_size=CONTENT_BYTES)  # equals content_hash, for files of any size
         with file.open() as content:
             while block := content.read(_BLOCK_BYTES):
                 digest.update(block)
@@ -172,11 +179,11 @@ def _hash(file: ImageFile) -> str:
 
 
 def _list_table(path: Path, image_column: str | None, caption_column: str | None) -> list[Any]:
-    """What `list_parquet` returns, for JSON; of rows that cannot be used, only their names in the file."""
-    from utils.data.sources.parquet_files import list_parquet  # slow to import: captions need torch for their tags' orders
+    """Returns the result of `list_parquet` as JSON values; bad rows by their names in the file."""
+    from utils.data.sources.parquet_files import list_parquet  # slow to import
 
-    found, column, bad = list_parquet(path, image_column, caption_column)
-    return [found, column, [(one.path.name, one.reason) for one in bad]]
+    entries, column, bad_rows = list_parquet(path, image_column, caption_column)
+    return [entries, column, [(bad.path.name, bad.reason) for bad in bad_rows]]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Processes that read images, so that a run neither waits for decoders nor dies of one.
+"""A pool of reader processes, which decode images in parallel and isolate the run from crashing decoders.
 
-In this process one thread for each reader process hands it a request and waits for the answers; what is asked for comes as
-a Future. What such a process does and what is said to it is in `reader_process.py`. multiprocessing's pools were rejected:
-they import the main module again, may not be started by daemonic processes, outlive a parent that was killed, and do not say
-what a process that died was working on.
+Each reader process is served by one thread of this process, which sends it a request and waits for the replies; results are
+Futures. The program and the protocol are in `reader_process.py`. The pools of multiprocessing were rejected: they import the
+main module again, cannot be started by daemonic processes, outlive a parent that was killed, and do not report what a dead
+process was working on.
 
-There is an answer to each file in turn, sent before the next file is opened. So when a process dies (a decoder's crash, the
-kernel short of memory) or takes too long, the file that is to blame is the first without answer. For the same reason
-.parquet files are listed there: a damaged one may make pyarrow end the process that it is in.
+The program replies to each file before it opens the next one. So if a process dies (a decoder crash, the out-of-memory
+killer) or exceeds the time limit, the file that caused it is the first one without a reply. .parquet files are listed there
+as well, since a damaged one may make pyarrow terminate its process.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from utils.data.buckets import CropBox
 from utils.data.sources.archive_entries import ArchiveEntry
 from utils.data.sources.decoding import BadFile, bad_image
 from utils.data.sources.image_files import ImageFile
-from utils.data.sources.reader_process import fill, packed_box, packed_file, receive, send
+from utils.data.sources.reader_process import pack_box, pack_file, receive, receive_into, send
 
 START_SECONDS = 120.0
-"""How long a process may take to start: what it imports may lie on a slow network drive."""
+"""Timeout for starting a process, whose modules may be on a slow network drive."""
 TABLE_SECONDS = 3600.0
-"""How long listing a .parquet file may take: all its captions are read, and without statistics its images too."""
+"""Timeout for listing a .parquet file: reads all captions and, without column statistics, all images."""
 _PROGRAM = "utils.data.sources.reader_process"
 _ROOT = Path(__file__).resolve().parents[3]
 
 
 class Readers:
-    """Processes that read images; started when they are first needed, ended by `close`.
+    """A pool of reader processes, which are started on demand and ended by `close`.
 
-    A future raises BadFile for an image that cannot be read, also if the process that read it died or took longer than
-    limit_seconds for this file; RuntimeError if processes cannot be started at all; CancelledError after `close`.
+    A future raises BadFile for an image that cannot be read, including when its process died or took longer than
+    `limit_seconds` for this file; RuntimeError if processes cannot be started; CancelledError after `close`.
     """
 
     def __init__(self, num_workers: int, *, limit_seconds: float = 120.0) -> None:
@@ -58,35 +58,35 @@ class Readers:
         self._closed = False
 
     def pixels(self, file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> Future[np.ndarray]:
-        """What `read_pixels` returns."""
-        return self._threads.submit(self._read, file, ["pixels", packed_box(box), flipped, content.hex()])
+        """Calls `read_pixels` in a reader process."""
+        return self._threads.submit(self._read, file, ["pixels", pack_box(box), flipped, content.hex()])
 
     def mask(self, file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
-        """What `read_mask` returns."""
-        return self._threads.submit(self._read, file, ["mask", packed_box(box), downscale, content.hex()])
+        """Calls `read_mask` in a reader process."""
+        return self._threads.submit(self._read, file, ["mask", pack_box(box), downscale, content.hex()])
 
     def sizes(self, files: Sequence[ImageFile]) -> Future[list[tuple[int, int] | str]]:
-        """Of each file what `read_size` returns, or the reason why it has no size. A request should have some hundred."""
-        return self._threads.submit(lambda: [_size(answer) for answer in self._answers(files, ["size"])])
+        """Returns the `read_size` of each file, or the reason why it failed. Requests should have a few hundred files."""
+        return self._threads.submit(lambda: [_size(reply) for reply in self._replies(files, ["size"])])
 
     def hashes(self, files: Sequence[ImageFile]) -> Future[list[bytes | str]]:
-        """Of each file the blake2b digest of its bytes (16 bytes), or the reason why it cannot be read."""
-        return self._threads.submit(lambda: [_digest(answer) for answer in self._answers(files, ["hash"])])
+        """Returns the blake2b digest (16 bytes) of each file's bytes, or the reason why it cannot be read."""
+        return self._threads.submit(lambda: [_digest(reply) for reply in self._replies(files, ["hash"])])
 
     def parquet(
         self, path: Path, image_column: str | None, caption_column: str | None
     ) -> Future[tuple[list[ArchiveEntry], str, list[BadFile]]]:
-        """What `list_parquet` returns. Takes up to TABLE_SECONDS, whatever the limit."""
+        """Calls `list_parquet` in a reader process. The timeout is TABLE_SECONDS instead of `limit_seconds`."""
         return self._threads.submit(self._list_parquet, path, ["parquet", image_column, caption_column])
 
     def close(self) -> None:
-        """End all processes; what has not been read is cancelled."""
+        """Ends all processes and cancels what has not been read."""
         with self._lock:
             self._closed = True
             running = list(self._running)
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in running:
-            process.kill()  # no more: its thread may be about to read what it says
+            process.kill()  # only kills it: its thread may still be reading from its socket
         self._threads.shutdown()
         for process in list(self._running):
             self._end(process)
@@ -100,54 +100,57 @@ class Readers:
     # --- in the threads -----------------------------------------------------------------------------------------------
 
     def _read(self, file: ImageFile, task: list[Any]) -> np.ndarray:
-        """The array that a task makes of one file."""
-        array: np.ndarray = self._answer(file, task, self._limit_seconds)["array"]
+        """Returns the array that a task produces from one file. Raises BadFile."""
+        array: np.ndarray = self._reply(file, task, self._limit_seconds)["array"]
         return array
 
     def _list_parquet(self, path: Path, task: list[Any]) -> tuple[list[ArchiveEntry], str, list[BadFile]]:
-        found, column, bad = self._answer(ImageFile(path), task, TABLE_SECONDS)["value"]
-        return [ArchiveEntry(*one) for one in found], column, [BadFile(path / name, reason) for name, reason in bad]
+        entries, column, bad_rows = self._reply(ImageFile(path), task, TABLE_SECONDS)["value"]
+        bad_files = [BadFile(path / name, reason) for name, reason in bad_rows]
+        return [ArchiveEntry(*entry) for entry in entries], column, bad_files
 
-    def _answer(self, file: ImageFile, task: list[Any], limit_seconds: float) -> dict[str, Any]:
-        """What a task makes of one file. Raises BadFile."""
+    def _reply(self, file: ImageFile, task: list[Any], limit_seconds: float) -> dict[str, Any]:
+        """Runs a task on one file and returns the reply. Raises BadFile."""
         try:
-            with self._asked(task, [file]) as process:
-                answer = process.answer(limit_seconds)
-        except _Lost as lost:
-            raise bad_image(file, lost.reason) from None
-        if "reason" in answer:
-            raise bad_image(file, answer["reason"])
-        return answer
+            with self._request(task, [file]) as process:
+                reply = process.reply(limit_seconds)
+        except _NoReply as failure:
+            raise bad_image(file, failure.reason) from None
+        if "reason" in reply:
+            raise bad_image(file, reply["reason"])
+        return reply
 
-    def _answers(self, files: Sequence[ImageFile], task: list[Any]) -> list[dict[str, Any]]:
-        """The answer to each file. One at which a process died is tried alone: others may have left it in disorder."""
-        answers: list[dict[str, Any]] = []
-        while len(answers) < len(files):
+    def _replies(self, files: Sequence[ImageFile], task: list[Any]) -> list[dict[str, Any]]:
+        """Returns the reply for each file. A file at which a process died is retried in a fresh process: an earlier file may
+        have corrupted the process."""
+        replies: list[dict[str, Any]] = []
+        while len(replies) < len(files):
             try:
-                self._append_answers(answers, files[len(answers) :], task)
-            except _Lost as lost:
-                guilty = files[len(answers)]
-                answers.append({"reason": lost.reason} if lost.too_slow else self._answer_alone(guilty, task))
-        return answers
+                self._append_replies(replies, files[len(replies) :], task)
+            except _NoReply as failure:
+                failed = files[len(replies)]
+                replies.append({"reason": failure.reason} if failure.timed_out else self._retry(failed, task))
+        return replies
 
-    def _append_answers(self, answers: list[dict[str, Any]], files: Sequence[ImageFile], task: list[Any]) -> None:
-        with self._asked(task, files) as process:
+    def _append_replies(self, replies: list[dict[str, Any]], files: Sequence[ImageFile], task: list[Any]) -> None:
+        with self._request(task, files) as process:
             for _ in files:
-                answers.append(process.answer(self._limit_seconds))
+                replies.append(process.reply(self._limit_seconds))
 
-    def _answer_alone(self, file: ImageFile, task: list[Any]) -> dict[str, Any]:
-        answers: list[dict[str, Any]] = []
+    def _retry(self, file: ImageFile, task: list[Any]) -> dict[str, Any]:
+        replies: list[dict[str, Any]] = []
         try:
-            with self._asked(task, [file], fresh=True) as process:
-                answers.append(process.answer(self._limit_seconds))
-        except _Lost as lost:
-            return {"reason": lost.reason}
-        return answers[0]
+            with self._request(task, [file], fresh=True) as process:
+                replies.append(process.reply(self._limit_seconds))
+        except _NoReply as failure:
+            return {"reason": failure.reason}
+        return replies[0]
 
     @contextmanager
-    def _asked(self, task: list[Any], files: Sequence[ImageFile], *, fresh: bool = False) -> Iterator[_ReaderProcess]:
-        """A process that works at this task. Whatever is raised inside ends it: it may have more to say."""
-        process = self._ask(task, files, fresh)
+    def _request(self, task: list[Any], files: Sequence[ImageFile], *, fresh: bool = False) -> Iterator[_ReaderProcess]:
+        """Provides a process that has accepted the request. An exception inside ends the process, which may have unread
+        replies."""
+        process = self._send(task, files, fresh)
         try:
             yield process
         except BaseException:
@@ -158,18 +161,18 @@ class Readers:
         with self._lock:
             self._idle.append(process)
 
-    def _ask(self, task: list[Any], files: Sequence[ImageFile], fresh: bool) -> _ReaderProcess:
+    def _send(self, task: list[Any], files: Sequence[ImageFile], fresh: bool) -> _ReaderProcess:
         while True:
             with self._lock:
                 idle = self._idle.pop() if self._idle and not fresh else None
             process = idle or self._start()
-            if process.ask(task, files):
+            if process.request(task, files):
                 return process
             self._end(process)
             if self._closed:
                 raise CancelledError
-            if idle is None:  # others may have been killed while they did nothing: no image's fault
-                raise RuntimeError("a process that reads images ended before it was given any")
+            if idle is None:  # an idle process may have been killed earlier, which is no image's fault
+                raise RuntimeError("a reader process exited before it accepted a request")
 
     def _start(self) -> _ReaderProcess:
         process = _ReaderProcess()
@@ -193,39 +196,39 @@ class Readers:
             self._running.discard(process)
 
 
-class _Lost(Exception):
-    """A process that will not answer, and why."""
+class _NoReply(Exception):
+    """A reader process died or timed out before it replied."""
 
-    def __init__(self, reason: str, too_slow: bool) -> None:
-        super().__init__(reason, too_slow)
+    def __init__(self, reason: str, timed_out: bool) -> None:
+        super().__init__(reason, timed_out)
         self.reason = reason
-        self.too_slow = too_slow
+        self.timed_out = timed_out
 
 
 class _ReaderProcess:
-    """One reader process, as its parent sees it."""
+    """The parent's side of one reader process."""
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # its standard error until it is ready; from then on it has ours
-        self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", _PROGRAM]  # -P: `utils` is ours, not one of the current folder
+        self._errors = tempfile.TemporaryFile()  # its standard error until it is ready; afterwards it shares ours
+        self._socket, remote = socket.socketpair()
+        command = [sys.executable, "-P", "-m", _PROGRAM]  # -P: never import a `utils` from the working directory
         try:
             self._process = subprocess.Popen(
                 command,
-                stdin=theirs.fileno(),
-                stdout=2,  # the program makes it its standard error
+                stdin=remote.fileno(),
+                stdout=2,  # becomes its standard error once it is ready
                 stderr=self._errors,
                 env=_environment(),
-                process_group=0,  # Ctrl-C is not for it
+                process_group=0,  # Ctrl-C must not reach it
             )
         except OSError as error:
             self._socket.close()
-            raise RuntimeError(f"a process that reads images could not be started: {error}") from error
+            raise RuntimeError(f"a reader process could not be started: {error}") from error
         finally:
-            theirs.close()
+            remote.close()
 
     def wait_until_ready(self) -> None:
-        """Raises RuntimeError with the last lines it wrote if it ended instead."""
+        """Waits until the process has started. Raises RuntimeError with its last error lines if it exits instead."""
         try:
             self._socket.settimeout(START_SECONDS)
             receive(self._socket)
@@ -233,13 +236,13 @@ class _ReaderProcess:
             how = self._how_it_ended()
             self._errors.seek(0)
             last_lines = self._errors.read().decode(errors="replace").strip().splitlines()[-10:]
-            text = "\n".join([f"a process that reads images could not start ({how}):", *last_lines])
+            text = "\n".join([f"a reader process could not start ({how}):", *last_lines])
             raise RuntimeError(text) from error
         self._errors.close()
 
-    def ask(self, task: list[Any], files: Sequence[ImageFile]) -> bool:
-        """Whether it is still there to take the request."""
-        request = {"task": task, "files": [packed_file(file) for file in files]}
+    def request(self, task: list[Any], files: Sequence[ImageFile]) -> bool:
+        """Sends a request; returns whether the process accepted it, False if it has exited."""
+        request = {"task": task, "files": [pack_file(file) for file in files]}
         try:
             self._socket.settimeout(START_SECONDS)
             send(self._socket, json.dumps(request).encode())
@@ -248,36 +251,37 @@ class _ReaderProcess:
             return False
         return True
 
-    def answer(self, limit_seconds: float) -> dict[str, Any]:
-        """Of the next file: {"reason": …}, {"value": …} or {"array": …}. Raises _Lost, and RuntimeError for our own bugs."""
+    def reply(self, limit_seconds: float) -> dict[str, Any]:
+        """Receives the reply for the next file: {"reason": …}, {"value": …} or {"array": …}. Raises _NoReply, and
+        RuntimeError for bugs in the program."""
         try:
             self._socket.settimeout(limit_seconds)
-            answer: dict[str, Any] = json.loads(receive(self._socket))
-            if "shape" in answer:
-                array = np.empty(answer["shape"], dtype=answer["dtype"])
-                fill(self._socket, array.data.cast("B"))
-                answer = {"array": array}
+            reply: dict[str, Any] = json.loads(receive(self._socket))
+            if "shape" in reply:
+                array = np.empty(reply["shape"], dtype=reply["dtype"])
+                receive_into(self._socket, array.data.cast("B"))
+                reply = {"array": array}
         except TimeoutError:
-            raise _Lost(f"took longer than {limit_seconds:g} s to read", True) from None
+            raise _NoReply(f"took longer than {limit_seconds:g} s to read", True) from None
         except (OSError, EOFError):
-            raise _Lost(f"the process that read it died ({self._how_it_ended()})", False) from None
-        if "bug" in answer:
-            raise RuntimeError(f"in a process that reads images:\n{answer['bug']}")
-        return answer
+            raise _NoReply(f"the process that read it died ({self._how_it_ended()})", False) from None
+        if "traceback" in reply:
+            raise RuntimeError(f"error in a reader process:\n{reply['traceback']}")
+        return reply
 
     def kill(self) -> None:
-        """May be called from any thread, and again."""
+        """Kills the process. May be called from any thread and more than once."""
         self._process.kill()
 
     def end(self) -> None:
-        """Kill it, if it still runs, and free what belongs to it."""
+        """Kills the process if it still runs, and frees its resources."""
         self._process.kill()
         self._process.wait()
         self._socket.close()
         self._errors.close()
 
     def _how_it_ended(self) -> str:
-        """Of a process that closed its socket, which is the last it does."""
+        """Describes how a process ended that has closed its socket, which happens last."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5.0)
         self._process.kill()
@@ -286,14 +290,14 @@ class _ReaderProcess:
 
 
 def _environment() -> dict[str, str]:
-    """The program finds `utils` wherever it starts; one thread is enough, as there are several processes."""
+    """Returns the program's environment: `utils` on the import path, and one thread, as there are several processes."""
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _size(answer: dict[str, Any]) -> tuple[int, int] | str:
-    return str(answer["reason"]) if "reason" in answer else (answer["value"][0], answer["value"][1])
+def _size(reply: dict[str, Any]) -> tuple[int, int] | str:
+    return str(reply["reason"]) if "reason" in reply else (reply["value"][0], reply["value"][1])
 
 
-def _digest(answer: dict[str, Any]) -> bytes | str:
-    return str(answer["reason"]) if "reason" in answer else bytes.fromhex(answer["value"])
+def _digest(reply: dict[str, Any]) -> bytes | str:
+    return str(reply["reason"]) if "reason" in reply else bytes.fromhex(reply["value"])

@@ -1,4 +1,4 @@
-"""Captions that are lists of tags: other orders of them."""
+"""Shuffled tag orders of captions that are lists of tags."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from utils import randomness
 
 @dataclass(frozen=True, slots=True)
 class TagShuffle:
-    """Captions that are lists of tags, cached in several orders."""
+    """Settings for caching captions that are lists of tags in several orders."""
 
     num_orders: int
-    """Orders of each caption, the written one among them. With few tags, some are the same."""
+    """Number of orders of each caption, including the original one. With few tags, some orders coincide."""
     delimiter: str
-    """What tags are joined by. They are split where it stands, with or without the white space around it."""
+    """The separator between tags. Captions are split at it, with or without its surrounding white space."""
     keep_tokens: int
-    """Tags at the beginning that stay where they are."""
+    """Number of leading tags that keep their positions."""
 
     def order(self, caption: str, number: int) -> str:
-        """The caption as written for number 0; for others, its tags in an order that (caption, number) alone decides.
+        """Returns the caption unchanged for number 0, otherwise its tags in an order that depends only on (caption, number).
 
-        Empty tags and white space around tags are dropped then. With fewer than two tags to move it stays as written.
+        Reordering drops empty tags and white space around tags. With fewer than two movable tags the caption is unchanged.
         """
         assert 0 <= number < self.num_orders
-        # Tags are often joined by hand: "a,b, c" are three where the delimiter is ", ".
+        # Hand-written captions are irregular: "a,b, c" has three tags if the delimiter is ", ".
         parts = caption.split(self.delimiter.strip() or self.delimiter)
         tags = [tag for part in parts if (tag := part.strip())]
         kept, moved = tags[: self.keep_tokens], tags[self.keep_tokens :]

@@ -147,13 +147,13 @@ def test_transparency_is_read_as_white(tmp_path: Path) -> None:
 def test_a_black_mask_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(BadFile) as caught:
         mask_from(np.zeros((37, 50), dtype=np.uint8), tmp_path, Bucket(32, 32))
-    assert caught.value.reason == "is black everywhere: nothing of the image would count"
+    assert caught.value.reason == "is black everywhere: no pixel of the image would be trained on"
 
 
 def test_a_mask_that_is_black_inside_the_crop_is_rejected(tmp_path: Path) -> None:
     pixels = np.zeros((40, 120), dtype=np.uint8)
     pixels[:, :40] = 255
-    with pytest.raises(BadFile, match="is black inside the crop to 32x32: nothing of the image would count"):
+    with pytest.raises(BadFile, match="is black inside the crop to 32x32: no pixel of the image would be trained on"):
         mask_from(pixels, tmp_path, Bucket(32, 32))
     assert mask_from(pixels, tmp_path, Bucket(96, 32)).any()
 

@@ -43,7 +43,7 @@ def test_an_image_that_changes_before_it_is_read_is_not_cached_under_its_old_has
     with monkeypatch.context() as changing:
         changing.setattr(precompute, "make_plan", change_image)
         cached = caching.run(FakeFamily(caching.folder))
-    assert [str(bad) for bad in cached.unusable.bad_files] == [f"{path}: has changed since the run began; start again"]
+    assert [str(bad) for bad in cached.unusable.bad_files] == [f"{path}: has changed since the run started; start the run again"]
     assert unusable_keys(cached) == [["0/image_001.png@32"]]
     assert caching.encode() == (1, 0, 0)
     path.write_bytes(before)

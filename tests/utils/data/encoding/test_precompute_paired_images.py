@@ -124,7 +124,7 @@ def test_images_with_bad_masks_are_reported_and_the_rest_is_encoded(caching: Cac
     gone = masks / "image_001.png"
     gone.unlink()
     cached = cache_alone(FakeFamily(caching.folder), [examples], [""], caching.settings)
-    black = "is black everywhere: nothing of the image would count"
+    black = "is black everywhere: no pixel of the image would be trained on"
     assert {bad.path: bad.reason for bad in cached.unusable.bad_files} == {
         images / "image_000.png": f"its mask {masks / 'image_000.png'} {black}",
         images / "image_003.png": f"its mask {masks / 'image_003.png'} {black}",

@@ -110,9 +110,7 @@ def _wrong_checksum(_: np.random.Generator) -> bytes:
 
 
 def _web_page(_: np.random.Generator) -> bytes:
-    return (
-        b"<!DOCTYPE html><html><head><title>404 Not ArchiveEntry</title></head><body><h1>Not ArchiveEntry</h1></body></html>"
-    )
+    return b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>"
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:

@@ -67,7 +67,7 @@ def test_every_bad_image_is_named_with_a_reason(readers: Readers, bad: tuple[Pat
 
 EXPECTED = {
     "empty": "is empty (0 bytes)",
-    "cut off": "is cut off",
+    "cut off": "is truncated",
     "text": "is not an image Pillow can read",
     "a page of the web": "is not an image Pillow can read",
     "a folder": "cannot be read: Is a directory",
@@ -76,8 +76,8 @@ EXPECTED = {
     "a link to itself": "cannot be read: Too many levels of symbolic links",
     "no permission": "cannot be read: Permission denied",
     "announces 60000x60000 pixels": "has 3,600,000,000 pixels; the limit is 178,000,000",
-    "one pixel high": "is 400x1 pixels: no bucket is near its shape",
-    "PostScript": "is PostScript: a program, and not run",
+    "one pixel high": "is 400x1 pixels: no bucket has a similar aspect ratio",
+    "PostScript": "is PostScript, a program, which is not executed",
 }
 
 

@@ -103,25 +103,25 @@ def test_a_image_whose_caption_is_null_is_left_out(write: Write) -> None:
 def test_a_name_may_be_there_twice_with_the_same_caption_only(write: Write) -> None:
     once = '{"file_name": "a.png", "text": "x"}\n'
     assert read_caption_table(write("metadata.jsonl", once + once)) == {"a.png": ["x"]}
-    with pytest.raises(BadFile, match="^.*: line 3: 'a.png' has another caption above$"):
+    with pytest.raises(BadFile, match="^.*: line 3: 'a.png' already has a different caption above$"):
         read_caption_table(write("metadata.jsonl", once + once + once.replace('"x"', '"y"')))
-    with pytest.raises(BadFile, match="key 'a.png': is there twice, with another value"):
+    with pytest.raises(BadFile, match="key 'a.png': appears twice with different values"):
         read_caption_table(write("captions.json", '{"a.png": "x", "a.png": "y"}'))
 
 
-NO_KEY = "key 'a.png': has none of the keys text, caption, captions, prompt, and no string tags"
+NO_KEY = "key 'a.png': has none of the keys text, caption, captions, prompt and no string under tags"
 WRONG = [
     ("captions.json", b'{"a.png": "caf\xe9"}', "is not UTF-8: byte 14 is 0xe9"),
     ("captions.json", "", "is not JSON: Expecting value (line 1, column 1)"),
     ("captions.json", '{"a.png":\n "x" 3}', "is not JSON: Expecting ',' delimiter (line 2, column 6)"),
-    ("captions.json", "[" * 100_000, "is not JSON anybody wrote: its brackets are too deep"),
+    ("captions.json", "[" * 100_000, "is not usable JSON: its brackets are nested too deeply"),
     ("captions.json", "[]", "is a list: must be an object of names and captions"),
     ("captions.json", '{"": "x"}', "key '': must be a name"),
     ("captions.json", '{"a\\n.png": 3}', "key 'a\\n.png': is a number: must be a string or a list of strings"),
     ("captions.json", '{"a.png": true}', "key 'a.png': is true or false: must be a string or a list of strings"),
     ("captions.json", '{"a.png": ["x", {}]}', "key 'a.png': has an object: must be a string or a list of strings"),
     ("captions.json", '{"a.png": []}', "key 'a.png': is an empty list: must be a string or a list of at least one"),
-    ("captions.json", '{"a.png": "\\ud83d"}', "key 'a.png': has half a surrogate pair, which is no character"),
+    ("captions.json", '{"a.png": "\\ud83d"}', "key 'a.png': has an unpaired surrogate, which is not a character"),
     ("captions.json", '{"a.png": {}}', NO_KEY),
     ("meta.json", '{"a.png": {"tags": ["x"]}}', NO_KEY),
     ("metadata.jsonl", '\n{"file_name": "a"', "line 2: is not JSON: Expecting ',' delimiter (line 1, column 18)"),
@@ -130,12 +130,12 @@ WRONG = [
     ("metadata.jsonl", '{"file_name": "", "text": "x"}', "line 1: file_name must be the name of an image"),
     ("metadata.jsonl", '{"file_name": "a", "text": 1}', "line 1: text is a number: must be a string or a list of strings"),
     ("metadata.csv", "name,text", "line 1: the header must have file_name and one of text, caption, captions, prompt, tags"),
-    ("metadata.csv", "file_name,text,text\n", "line 1: the header has a name twice"),
-    ("metadata.csv", 'file_name,text\na,"x\ny"\nb,y,z\n', "line 4: has 3 fields, and the header 2"),
-    ("metadata.csv", 'file_name,text\na,"x\ny",z', "line 2: has 3 fields, and the header 2"),
+    ("metadata.csv", "file_name,text,text\n", "line 1: the header contains a name twice"),
+    ("metadata.csv", 'file_name,text\na,"x\ny"\nb,y,z\n', "line 4: has 3 fields, but the header has 2"),
+    ("metadata.csv", 'file_name,text\na,"x\ny",z', "line 2: has 3 fields, but the header has 2"),
     ("metadata.csv", 'file_name,text\na,"x\n', "line 2: is not CSV: unexpected end of data"),
     ("metadata.csv", "file_name,text\n,x\n", "line 2: file_name must be the name of an image"),
-    ("captions.toml", "", "is no table of captions: its name must end in .json, .jsonl, .csv"),
+    ("captions.toml", "", "is not a caption table: its name must end in .json, .jsonl, .csv"),
 ]
 
 

@@ -207,8 +207,8 @@ def test_a_truncated_file_is_found_by_reading_its_size(tmp_path: Path, suffix: s
         read_size(path)
     assert caught.value.path == path
     assert str(caught.value).startswith(f"{path}: ")
-    assert caught.value.reason == "is cut off"
-    with pytest.raises(BadFile, match="is cut off"):
+    assert caught.value.reason == "is truncated"
+    with pytest.raises(BadFile, match="is truncated"):
         read_pixels(path, whole(200, 150))
 
 
@@ -235,7 +235,7 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, content: bytes) -> 
     path.write_bytes(content)
     with pytest.raises(BadFile) as caught:
         read_size(path)
-    assert caught.value.reason in ("is not an image Pillow can read", "is cut off")
+    assert caught.value.reason in ("is not an image Pillow can read", "is truncated")
 
 
 def test_a_missing_file_is_a_bad_one(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_image_near_no_bucket_s_shape_is_refused(tmp_path: Path, width: int, h
     for read in (lambda: read_size(path), lambda: read_pixels(path, crop_box(width, height, Bucket(16, 16)))):
         with pytest.raises(BadFile) as caught:
             read()
-        assert caught.value.reason == f"is {width}x{height} pixels: no bucket is near its shape"
+        assert caught.value.reason == f"is {width}x{height} pixels: no bucket has a similar aspect ratio"
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 1), (3, 300), (1, 1)])
@@ -302,7 +302,7 @@ def test_a_long_image_is_cropped(tmp_path: Path, width: int, height: int) -> Non
 def test_a_program_is_not_run_as_a_image(tmp_path: Path) -> None:
     path = tmp_path / "script.png"
     quarters().save(path, "EPS")
-    with pytest.raises(BadFile, match="is PostScript: a program, and not run"):
+    with pytest.raises(BadFile, match="is PostScript, a program, which is not executed"):
         read_pixels(path, whole(48, 32))
 
 
@@ -324,7 +324,7 @@ def test_a_image_inside_another_file_is_read_and_named_alike(tmp_path: Path) -> 
     assert np.array_equal(images.read_pixels(member, box), read_pixels(tmp_path / "alone.png", box).numpy())
     with pytest.raises(BadFile) as caught:
         images.read_size(ImageFile(archive, "fox.png", 6, len(content) // 2))
-    assert str(caught.value) == f"{archive}/fox.png: is cut off"
+    assert str(caught.value) == f"{archive}/fox.png: is truncated"
 
 
 def test_pixels_may_be_written_to(tmp_path: Path) -> None:

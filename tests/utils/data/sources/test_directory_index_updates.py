@@ -24,6 +24,7 @@ from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
+from utils.files.file_index import FileIndex
 
 
 class Counting:
@@ -179,7 +180,7 @@ def test_what_cannot_be_used_is_tried_anew_and_the_rest_is_not(looks: Looks) -> 
 @pytest.mark.parametrize("content", [b"", b"no such file", None])
 def test_a_damaged_memory_costs_a_look_and_nothing_else(looks: Looks, content: bytes | None) -> None:
     looks.look()
-    (memory,) = (looks.folder / "memory").iterdir()
+    (memory,) = (looks.folder / "memory" / "files").iterdir()
     memory.write_bytes(content if content is not None else memory.read_bytes()[:-40])
     assert looks.opened() == EVERYTHING
     assert looks.opened() == []
@@ -187,7 +188,7 @@ def test_a_damaged_memory_costs_a_look_and_nothing_else(looks: Looks, content: b
 
 def test_a_flipped_bit_in_a_remembered_caption_is_not_trained_on(looks: Looks) -> None:
     looks.look()
-    (memory,) = (looks.folder / "memory").iterdir()
+    (memory,) = (looks.folder / "memory" / "files").iterdir()
     content = memory.read_bytes()
     memory.write_bytes(content.replace(b"number 1", b"number 3"))
     assert memory.read_bytes() != content
@@ -204,11 +205,11 @@ def test_captions_by_line_are_not_taken_for_whole_ones(looks: Looks) -> None:
 
 def test_a_look_that_may_not_write_remembers_nothing_and_reads_what_others_remembered(looks: Looks, tmp_path: Path) -> None:
     config, counting = config_of(looks.images), looks.scan.readers
-    scan(config, 16, DirectoryIndexer(counting, tmp_path / "memory", may_write=False))
+    scan(config, 16, DirectoryIndexer(counting, FileIndex(tmp_path / "memory", may_write=False)))
     assert not (tmp_path / "memory").exists()
     looks.look(directory=[{"path": looks.images}])
     counting.asked = []  # type: ignore[attr-defined]
-    scan(config, 16, DirectoryIndexer(counting, tmp_path / "memory", may_write=False))
+    scan(config, 16, DirectoryIndexer(counting, FileIndex(tmp_path / "memory", may_write=False)))
     assert counting.asked == []  # type: ignore[attr-defined]
 
 
@@ -335,7 +336,8 @@ def test_masks_and_control_images_are_remembered(looks: Looks, tmp_path: Path) -
 def fill_in_hashes(found: Dataset) -> None:
     for number, (column, row, _) in enumerate(list(found.examples.unhashed())):
         column[row] = np.full(16, number + 1, np.uint8)
-    found.memory.save()
+    for stored in found.stored_hashes:
+        stored.save()
 
 
 def test_hashes_of_images_masks_and_archives_are_remembered_until_the_file_changes(looks: Looks, tmp_path: Path) -> None:

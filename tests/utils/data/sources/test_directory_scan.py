@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.data.sources.directory_scan import merge_files, scan_directory, stamp_of, stat_files
+from utils.data.sources.directory_scan import merge_files, scan_directory, stat_files
+from utils.files.file_index import stamp_of
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -97,7 +98,7 @@ def test_a_link_in_a_circle_ends_and_is_named(tmp_path: Path) -> None:
     assert found.images.names == ["sub/a.png"]
     (bad,) = found.bad_files
     assert bad.path == tmp_path / "sub" / "up"
-    assert bad.reason == "is a link to a folder that is looked into already"
+    assert bad.reason == "is a link to a folder that is already included"
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -125,14 +126,14 @@ def test_a_folder_linked_from_elsewhere_is_looked_into(tmp_path: Path) -> None:
 def test_a_link_to_nothing_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to(tmp_path / "nothing")
     (bad,) = scan_directory(tmp_path, recursive=False).bad_files
-    assert (bad.path, bad.reason) == (tmp_path / name, "is a link to nothing: No such file or directory")
+    assert (bad.path, bad.reason) == (tmp_path / name, "is a broken link: No such file or directory")
 
 
 def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     (bad,) = scan_directory(tmp_path, recursive=False).bad_files
     assert bad.path == tmp_path / "round.png"
-    assert bad.reason.startswith("is a link to nothing: ")
+    assert bad.reason.startswith("is a broken link: ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
@@ -143,7 +144,7 @@ def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path) -> None:
     (tmp_path / "closed").chmod(0o755)
     assert found.images.names == ["b.png"]
     (bad,) = found.bad_files
-    assert (bad.path.name, bad.reason) == ("closed", "cannot be looked into: Permission denied")
+    assert (bad.path.name, bad.reason) == ("closed", "cannot be listed: Permission denied")
 
 
 def test_two_names_of_one_file_are_the_same_and_copies_are_not(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer,
 from utils.data.sources.image_rows import NO_ROW, ImageRows, unread_rows
 from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable, same_shape
 from utils.data.sources.readers import Readers
+from utils.files.file_index import FileIndex
 
 ELSEWHERE = Path("elsewhere")
 
@@ -30,7 +31,7 @@ def images(*names: str, size: tuple[int, int] = (48, 32)) -> ImageRows:
 
 @pytest.fixture
 def table(readers: Readers) -> PairedImageTable:
-    return PairedImageTable(MASK, DirectoryIndexer(readers, None))
+    return PairedImageTable(MASK, DirectoryIndexer(readers, FileIndex(None)))
 
 
 def find(
@@ -67,12 +68,12 @@ def test_each_image_has_its_own_mask_in_any_order(tmp_path: Path, table: PairedI
 def test_a_image_without_mask_is_bad_and_says_what_to_do(tmp_path: Path, table: PairedImageTable) -> None:
     bad = why_not(table, tmp_path, "fox.png")
     assert bad.path == ELSEWHERE / "fox.png"
-    assert bad.reason == "has no mask: none in mask_path has its name (a white image is a mask of everything)"
+    assert bad.reason == "has no mask: no file in mask_path has its name (a white image as mask trains on all pixels)"
 
 
 def test_a_missing_control_image_is_called_by_its_name(tmp_path: Path, readers: Readers) -> None:
-    bad = why_not(PairedImageTable(CONTROL, DirectoryIndexer(readers, None)), tmp_path, "fox.png")
-    assert bad.reason == "has no control image: none in control_path has its name"
+    bad = why_not(PairedImageTable(CONTROL, DirectoryIndexer(readers, FileIndex(None))), tmp_path, "fox.png")
+    assert bad.reason == "has no control image: no file in control_path has its name"
 
 
 def test_two_masks_of_one_image_are_both_named(tmp_path: Path, table: PairedImageTable) -> None:
@@ -85,7 +86,7 @@ def test_a_mask_of_another_shape_is_named_with_both_sizes(tmp_path: Path, table:
     mask = save(left_half(32, 48), tmp_path / "fox.png")
     bad = why_not(table, tmp_path, "fox.jpg")
     assert bad.path == mask
-    assert bad.reason == "is 32x48 pixels, its image fox.jpg 48x32: not the same shape"
+    assert bad.reason == "is 32x48 pixels, but its image fox.jpg is 48x32: the aspect ratios differ"
 
 
 def test_a_smaller_mask_of_the_same_shape_fits(tmp_path: Path, table: PairedImageTable) -> None:
@@ -131,7 +132,7 @@ def test_what_is_no_image_s_mask_is_warned_of_once_all_directories_are_known(
     (tmp_path / "cow.png").write_bytes(b"nothing")
     find(table, tmp_path, images("fox.jpg"))
     find(table, tmp_path, images("owl.jpg"))
-    assert table.warnings() == [f"{tmp_path}: 3 files are no mask of an image: cow.png, hen.png, notes.md"]
+    assert table.warnings() == [f"{tmp_path}: 3 files are not the mask of any image: cow.png, hen.png, notes.md"]
 
 
 def test_a_folder_that_several_directories_share_is_listed_once(
@@ -156,12 +157,12 @@ def test_a_folder_that_several_directories_share_is_listed_once(
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
     assert looked == [one, two]
     assert len(table.columns().paths) == len(table.columns().content) == 4
-    assert [remembered.start for remembered in table.remembered()] == [0, 2]
+    assert [stored.start for stored in table.stored_hashes(table.columns().content)] == [0, 2]
 
 
 @pytest.mark.parametrize("kind", [MASK, CONTROL])
 def test_no_folders_are_no_paired_images(readers: Readers, kind: Kind) -> None:
-    table = PairedImageTable(kind, DirectoryIndexer(readers, None))
+    table = PairedImageTable(kind, DirectoryIndexer(readers, FileIndex(None)))
     assert len(table.columns().paths) == len(table.columns().content) == 0
     assert table.warnings() == []
 

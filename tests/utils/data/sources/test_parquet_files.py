@@ -88,7 +88,7 @@ def test_rows_without_a_usable_image_or_caption_are_named(tmp_path: Path) -> Non
         assert reasons(bad, path) == {
             "row 0": "has no image",
             "row 1": "has no image",
-            "row 2": "has an address, 'http://a/b.png': images are not downloaded",
+            "row 2": "has a URL, 'http://a/b.png': images are not downloaded",
             "row 3": "is an empty list: must be a string or a list of at least one",
             "row 4": "has null: must be a string or a list of strings",
         }
@@ -145,7 +145,7 @@ def test_a_table_cut_off_or_of_something_else_is_refused(tmp_path: Path) -> None
 def test_without_pyarrow_a_table_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(json.dumps("any").encode())
-    with pytest.raises(BadFile, match="needs pyarrow to be read: pip install pyarrow"):
+    with pytest.raises(BadFile, match="requires pyarrow: pip install pyarrow"):
         list_parquet(tmp_path / "a.parquet", None, None)
 
 

@@ -172,7 +172,7 @@ def test_any_file_name_arrives(tmp_path: Path, pool: Readers) -> None:
 
 
 def test_an_error_of_the_program_blames_no_image(tmp_path: Path, pool: Readers) -> None:
-    with pytest.raises(RuntimeError, match="(?s)in a process that reads images.*ValueError"):
+    with pytest.raises(RuntimeError, match="(?s)error in a reader process.*ValueError"):
         pool.mask(image(tmp_path / "fox.png"), BOX, 0).result()
 
 

@@ -132,10 +132,10 @@ def test_members_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path) -
     found, bad, others = list_tar(path, caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"] and not others
     assert reasons(bad, path) == {
-        "a.seg.png": "shares its name up to the first dot with 'a.jpg': one sample, one image",
+        "a.seg.png": "shares its name up to the first dot with 'a.jpg': a sample can have only one image",
         "b.txt": "is not UTF-8: byte 3 is 0xe9",
         "c.json": "is not JSON: Expecting property name enclosed in double quotes (line 1, column 2)",
-        "d.txt": "has 1048577 bytes: a caption's file may have 1048576",
+        "d.txt": "has 1048577 bytes; a caption file may have at most 1048576",
         "../e.json": "text is a number: must be a string or a list of strings",
         "abs/f.txt": "is not UTF-8: byte 0 is 0xff",
     }
@@ -153,10 +153,10 @@ def test_a_member_there_twice_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (tarfile.SYMTYPE, "is a link to 'other.jpg': the archive must have the file itself"),
-        (tarfile.LNKTYPE, "is a link to 'other.jpg': the archive must have the file itself"),
-        (tarfile.FIFOTYPE, "is no file, but a member of type b'6'"),
-        (tarfile.GNUTYPE_SPARSE, "is stored with its zeros left out (sparse) and cannot be read in place"),
+        (tarfile.SYMTYPE, "is a link to 'other.jpg': the archive must contain the file itself"),
+        (tarfile.LNKTYPE, "is a link to 'other.jpg': the archive must contain the file itself"),
+        (tarfile.FIFOTYPE, "is not a file but a member of type b'6'"),
+        (tarfile.GNUTYPE_SPARSE, "is stored as a sparse file, which cannot be read in place"),
     ],
 )
 def test_members_that_are_no_plain_files_are_refused(tmp_path: Path, kind: bytes, reason: str) -> None:
@@ -178,7 +178,7 @@ def test_images_that_tar_stored_sparse_are_refused_and_those_behind_found(tmp_pa
     subprocess.run(["tar", "--sparse", "--format", *form, "-cf", path, "-C", tmp_path, "a.jpg", "b.jpg"], check=True)
     found, bad, _ = list_tar(path, caption_per_line=False)
     assert [path.read_bytes()[one.start : one.start + one.length] for one in found] == [b"whole"]
-    assert reasons(bad, path) == {"a.jpg": "is stored with its zeros left out (sparse) and cannot be read in place"}
+    assert reasons(bad, path) == {"a.jpg": "is stored as a sparse file, which cannot be read in place"}
 
 
 def test_folders_are_no_members_to_name(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_wherever_a_tar_is_cut_the_images_before_are_used(tmp_path: Path) -> Non
         there = [one for one in expected if one.start + one.length <= cut]
         assert found == there, cut
         has_end_mark = cut >= -(-end // 512) * 512 + 512
-        assert [one.reason for one in bad] == ([] if has_end_mark else [f"is cut off after {len(there)} images"]), cut
+        assert [one.reason for one in bad] == ([] if has_end_mark else [f"is truncated after {len(there)} images"]), cut
         assert all(one.path == path for one in bad)
 
 
@@ -218,7 +218,7 @@ def test_what_stands_behind_the_end_mark_is_told_of(tmp_path: Path) -> None:
     found, bad, _ = list_tar(first, caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"]
     assert [one.reason for one in bad] == [
-        f"has an end mark at byte {end} and more behind it, which is not read (joined by cat?), after 1 images"
+        f"has an end marker at byte {end} and more data after it, which is not read (joined by cat?), after 1 images"
     ]
 
 
@@ -250,7 +250,7 @@ def test_endless_headers_of_headers_are_refused(tmp_path: Path) -> None:
         (b"", "is empty (0 bytes)"),
         (b"a fox", "is not a .tar file"),
         (b"a fox" * 1000, "is not a .tar file"),
-        (gzip.compress(b"a fox" * 1000), "is compressed: members cannot be read in place; unpack it"),
+        (gzip.compress(b"a fox" * 1000), "is compressed, so members cannot be read in place; decompress it"),
     ],
 )
 def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
