@@ -17,7 +17,6 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.columns import is_intact, map_columns, save_columns
 from utils.data.image_table import (
     Directory,
     ImageTable,
@@ -36,6 +35,7 @@ from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.image_rows import NO_ROW, Container, PairedImages, empty_paired_images
 from utils.data.sources.tags import TagShuffle
+from utils.files.columns import is_intact, map_columns, save_columns
 from utils.randomness import fraction
 
 CHUNK_ROWS = 65536

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.columns import FileBlock, Texts, tensor_place
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 from utils.data.sources.tags import TagShuffle
+from utils.files.columns import FileBlock, Texts, tensor_place
 
 _NO_HASH = bytes(CONTENT_BYTES)
 

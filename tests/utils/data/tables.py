@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.data.buckets import Bucket
-from utils.data.columns import Texts
 from utils.data.examples import ExampleTable
 from utils.data.image_table import Directory, ImageTable, concatenate_images
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
+from utils.files.columns import Texts
 
 DIRECTORY = Directory(
     place="0",

@@ -16,13 +16,13 @@ from tests.utils.data.image_makers import noise, save
 from tests.utils.data.scanning import Scan
 from tests.utils.data.tables import DIRECTORY, Shown, images_of, table_of
 from utils.data.buckets import Bucket, crop_box
-from utils.data.columns import Texts
 from utils.data.examples import Example, ExampleTable, empty_table
 from utils.data.image_table import Directory, ImageTable, concatenate_images
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.image_rows import NO_ROW, Container, PairedImages, empty_paired_images
 from utils.data.sources.tags import TagShuffle
+from utils.files.columns import Texts
 from utils.randomness import fraction
 
 SQUARE, WIDE, LARGE = Bucket(32, 32), Bucket(48, 16), Bucket(64, 64)
