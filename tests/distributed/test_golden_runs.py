@@ -40,8 +40,8 @@ def test_records_are_those_of_the_runs() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stages_change_no_number(kind: str) -> None:
-    """The records of one and of two stages agree in all but the exported files, which say how they were trained."""
+def test_stages_do_not_change_results(kind: str) -> None:
+    """The records of one and of two stages are equal except for exported files, whose headers contain the layout."""
 
     def kept(layout: str) -> list[str]:
         lines = golden_path(kind, layout).read_text(encoding="utf-8").splitlines()

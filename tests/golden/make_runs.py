@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -167,17 +168,24 @@ def header() -> dict[str, str]:
 def record_of(run: Path) -> str:
     """The text of a run folder's record. Numbers are written so that they can be read back exactly."""
     lines = [f"# {key}: {value}" for key, value in header().items()]
-    lines += [_step_line(line) for line in read_metrics(run)]
-    for text in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
-        lines += _evaluation_lines(json.loads(text))
-    for step in SAVED_STEPS:
-        folder = run / "weights" / f"step_{step:06d}"
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        lines += [f"export {path.relative_to(run / 'weights')} {_export_hashes(path)}" for path in files]
+    lines += result_lines(run, first_step=0, exports=SAVED_STEPS)
     for step in SAVED_STEPS:
         for path in sorted((run / "checkpoints" / f"step_{step:06d}").glob("layer_*.safetensors")):
             lines.append(f"checkpoint {path.relative_to(run / 'checkpoints')} tensors={_tensors_sha256(path)}")
     return "\n".join(lines) + "\n"
+
+
+def result_lines(run: Path, *, first_step: int, exports: Sequence[int]) -> list[str]:
+    """Lines for the metrics and evaluations from a step on, and for every file of the exports of some steps."""
+    lines = [_step_line(metrics) for metrics in read_metrics(run) if metrics["step"] >= first_step]
+    for text in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
+        evaluation = json.loads(text)
+        lines += _evaluation_lines(evaluation) if evaluation["step"] >= first_step else []
+    for step in exports:
+        folder = run / "weights" / f"step_{step:06d}"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        lines += [f"export {path.relative_to(run / 'weights')} {_export_hashes(path)}" for path in files]
+    return lines
 
 
 def _step_line(metrics: dict[str, Any]) -> str:

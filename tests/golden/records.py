@@ -51,8 +51,7 @@ def _agree(before: str, after: str, tolerance: float) -> bool:
     """Whether two lines are of the same thing, and their numbers are close to each other; hashes may differ."""
     names, other_names = ([word.partition("=")[0] for word in line.split()] for line in (before, after))
     return names == other_names and all(
-        math.isclose(value, other, rel_tol=tolerance)
-        for value, other in zip(_numbers(before), _numbers(after), strict=True)
+        math.isclose(value, other, rel_tol=tolerance) for value, other in zip(_numbers(before), _numbers(after), strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def name_of(value: object) -> str:
         return f"{value.sampling},{value.logit_mean},{value.logit_std},{value.mode_scale:.2f}"
     if isinstance(value, Weighting):
         return f"{value.scheme},{value.logit_mean},{value.logit_std},{value.mode_mean},{value.mode_s_n}"
-    return str(value)
+    return value.__name__ if isinstance(value, FunctionType) else str(value)
 
 
 def weight_formula(weighting: Weighting, t: Array, shift: float) -> Array:
