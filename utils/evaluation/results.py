@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.data.encoding.stored_names import EVALUATION_FINGERPRINT, EVALUATION_NUM_IMAGES
 from utils.evaluation.statistics import Interval
 from utils.files.atomic import write_text
 
 EVALUATIONS = "evaluations.jsonl"
-_FINGERPRINT = "panel"
-"""The stored name of `EvaluationResult.fingerprint`."""
+_STORED_NAMES = {"fingerprint": EVALUATION_FINGERPRINT, "num_images": EVALUATION_NUM_IMAGES}
+_FIELD_NAMES = {stored: name for name, stored in _STORED_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,14 @@ class EvaluationResult:
 
 def to_line(result: EvaluationResult) -> str:
     """Returns the line of evaluations.jsonl, from which all numbers are read back exactly."""
-    table = {_FINGERPRINT if key == "fingerprint" else key: value for key, value in asdict(result).items()}
+    table = _renamed(asdict(result), _STORED_NAMES)
+    table["groups"] = [_renamed(group, _STORED_NAMES) for group in table["groups"]]
     summary = {key: table.pop(key) for key in ("groups", "to_previous", "is_best", "unchanged_since")}
     return json.dumps({**table, "summary": summary}, allow_nan=False) + "\n"
+
+
+def _renamed(table: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in table.items()}
 
 
 def read_evaluations(path: Path) -> list[EvaluationResult]:
@@ -118,17 +124,15 @@ def keep_until(path: Path, step: int) -> list[EvaluationResult]:
     return kept
 
 
-def _from_table(table: dict[str, Any]) -> EvaluationResult:
+def _from_table(stored: dict[str, Any]) -> EvaluationResult:
+    table = _renamed(stored, _FIELD_NAMES)
     summary = table.pop("summary")
     groups = [
         GroupResult(**{**group, "to_start": _difference(group["to_start"]), "to_best": _difference(group["to_best"])})
-        for group in summary.pop("groups")
+        for group in (_renamed(entry, _FIELD_NAMES) for entry in summary.pop("groups"))
     ]
-    previous = _difference(summary.pop("to_previous"))
-    losses, fingerprint = tuple(table.pop("losses")), table.pop(_FINGERPRINT)
-    return EvaluationResult(
-        **table, **summary, fingerprint=fingerprint, losses=losses, groups=tuple(groups), to_previous=previous
-    )
+    previous, losses = _difference(summary.pop("to_previous")), tuple(table.pop("losses"))
+    return EvaluationResult(**table, **summary, losses=losses, groups=tuple(groups), to_previous=previous)
 
 
 def _difference(table: dict[str, Any] | None) -> Difference | None:

@@ -47,3 +47,11 @@ def test_resuming_drops_later_evaluations_and_starting_anew_drops_all(tmp_path: 
     assert keep_until(path, 0) == []
     assert path.read_text() == ""
     assert keep_until(tmp_path / "nothing.jsonl", 3) == []
+
+
+def test_a_file_of_commit_36bf8e5_is_read_and_written_back_identically() -> None:
+    path = Path(__file__).with_name("evaluations_36bf8e5.jsonl")
+    stored = read_evaluations(path)
+    assert [result.step for result in stored] == [0, 2, 4, 6]
+    assert [group.num_images for group in stored[0].groups] == [12, 12]
+    assert "".join(map(to_line, stored)) == path.read_text(encoding="utf-8")
