@@ -28,13 +28,13 @@ from models.family import LENGTH
 from utils.config.schema.dataset import DatasetConfig
 from utils.data.batches import BatchOrder
 from utils.data.cache.shards import ShardWriter
-from utils.data.columns import Texts
 from utils.data.encoding.encoded import CacheFolders, EncodedData
 from utils.data.encoding.required import required_captions, required_latents
 from utils.data.examples import ExampleTable
 from utils.data.scan import scan
 from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexPart, IndexSettings
 from utils.data.sources.image_rows import set_captions, unread_rows
+from utils.files.columns import Texts
 from utils.files.file_index import FileTable
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,8 +26,8 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError
 
-from utils.data.columns import Texts, map_columns, save_columns
 from utils.files.atomic import write_text
+from utils.files.columns import Texts, map_columns, save_columns
 
 Stamp = tuple[int, int, int]
 """Size in bytes, mtime and ctime in nanoseconds. ctime detects changes after which mtime was set back."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.data.columns import Texts
+from utils.files.columns import Texts
 from utils.files.file_index import HASHES, FileIndex, FileTable, StoredHashes, are_unchanged, match_rows, stamp_of
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.data.cache.keys import KEY_BYTES, content_key
-from utils.data.columns import map_tensors
 from utils.files.atomic import replace_file
+from utils.files.columns import map_tensors
 
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 20.0

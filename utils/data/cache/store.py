@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.data.cache.shards import KEYS, SHARD_FILES, entry_of, map_shard
-from utils.data.columns import mark_used
+from utils.files.columns import mark_used
 
 MAX_MAPPED_SHARDS = 512
 """Limits the number of mappings of a process, of which the kernel allows about 65,000. Returned tensors keep theirs."""

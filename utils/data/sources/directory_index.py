@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from utils.data.cache.keys import content_key
-from utils.data.columns import Texts
 from utils.data.sources.archive_entries import NOT_INSIDE, ArchiveEntry
 from utils.data.sources.caption_sources import CaptionSources, CaptionTable, first_few
 from utils.data.sources.captions import read_caption_table
@@ -37,6 +36,7 @@ from utils.data.sources.image_rows import (
 )
 from utils.data.sources.readers import Readers
 from utils.data.sources.tar_files import list_tar
+from utils.files.columns import Texts
 from utils.files.file_index import FileIndex, FileTable, Stamp, stamp_of
 
 FILES_AT_ONCE = 256

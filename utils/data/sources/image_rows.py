@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.columns import Texts
 from utils.data.sources.decoding import CONTENT_BYTES
 from utils.data.sources.image_files import ImageFile
+from utils.files.columns import Texts
 from utils.files.file_index import FileTable, are_unchanged, match_rows
 
 UNREAD = 0

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.columns import Texts
 from utils.data.sources.caption_sources import first_few, stem_of
 from utils.data.sources.decoding import CONTENT_BYTES, BadFile
 from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
 from utils.data.sources.image_rows import NO_ROW, ImageRows, PairedImages
+from utils.files.columns import Texts
 from utils.files.file_index import StoredHashes
 
 

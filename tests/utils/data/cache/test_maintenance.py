@@ -16,7 +16,7 @@ from utils.data.cache.__main__ import main
 from utils.data.cache.locks import SharedLock
 from utils.data.cache.maintenance import inspect_shards
 from utils.data.cache.store import Store
-from utils.data.columns import map_columns, save_columns
+from utils.files.columns import map_columns, save_columns
 
 DAY_SECONDS = 86400
 

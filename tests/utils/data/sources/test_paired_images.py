@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from tests.utils.data.image_makers import left_half, quarters, save, save_turned
-from utils.data.columns import Texts
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
 from utils.data.sources.image_rows import NO_ROW, ImageRows, unread_rows
 from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable, same_shape
 from utils.data.sources.readers import Readers
+from utils.files.columns import Texts
 from utils.files.file_index import FileIndex
 
 ELSEWHERE = Path("elsewhere")
