@@ -252,6 +252,7 @@ def test_endless_headers_of_headers_are_refused(tmp_path: Path) -> None:
         (b"a fox" * 1000, "is not a .tar file"),
         (gzip.compress(b"a fox" * 1000), "is compressed, so members cannot be read in place; decompress it"),
     ],
+    ids=["empty", "short", "long", "gzip"],
 )
 def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.tar"
