@@ -17,10 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils.objective.loss import LossType, penalty
+from utils.config.schema.objective_choices import LossType, TimestepSampling, WeightingScheme
+from utils.objective.loss import penalty
 from utils.objective.rectified_flow import shift_time
-from utils.objective.timestep_sampling import Density, TimeSampler, TimestepSampling
-from utils.objective.weighting import Weighting, WeightingScheme
+from utils.objective.timestep_sampling import Density, TimeSampler
+from utils.objective.weighting import Weighting
 from utils.report.plots import INK, SIGMA_COLOR, T_COLOR, as_svg, draw_density, new_figure, unit_axis
 
 FOLDER = Path(__file__).resolve().parent / "plots"

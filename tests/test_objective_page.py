@@ -12,10 +12,10 @@ import torch
 from docs.draw_plots import PLOTS
 from utils.config.presets import PRESETS
 from utils.config.schema.objective import ObjectiveConfig
-from utils.objective.loss import LossType
-from utils.objective.rectified_flow import PredictionType, shift_time
-from utils.objective.timestep_sampling import Density, TimeSampler, TimestepGrid, TimestepSampling
-from utils.objective.weighting import Weighting, WeightingScheme
+from utils.config.schema.objective_choices import LossType, PredictionType, TimestepGrid, TimestepSampling, WeightingScheme
+from utils.objective.rectified_flow import shift_time
+from utils.objective.timestep_sampling import Density, TimeSampler
+from utils.objective.weighting import Weighting
 from utils.report.plots import as_svg
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,12 +5,12 @@ Shapes: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LossType = Literal["l2", "huber", "smooth_l1"]
+from utils.config.schema.objective_choices import LossType
 
 
 class LossTarget(NamedTuple):

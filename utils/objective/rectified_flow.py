@@ -13,12 +13,10 @@ dtype: bfloat16 cannot represent 0.999.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-PredictionType = Literal["raw", "sigma_scaled", "additive"]
+from utils.config.schema.objective_choices import PredictionType
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

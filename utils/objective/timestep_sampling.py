@@ -16,19 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from utils.config.schema.objective_choices import TimestepGrid, TimestepSampling
 from utils.objective.weighting import logit_normal_density
 
-TimestepSampling = Literal["sigma", "logit_normal", "mode", "cosmap"]
-TimestepGrid = Literal["none", "sd_scripts", "diffusers"]
 Function = Callable[[Tensor], Tensor]
 
-MIN_MODE_SCALE, MAX_MODE_SCALE = -1.0, 2 / (math.pi - 2)
-"""f_mode is monotonic for scales between these (SD3 paper, sect. 3.1)."""
 _NUM_NODES = 2**17
 _GRID_STEPS = 1000.0
 _MIN_PROBABILITY = 1e-9

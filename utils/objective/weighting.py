@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
+from utils.config.schema.objective_choices import WeightingScheme
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from models.family import LatentSpec
 from utils.config.load import ErrorDetail, check_table
+from utils.config.prompt_flags import FLAGS, parse_prompt
 from utils.config.schema.sampling import PromptConfig, SamplingConfig, SkipLayerConfig
-from utils.previews.prompts import FLAGS, parse_prompt
 from utils.previews.samplers import skips_layers
 
 FileError = tuple[Path | None, str, str]

@@ -10,8 +10,9 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
+from utils.config.schema.objective_choices import MAX_MODE_SCALE, MIN_MODE_SCALE
 from utils.objective.rectified_flow import shift_time
-from utils.objective.timestep_sampling import MAX_MODE_SCALE, MIN_MODE_SCALE, Density, TimeSampler
+from utils.objective.timestep_sampling import Density, TimeSampler
 from utils.objective.weighting import Weighting
 
 F64 = torch.float64

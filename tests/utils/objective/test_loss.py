@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.utils.objective.sd3_objective import sd3_objective
+from utils.config.schema.objective_choices import LossType
 from utils.objective import rectified_flow
-from utils.objective.loss import LossTarget, LossType, penalty
+from utils.objective.loss import LossTarget, penalty
 from utils.objective.objective import Objective
 
 F64 = torch.float64

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from utils.config.schema.objective_choices import PredictionType
 from utils.objective import rectified_flow as flow
-from utils.objective.rectified_flow import PredictionType
 
 F64 = torch.float64
 

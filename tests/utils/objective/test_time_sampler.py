@@ -28,8 +28,9 @@ from tests.utils.objective.published_formulas import (
     uniform,
     weight_formula,
 )
+from utils.config.schema.objective_choices import MAX_MODE_SCALE, MIN_MODE_SCALE
 from utils.objective.rectified_flow import shift_time
-from utils.objective.timestep_sampling import MAX_MODE_SCALE, MIN_MODE_SCALE, Density, TimeSampler, density_over_sigma
+from utils.objective.timestep_sampling import Density, TimeSampler, density_over_sigma
 from utils.objective.weighting import Weighting
 
 

@@ -19,9 +19,10 @@ from tests.utils.objective.published_formulas import (
     name_of,
     weight_formula,
 )
+from utils.config.schema.objective_choices import WeightingScheme
 from utils.objective.rectified_flow import shift_time
 from utils.objective.timestep_sampling import Density
-from utils.objective.weighting import Weighting, WeightingScheme
+from utils.objective.weighting import Weighting
 
 ENDS = torch.tensor([0.0, 2.0**-1074, 2.0**-53, 0.5, 1 - 2.0**-53, 1.0], dtype=F64)
 

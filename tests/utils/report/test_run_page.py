@@ -12,10 +12,10 @@ from PIL import Image
 
 from tests.utils.objective.sd3_objective import sd3_objective
 from tests.utils.report.html_elements import Page
+from utils.config.schema.objective_choices import MAX_MODE_SCALE, MIN_MODE_SCALE
 from utils.evaluation.comparison import Group, Measurement, compare
 from utils.evaluation.results import EVALUATIONS, to_line
 from utils.objective.objective import Objective
-from utils.objective.timestep_sampling import MAX_MODE_SCALE, MIN_MODE_SCALE
 from utils.previews.image_files import write_images
 from utils.report import run_page as report
 from utils.report.plots import MAX_POINTS

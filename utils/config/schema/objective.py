@@ -8,10 +8,15 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from utils.config.presets import PRESETS, Preset
 from utils.config.schema.base import Float, Int, Table
-from utils.objective.loss import LossType
-from utils.objective.rectified_flow import PredictionType
-from utils.objective.timestep_sampling import MAX_MODE_SCALE, MIN_MODE_SCALE, TimestepGrid, TimestepSampling
-from utils.objective.weighting import WeightingScheme
+from utils.config.schema.objective_choices import (
+    MAX_MODE_SCALE,
+    MIN_MODE_SCALE,
+    LossType,
+    PredictionType,
+    TimestepGrid,
+    TimestepSampling,
+    WeightingScheme,
+)
 
 
 class ObjectiveConfig(Table):

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer
 
+from utils.config.prompt_flags import parse_prompt
 from utils.config.schema.base import Float, Int, Table, TrainedWeights
-from utils.previews.prompts import parse_prompt
 
 
 class PromptConfig(Table):

@@ -1,4 +1,4 @@
-"""utils/previews/prompts.py: prompts with the flags of sd-scripts."""
+"""utils/config/prompt_flags.py: prompts with the flags of sd-scripts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from utils.config.prompt_flags import FLAGS, parse_prompt
 from utils.config.schema.sampling import PromptConfig
-from utils.previews.prompts import FLAGS, parse_prompt
 
 ALL_FLAGS = "--w (width), --h (height), --d (seed), --s (steps), --l (cfg), --n (negative_prompt)"
 
