@@ -246,7 +246,7 @@ def test_resume_of_a_missing_run_is_refused(lab: Lab, tmp_path: Path) -> None:
     experiment, missing = lab.shared_run(1, FULL).experiment, tmp_path / "no_such_run"
     finished = lab.finish(1, experiment, "--resume", str(missing))
     assert finished.exit_code == 1
-    assert f"{missing}: is no run folder" in finished.output
+    assert f"{missing}: is not a run folder: it has no config.toml" in finished.output
 
 
 def test_resume_without_any_run_starts_one(lab: Lab) -> None:
