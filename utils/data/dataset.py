@@ -94,7 +94,7 @@ def dataset_buckets(config: ImageConfig, resolution: int, multiple: int) -> list
     return make_buckets(resolution, config.min_ar, config.max_ar, num_buckets, multiple)
 
 
-# --- held-out images -------------------------------------------------------------------------------------------------------
+# --- held-out images ---------------------------------------------------------------------------------------------------
 
 
 def hold_out(table: ExampleTable, num_images: int, seed: int) -> tuple[ExampleTable, ExampleTable]:

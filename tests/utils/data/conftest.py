@@ -1,4 +1,4 @@
-"""Fixtures of the tests of data."""
+"""Fixtures for the tests of utils/data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.data.sources.readers import Readers
 
 @pytest.fixture
 def scan_folders(readers: Readers) -> Scan:
-    """Looks at folders and remembers nothing."""
+    """Scans folders without storing a file index."""
     return Scan(readers)
 
 

@@ -1,4 +1,4 @@
-"""Images for tests: made of coloured quarters, so that any turn, mirror or crop shows."""
+"""Images for tests, made of coloured quarters, so that any rotation, flip or crop is visible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TURNS: dict[int, Image.Transpose | None] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""EXIF orientation -> how the camera turned what it saw before it stored it (each the inverse of what a viewer does)."""
+"""EXIF orientation -> transformation by which a camera stores the image (the inverse of what a viewer applies)."""
 
 
 def quarters(width: int = 48, height: int = 32) -> Image.Image:
@@ -39,12 +39,12 @@ def quarters(width: int = 48, height: int = 32) -> Image.Image:
 
 
 def noise(width: int = 200, height: int = 150) -> Image.Image:
-    """No two pixels alike: large in every format, and damage anywhere in its file shows."""
+    """Random pixels: the file is large in every format, and damage anywhere in it is detected."""
     return Image.fromarray(np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8))
 
 
 def left_half(width: int = 48, height: int = 32) -> Image.Image:
-    """A mask: white, right half black."""
+    """A mask whose left half is white and whose right half is black."""
     pixels = np.zeros((height, width), dtype=np.uint8)
     pixels[:, : width // 2] = 255
     return Image.fromarray(pixels)
@@ -56,34 +56,34 @@ def save(image: Image.Image, path: Path, **options: Any) -> Path:
 
 
 def save_turned(image: Image.Image, path: Path, orientation: int, **options: Any) -> Path:
-    """Stored as a camera stores it that was held so; viewers show the image upright."""
+    """Saves the image as a camera held in this orientation does; viewers show it upright."""
     turn, exif = TURNS[orientation], Image.Exif()
     exif[274] = orientation
     return save(image if turn is None else image.transpose(turn), path, exif=exif, **options)
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Of an image in a file of its own."""
+    """Reads the size of an image file."""
     return images.read_size(ImageFile(path))
 
 
 def read_pixels(path: Path, box: CropBox, *, flipped: bool = False) -> Tensor:
-    """Of an image in a file of its own."""
+    """Reads the pixels of an image file as a tensor."""
     return torch.from_numpy(images.read_pixels(ImageFile(path), box, flipped=flipped))
 
 
 def read_mask(path: Path, box: CropBox, downscale: int) -> Tensor:
-    """Of a mask in a file of its own."""
+    """Reads the weights of a mask file as a tensor."""
     return torch.from_numpy(images.read_mask(ImageFile(path), box, downscale))
 
 
 def whole(width: int, height: int) -> CropBox:
-    """Nothing scaled, nothing cut off."""
+    """Returns the crop box that neither scales nor crops."""
     return crop_box(width, height, Bucket(width, height))
 
 
 def corners(pixels: Tensor) -> list[tuple[int, ...]]:
-    """Colours of the four quarters' middles, in QUARTERS' order; pixels (3, H, W)."""
+    """Returns the colours at the centers of the four quarters, in the order of QUARTERS; pixels: (3, H, W)."""
     _, height, width = pixels.shape
     rows, columns = (height // 4, height - height // 4 - 1), (width // 4, width - width // 4 - 1)
     return [tuple(pixels[:, row, column].tolist()) for row in rows for column in columns]

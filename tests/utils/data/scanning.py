@@ -1,4 +1,4 @@
-"""Dataset files made of arguments, and a look at the folders they name."""
+"""Builds dataset configurations from arguments and scans their folders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LATENT = LatentSpec(channels=16, downscale=8, patch=2, max_side_pixels=256)
 
 
 def config_of(*folders: Path, **changes: Any) -> DatasetConfig:
-    """Of these folders, one [[directory]] each, or of `directory=[{...}]`."""
+    """Builds the configuration with one [[directory]] per folder, or with `directory=[{...}]`."""
     directories = [{"path": folder} for folder in folders]
     table = {"resolutions": [32], "num_ar_buckets": 3, "directory": directories, **changes}
     return DatasetConfig.model_validate(table)
 
 
 class Scan:
-    """Scans folders; the file index lies in `folder`, or is kept in memory if there is none."""
+    """Scans folders; the file index is stored in `folder`, or only in memory if it is None."""
 
     def __init__(self, readers: Readers, folder: Path | None = None) -> None:
         self.readers, self.folder = readers, folder
@@ -35,5 +35,5 @@ class Scan:
 
 
 def names(dataset: Dataset) -> list[str]:
-    """Of its examples' images, below their directories."""
+    """Returns the image names of the examples, relative to their directories."""
     return [example.key.partition("/")[2].partition("@")[0] for example in dataset.examples]

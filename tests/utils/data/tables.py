@@ -1,4 +1,4 @@
-"""Tables of examples made of arguments, without files."""
+"""Builds tables of examples from arguments, without files."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DIRECTORY = Directory(
     skip_bad=False,
     shuffle=None,
 )
-"""One with nothing special; tests replace what they are about."""
+"""A directory with default settings; tests replace the fields they test."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An image, and everything an example of it has."""
+    """An image with all properties of its examples."""
 
     name: str = "fox.png"
     captions: tuple[str, ...] = ("a fox",)
     bucket: Bucket = Bucket(32, 32)
-    """At each of its directory's resolutions."""
+    """The bucket at every resolution of its directory."""
     size: tuple[int, int] = (40, 40)
     mask: str | None = None
     """Path of the file."""
@@ -44,7 +44,7 @@ class Shown:
 
 
 def table_of(images: Sequence[Shown]) -> ExampleTable:
-    """The examples of these images, in their order. No hash is known."""
+    """Returns the table of the examples of these images, in order. No hash is known."""
     directories = list(dict.fromkeys(image.directory for image in images))
     buckets = list(dict.fromkeys(image.bucket for image in images))
     rows = [
@@ -73,15 +73,15 @@ def table_of(images: Sequence[Shown]) -> ExampleTable:
 
 
 def _paired_images(paths: Sequence[str | None]) -> tuple[PairedImages, np.ndarray]:
-    """A row for each that is no None, and of each path its row."""
-    there = [path for path in paths if path is not None]
+    """Returns a table with the paths that are not None, and the row of each path in it, NO_ROW for None."""
+    existing = [path for path in paths if path is not None]
     rows = np.full(len(paths), NO_ROW, np.int32)
-    rows[[path is not None for path in paths]] = np.arange(len(there))
-    return PairedImages(Texts.of(there), np.zeros((len(there), CONTENT_BYTES), np.uint8)), rows
+    rows[[path is not None for path in paths]] = np.arange(len(existing))
+    return PairedImages(Texts.of(existing), np.zeros((len(existing), CONTENT_BYTES), np.uint8)), rows
 
 
 def images_of(counts: Mapping[Bucket, int], directory: Directory = DIRECTORY) -> list[Shown]:
-    """So many images of each bucket."""
+    """Returns the given number of images for each bucket."""
     return [
         Shown(f"{bucket}-{index}.png", bucket=bucket, directory=directory)
         for bucket, count in counts.items()

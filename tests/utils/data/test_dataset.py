@@ -1,4 +1,4 @@
-"""What is held out of a dataset, and what is refused of a dataset file."""
+"""Held-out images, and validation of dataset files against the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def images(examples: ExampleTable) -> set[str]:
     return {example.image.path.name for example in examples}
 
 
-def test_held_out_images_are_never_trained_on_at_any_size(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_held_out_images_are_excluded_from_training_at_all_resolutions(scan_folders: Scan, tiny_dataset: Path) -> None:
     examples = scan_folders(tiny_dataset, resolutions=[32, 64]).examples
     training, held_out = hold_out(examples, 3, seed=0)
     assert len(images(held_out)) == 3
@@ -25,19 +25,19 @@ def test_held_out_images_are_never_trained_on_at_any_size(scan_folders: Scan, ti
     assert not images(training) & images(held_out)
     assert len(held_out) == 2 * 3
     for part in (training, held_out):
-        assert [example for example in examples if example in list(part)] == list(part), "in their order"
+        assert [example for example in examples if example in list(part)] == list(part), "the order is kept"
 
 
-def test_a_image_of_two_directories_is_in_one_part(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_image_in_two_directories_is_in_only_one_part(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny_dataset)
     training, held_out = hold_out(scan_folders(tiny_dataset, tmp_path / "link").examples, 4, seed=0)
     assert not images(training) & images(held_out)
     assert len(held_out) == 2 * 4
     alone, _ = hold_out(scan_folders(tiny_dataset).examples, 4, seed=0)
-    assert images(alone) == images(training), "a second name of an image changes no choice"
+    assert images(alone) == images(training), "a second name of an image does not change the choice"
 
 
-def test_the_choice_is_a_function_of_the_seed(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_choice_depends_only_on_the_seed(scan_folders: Scan, tiny_dataset: Path) -> None:
     examples = scan_folders(tiny_dataset).examples
     choices = [frozenset(images(hold_out(examples, 4, seed)[1])) for seed in (0, 0, 1, 2, 3)]
     assert choices[0] == choices[1]
@@ -54,14 +54,14 @@ def test_the_choice_is_a_function_of_the_seed(scan_folders: Scan, tiny_dataset: 
     assert images(hold_out(backwards, 4, 0)[1]) == choices[0]
 
 
-def test_sizes_and_more_held_out_images_leave_the_first_choice(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_more_resolutions_or_held_out_images_keep_the_first_choices(scan_folders: Scan, tiny_dataset: Path) -> None:
     few, more = (images(hold_out(scan_folders(tiny_dataset).examples, count, 5)[1]) for count in (3, 6))
     assert few < more
     assert images(hold_out(scan_folders(tiny_dataset, resolutions=[64]).examples, 3, 5)[1]) == few
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_image_that_comes_or_goes_changes_one_choice_at_most(scan_folders: Scan, tiny_dataset: Path, seed: int) -> None:
+def test_adding_or_removing_an_image_changes_at_most_one_choice(scan_folders: Scan, tiny_dataset: Path, seed: int) -> None:
     examples = scan_folders(tiny_dataset).examples
     all_chosen = images(hold_out(examples, 4, seed)[1])
     for index, gone in enumerate(examples):
@@ -72,7 +72,7 @@ def test_a_image_that_comes_or_goes_changes_one_choice_at_most(scan_folders: Sca
             assert chosen == all_chosen
 
 
-def test_a_image_that_is_removed_from_its_folder_changes_one_choice_at_most(scan_folders: Scan, tmp_path: Path) -> None:
+def test_deleting_an_image_file_changes_at_most_one_choice(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 12)
     before = images(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])
     (tmp_path / sorted(before)[0]).unlink()
@@ -90,14 +90,14 @@ def test_held_out_images_are_not_flipped(scan_folders: Scan, tiny_dataset: Path)
     assert {(example.may_flip, example.loss_weight) for example in held_out} == {(False, 2.0)}
 
 
-def test_holding_out_nothing_leaves_everything(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_holding_out_no_images_keeps_all_for_training(scan_folders: Scan, tiny_dataset: Path) -> None:
     examples = scan_folders(tiny_dataset).examples
     training, held_out = hold_out(examples, 0, seed=0)
     assert (list(training), list(held_out)) == (list(examples), [])
 
 
 @pytest.mark.parametrize("num_images", [12, 13])
-def test_something_must_be_left_to_train_on(scan_folders: Scan, tiny_dataset: Path, num_images: int) -> None:
+def test_at_least_one_training_image_must_remain(scan_folders: Scan, tiny_dataset: Path, num_images: int) -> None:
     examples = scan_folders(tiny_dataset, resolutions=[32, 64]).examples
     with pytest.raises(ValueError, match="no image would remain for training: the dataset has 12 images"):
         hold_out(examples, num_images, seed=0)
@@ -108,7 +108,7 @@ def test_something_must_be_left_to_train_on(scan_folders: Scan, tiny_dataset: Pa
 # --- resolutions -------------------------------------------------------------------------------------------------------
 
 
-def test_a_resolution_off_the_grid_is_answered_with_its_neighbours(tmp_path: Path) -> None:
+def test_invalid_resolution_error_suggests_the_nearest_multiples(tmp_path: Path) -> None:
     errors = resolution_errors(config_of(tmp_path, resolutions=[64, 100, 50]), LATENT)
     assert errors == [
         ("resolutions[1]", "= 100: must be a multiple of 16; use 96 or 112"),
@@ -116,29 +116,29 @@ def test_a_resolution_off_the_grid_is_answered_with_its_neighbours(tmp_path: Pat
     ]
 
 
-def test_a_resolution_beyond_the_position_table_is_refused_by_its_longest_side(tmp_path: Path) -> None:
+def test_resolution_is_rejected_if_its_longest_side_exceeds_the_position_table(tmp_path: Path) -> None:
     ((key, message),) = resolution_errors(config_of(tmp_path, resolutions=[128, 256]), LATENT)
     assert key == "resolutions[1]"
     assert message == "= 256: needs sides of 368 pixels; the network supports at most 256"
     assert resolution_errors(config_of(tmp_path, resolutions=[256], enable_ar_bucket=False), LATENT) == []
 
 
-def test_the_buckets_of_every_resolution_fit_its_model() -> None:
+def test_bucket_sides_are_multiples_of_the_model_s_pixel_multiple() -> None:
     for resolution in (64, 128):
         buckets = dataset_buckets(config_of(Path("x")), resolution, LATENT.pixel_multiple)
         assert all(bucket.width % 16 == bucket.height % 16 == 0 for bucket in buckets)
 
 
-def test_a_resolution_is_named_where_it_is_written(tmp_path: Path) -> None:
+def test_resolution_errors_name_the_key_that_contains_the_value(tmp_path: Path) -> None:
     directories = [{"path": tmp_path}, {"path": tmp_path, "resolutions": [32, 24]}, {"path": tmp_path}]
     keys = [key for key, _ in resolution_errors(config_of(directory=directories, resolutions=[40, 32]), LATENT)]
-    assert keys == ["resolutions[0]", "directory[1].resolutions[1]"], "once, though two directories have it"
+    assert keys == ["resolutions[0]", "directory[1].resolutions[1]"], "an error shared by two directories is listed once"
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_folder_and_no_archive_is_refused(tmp_path: Path) -> None:
+def test_directory_path_must_be_a_folder_or_an_archive(tmp_path: Path) -> None:
     for name in ("a.zip", "b.TAR", "c.parquet"):
         (tmp_path / name).write_text("")
     paths = [tmp_path, tmp_path / "none", tmp_path / "a.zip", tmp_path / "b.TAR", tmp_path / "c.parquet"]
@@ -148,7 +148,7 @@ def test_what_is_no_folder_and_no_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])
-def test_paired_images_must_be_in_a_folder_of_their_own(tmp_path: Path, key: str) -> None:
+def test_paired_images_must_be_in_a_separate_existing_folder(tmp_path: Path, key: str) -> None:
     images = make_tiny_dataset(tmp_path / "images", 1)
     (tmp_path / "link").symlink_to(images)
 

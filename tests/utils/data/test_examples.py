@@ -1,4 +1,4 @@
-"""The table of examples: it gives what was put in, in this process and in those that map its file."""
+"""The table of examples: it returns the examples it was built from, also after mapping its file."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def digest(number: int) -> bytes:
 
 
 def hashes(*numbers: int) -> np.ndarray:
-    """(n, 16) uint8; 0 is a hash that is not known."""
+    """Returns hashes (n, 16) uint8; number 0 is an unknown hash."""
     return np.frombuffer(b"".join(map(digest, numbers)), np.uint8).reshape(-1, CONTENT_BYTES).copy()
 
 
 def mixed_table() -> ExampleTable:
-    """Images in files of their own, in .tar and .parquet files, with masks and control images and without."""
+    """Returns a table of image files and of images in .tar and .parquet files, with and without masks and control images."""
     images = ImageTable(
         directory=np.array([0, 0, 1, 1, 2], np.int32),
         names=Texts.of(["fox.png", "rows.parquet/owl.png", NO_UTF8, "a/zoo.tar/b/hen.png", "b/cow.png"]),
@@ -80,7 +80,7 @@ def mixed_table() -> ExampleTable:
 
 
 def by_hand() -> list[Example]:
-    """The examples of `mixed_table`."""
+    """Returns the expected examples of `mixed_table`."""
     fox = Example(
         "0/fox.png@32",
         ImageFile(Path("/data/plain/fox.png")),
@@ -136,7 +136,7 @@ def by_hand() -> list[Example]:
     ]
 
 
-def test_a_table_gives_the_examples_made_by_hand() -> None:
+def test_table_returns_the_expected_examples() -> None:
     table, examples = mixed_table(), by_hand()
     assert list(table) == examples
     assert [table[index] for index in range(len(table))] == examples
@@ -147,7 +147,7 @@ def test_a_table_gives_the_examples_made_by_hand() -> None:
         table[len(examples)]
 
 
-def test_what_is_asked_for_without_the_rest_is_the_same() -> None:
+def test_accessors_agree_with_the_examples() -> None:
     table, examples = mixed_table(), by_hand()
     assert [table.box(index) for index in range(len(table))] == [example.box for example in examples]
     assert table.repeats.tolist() == [example.repeats for example in examples]
@@ -159,7 +159,7 @@ def test_what_is_asked_for_without_the_rest_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 65536])
-def test_outlines_are_the_examples_own(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+def test_cache_inputs_agree_with_the_examples(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
     monkeypatch.setattr("utils.data.examples.CHUNK_ROWS", chunk_rows)
     drawn = Shown(size=(33, 90), directory=replace(DIRECTORY, random_crop=True))
     many = table_of([*images_of({SQUARE: 5, LARGE: 3}), drawn])
@@ -171,8 +171,8 @@ def test_outlines_are_the_examples_own(monkeypatch: pytest.MonkeyPatch, chunk_ro
         assert [tuple(inputs) for inputs in table.cache_inputs()] == expected
 
 
-def test_a_table_holds_no_example() -> None:
-    """A million of them take what their columns take: hundreds of bytes, not thousands."""
+def test_table_stores_columns_instead_of_examples() -> None:
+    """An example takes about a hundred bytes, not the thousands of a Python object."""
     table = table_of(images_of({SQUARE: 1000}))
     columns = [column for column in vars(table.images).values() if isinstance(column, np.ndarray)]
     for texts in (table.images.names, table.images.captions):
@@ -182,7 +182,7 @@ def test_a_table_holds_no_example() -> None:
     assert table[3] is not table[3]
 
 
-def test_the_table_of_nothing_is_empty() -> None:
+def test_empty_table_has_no_examples() -> None:
     table = empty_table()
     assert len(table) == table.num_images == table.num_unhashed() == 0
     assert list(table) == list(table.unhashed()) == []
@@ -193,7 +193,7 @@ def test_the_table_of_nothing_is_empty() -> None:
 # --- captions ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_example_has_each_caption_in_each_order_of_its_tags() -> None:
+def test_example_has_every_caption_in_every_tag_order() -> None:
     example = replace(by_hand()[3], captions=("a, b, c, d", "e, f"))
     assert example.num_captions == 4
     assert [example.caption(number) for number in range(2)] == ["a, b, c, d", "e, f"]
@@ -204,7 +204,7 @@ def test_an_example_has_each_caption_in_each_order_of_its_tags() -> None:
     assert example.caption(3) == "e, f"
 
 
-def test_without_shuffling_there_are_as_many_captions_as_are_written() -> None:
+def test_without_tag_shuffling_an_example_has_its_written_captions() -> None:
     example = by_hand()[2]
     assert example.num_captions == 2
     assert [example.caption(number) for number in range(2)] == ["owl, night", "an owl"]
@@ -214,12 +214,12 @@ def test_without_shuffling_there_are_as_many_captions_as_are_written() -> None:
 
 
 def crops(directory: Directory, count: int = 200) -> list[int]:
-    """Where the images of a directory, thrice as wide as their bucket, are cut out."""
+    """Returns the left edges of the crops of a directory's images, which are three times as wide as their bucket."""
     images = [Shown(f"{number}.png", size=(96, 32), directory=directory) for number in range(count)]
     return [example.box.left for example in table_of(images)]
 
 
-def test_random_crops_are_anywhere_and_the_others_in_the_middle() -> None:
+def test_random_crops_are_uniform_and_other_crops_centered() -> None:
     assert set(crops(DIRECTORY)) == {32}
     lefts = crops(replace(DIRECTORY, random_crop=True))
     assert min(lefts) < 4
@@ -227,18 +227,18 @@ def test_random_crops_are_anywhere_and_the_others_in_the_middle() -> None:
     assert abs(sum(lefts) / len(lefts) - 32) < 5
 
 
-def test_a_random_crop_is_a_function_of_name_and_resolution_alone() -> None:
-    """A directory that moves, in its file or on the disk, is not encoded anew."""
+def test_random_crop_depends_only_on_name_and_resolution() -> None:
+    """Moving a directory, in its dataset file or on disk, does not re-encode it."""
     lefts = crops(replace(DIRECTORY, random_crop=True))
     assert crops(replace(DIRECTORY, random_crop=True, place="7", path="/elsewhere", repeats=3)) == lefts
     both = table_of([Shown(size=(96, 32), directory=replace(DIRECTORY, random_crop=True, resolutions=(32, 48)))])
     assert both[0].box != both[1].box
 
 
-# --- choosing ----------------------------------------------------------------------------------------------------------
+# --- selection ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_choice_has_the_chosen_examples_in_their_order() -> None:
+def test_selection_has_the_chosen_examples_in_order() -> None:
     table, examples = mixed_table(), by_hand()
     chosen = np.array([True, False, True, True, False, True])
     part = table.where(chosen)
@@ -246,10 +246,10 @@ def test_a_choice_has_the_chosen_examples_in_their_order() -> None:
     assert part.num_images == 4
     assert part.bucket_counts() == {SQUARE: 2, WIDE: 1, LARGE: 1}
     assert list(part.where(np.array([False, True, False, True]))) == [examples[2], examples[5]]
-    assert list(table) == examples, "the table itself stays as it is"
+    assert list(table) == examples, "the table itself is unchanged"
 
 
-def test_a_choice_may_be_of_images_that_are_never_flipped() -> None:
+def test_selection_can_disable_flipping() -> None:
     table, examples = mixed_table(), by_hand()
     part = table.where(np.ones(6, bool), never_flipped=True)
     assert list(part) == [replace(example, may_flip=False) for example in examples]
@@ -259,7 +259,7 @@ def test_a_choice_may_be_of_images_that_are_never_flipped() -> None:
 # --- hashes ------------------------------------------------------------------------------------------------------------
 
 
-def test_files_without_hash_are_named_once_and_filled_in_for_all_their_examples() -> None:
+def test_file_without_hash_is_listed_once_and_its_hash_applies_to_all_examples() -> None:
     table = mixed_table()
     assert table.incomplete().tolist() == [False, False, False, True, False, False]
     assert table.num_unhashed() == 2
@@ -273,7 +273,7 @@ def test_files_without_hash_are_named_once_and_filled_in_for_all_their_examples(
 
 
 @pytest.mark.parametrize("part", ["content", "mask", "control"])
-def test_an_example_lacks_what_any_of_its_files_lacks(part: str) -> None:
+def test_example_is_incomplete_if_any_of_its_files_has_no_hash(part: str) -> None:
     of_two_sizes = Shown("c.png", directory=replace(DIRECTORY, resolutions=(32, 64)))
     table = table_of([Shown("a.png"), Shown("b.png", mask="b", control="b"), of_two_sizes])
     for content in (table.images.content, table.masks.content, table.controls.content):
@@ -285,7 +285,7 @@ def test_an_example_lacks_what_any_of_its_files_lacks(part: str) -> None:
     assert table.num_unhashed() == 1
 
 
-def test_files_that_no_example_needs_are_not_hashed() -> None:
+def test_unused_files_are_not_hashed() -> None:
     table = table_of([Shown("a.png", mask="a"), Shown("b.png", mask="b")])
     part = table.where(np.array([False, True]))
     assert [str(file) for _, _, file in part.unhashed()] == ["images/b.png", "b"]
@@ -305,7 +305,7 @@ TABLES: dict[str, Callable[[], ExampleTable]] = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
+def test_table_round_trips_through_its_file(tmp_path: Path, name: str) -> None:
     table = TABLES[name]()
     path = table.save_in(tmp_path / "datasets")
     opened = ExampleTable.open(path)
@@ -318,8 +318,8 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path, name: str) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_an_opened_table_leads_to_the_bytes_of_every_image(tmp_path: Path, scan_folders: Scan) -> None:
-    """In files with names that are no UTF-8, and in archives that are the directory or in one."""
+def test_opened_table_locates_the_bytes_of_every_image(tmp_path: Path, scan_folders: Scan) -> None:
+    """For files whose names are not UTF-8, and for archives that are a directory entry or are inside a directory."""
     folder, masks = tmp_path / os.fsdecode(b"\xff folder"), tmp_path / os.fsdecode(b"\xfe masks")
     for inner in (folder, masks, masks / "zoo.tar"):
         inner.mkdir()
@@ -346,21 +346,21 @@ def test_an_opened_table_leads_to_the_bytes_of_every_image(tmp_path: Path, scan_
     assert [row for _, row, _ in opened.unhashed()] == [0, 1, 2, 3, 0, 1, 2]
 
 
-def test_a_part_of_a_table_that_was_opened_can_be_saved(tmp_path: Path) -> None:
+def test_selection_from_an_opened_table_can_be_saved(tmp_path: Path) -> None:
     opened = ExampleTable.open(mixed_table().save_in(tmp_path))
     part = opened.where(np.arange(6) < 4)
     assert list(ExampleTable.open(part.save_in(tmp_path))) == by_hand()[:4]
     assert list(opened) == by_hand()
 
 
-def test_hashes_found_after_a_table_was_opened_change_its_file_for_nobody(tmp_path: Path) -> None:
+def test_setting_hashes_in_an_opened_table_does_not_change_its_file(tmp_path: Path) -> None:
     path = mixed_table().save_in(tmp_path)
     opened = ExampleTable.open(path)
     opened.images.content[:] = 9
     assert list(ExampleTable.open(path)) == by_hand()
 
 
-def test_a_file_is_named_after_all_that_is_in_it(tmp_path: Path) -> None:
+def test_file_name_depends_on_all_contents(tmp_path: Path) -> None:
     changed = mixed_table()
     changed.images.content[4] = 1
     tables = [
@@ -376,13 +376,13 @@ def test_a_file_is_named_after_all_that_is_in_it(tmp_path: Path) -> None:
     assert mixed_table().save_in(tmp_path) == paths[0]
 
 
-def test_a_file_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+def test_existing_file_is_not_written_again(tmp_path: Path) -> None:
     before = mixed_table().save_in(tmp_path).stat()
     after = mixed_table().save_in(tmp_path).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
+def test_damaged_file_is_written_again(tmp_path: Path) -> None:
     path = mixed_table().save_in(tmp_path)
     whole = path.read_bytes()
     for damaged in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
@@ -391,10 +391,10 @@ def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
         assert list(ExampleTable.open(path)) == list(mixed_table())
 
 
-# --- joining -----------------------------------------------------------------------------------------------------------
+# --- concatenation -----------------------------------------------------------------------------------------------------
 
 
-def test_columns_that_no_image_needs_are_left_away() -> None:
+def test_unused_columns_are_dropped() -> None:
     plain = table_of([Shown("a.png"), Shown("b.png")]).images
     for column in (plain.container, plain.start, plain.length, plain.mask, plain.control):
         assert len(column) == 0
@@ -403,7 +403,7 @@ def test_columns_that_no_image_needs_are_left_away() -> None:
     assert len(masked.control) == 0
 
 
-def test_parts_are_joined_row_by_row() -> None:
+def test_parts_are_concatenated_by_rows() -> None:
     whole = mixed_table().images
     joined = concatenate_images([whole, whole])
     assert len(joined) == 10

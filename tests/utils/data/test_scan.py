@@ -1,4 +1,4 @@
-"""The dataset file to examples: which images, in which buckets, at which sizes, under which names."""
+"""Scanning a dataset file: images, buckets, resolutions and keys of its examples."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_order_does_not_depend_on_the_file_system(
     assert list(scan_folders(tiny_dataset).examples) == list(expected.examples)
 
 
-def test_scanning_asks_for_sizes_only(tiny_dataset: Path) -> None:
-    """Which are read from headers: test_images.py."""
+def test_scanning_reads_only_sizes(tiny_dataset: Path) -> None:
+    """That sizes are read from headers is tested in sources/test_decoding.py."""
 
     class Sizes:
         def sizes(self, files: Sequence[ImageFile]) -> Future[list[tuple[int, int]]]:
@@ -50,7 +50,7 @@ def test_scanning_asks_for_sizes_only(tiny_dataset: Path) -> None:
     assert (found.bucket_counts(), found.bad_files) == ({Bucket(32, 32): 12}, [])
 
 
-def test_keys_name_directory_file_and_resolution_and_nothing_of_the_machine(
+def test_keys_contain_only_directory_number_file_name_and_resolution(
     scan_folders: Scan, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     found = scan_folders(tiny_dataset, make_tiny_dataset(tmp_path / "more", 2), resolutions=[32, 64])
@@ -61,12 +61,12 @@ def test_keys_name_directory_file_and_resolution_and_nothing_of_the_machine(
     assert found.num_images == 14
 
 
-def test_keys_survive_moving_the_folder(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_keys_do_not_depend_on_the_folder_s_path(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
     moved = make_tiny_dataset(tmp_path / "moved")
     assert [e.key for e in scan_folders(moved).examples] == [e.key for e in scan_folders(tiny_dataset).examples]
 
 
-def test_a_prefix_keeps_the_keys_of_several_datasets_apart(scan_folders: Scan, tiny_dataset: Path) -> None:
+def test_prefix_separates_the_keys_of_several_datasets(scan_folders: Scan, tiny_dataset: Path) -> None:
     sizes = [32, 64]
     plain, prefixed = (scan_folders(tiny_dataset, resolutions=sizes, prefix=part).examples for part in ("", "eval/faces/"))
     assert [example.key for example in prefixed] == [f"eval/faces/{example.key}" for example in plain]
@@ -90,7 +90,7 @@ def test_without_aspect_ratio_buckets_every_image_is_cropped_square(scan_folders
     assert set(scan_folders(tiny_dataset, enable_ar_bucket=False).bucket_counts()) == {Bucket(32, 32)}
 
 
-def test_a_turned_image_goes_to_the_bucket_of_its_looks(scan_folders: Scan, tmp_path: Path) -> None:
+def test_exif_rotated_image_is_assigned_to_the_bucket_of_its_upright_size(scan_folders: Scan, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     save(quarters(64, 32), tmp_path / "phone.jpg", exif=exif)
@@ -110,20 +110,20 @@ def test_one_bad_image_leaves_the_others_usable(scan_folders: Scan, tmp_path: Pa
     assert [example.image.path.name for example in found.examples] == [f"image_00{index}.png" for index in (0, 2, 3)]
 
 
-def test_a_missing_folder_is_passed_over(scan_folders: Scan, tmp_path: Path) -> None:
-    """It is refused before, whatever on_bad_file says: tests/test_cli.py."""
+def test_missing_folder_is_skipped(scan_folders: Scan, tmp_path: Path) -> None:
+    """It is a configuration error, whatever on_bad_file is: tests/test_cli.py."""
     found = scan_folders(tmp_path / "none")
     assert (len(found.examples), found.bad_files) == (0, [])
 
 
-def test_an_empty_folder_is_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+def test_empty_folder_gives_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     assert scan_folders(tmp_path).warnings == [f"{tmp_path} has no usable image"]
 
 
 # --- folders in folders ------------------------------------------------------------------------------------------------
 
 
-def test_images_in_folders_inside_have_their_folder_in_their_names(scan_folders: Scan, tmp_path: Path) -> None:
+def test_names_of_images_in_subfolders_include_the_subfolder(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     make_tiny_dataset(tmp_path / "a" / "b", 1)
     found = scan_folders(tmp_path, recursive=True)
@@ -132,7 +132,7 @@ def test_images_in_folders_inside_have_their_folder_in_their_names(scan_folders:
     assert names(scan_folders(tmp_path)) == ["image_000.png"]
 
 
-def test_a_directory_in_another_may_say_otherwise(scan_folders: Scan, tmp_path: Path) -> None:
+def test_directory_overrides_recursive_setting_of_the_file(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     make_tiny_dataset(tmp_path / "deep" / "er", 1)
     directories = [{"path": tmp_path, "recursive": False}, {"path": tmp_path / "deep"}]
@@ -143,14 +143,14 @@ def test_a_directory_in_another_may_say_otherwise(scan_folders: Scan, tmp_path: 
 
 
 def of_sizes(folder: Path, *sizes: tuple[int, int]) -> Path:
-    """An image of each size, named after it."""
+    """Writes an image of each size, named after the size."""
     for width, height in sizes:
         path = save(quarters(width, height), folder / f"{width}x{height}.png")
         path.with_suffix(".txt").write_text("an image")
     return folder
 
 
-def test_small_images_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Path) -> None:
+def test_small_images_are_enlarged_with_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
     found = scan_folders(tmp_path, resolutions=[32, 64])
     assert len(found.examples) == 6
@@ -158,7 +158,7 @@ def test_small_images_are_enlarged_and_told_of(scan_folders: Scan, tmp_path: Pat
     assert (found.skipped, found.too_small) == ([], [])
 
 
-def test_small_images_are_left_out_at_the_resolution_they_are_too_small_for(scan_folders: Scan, tmp_path: Path) -> None:
+def test_small_images_are_skipped_only_at_resolutions_above_their_size(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32), (100, 100))
     found = scan_folders(tmp_path, resolutions=[32, 64], upscale="never")
     keys = [example.key.partition("/")[2] for example in found.examples]
@@ -172,13 +172,13 @@ def test_small_images_are_left_out_at_the_resolution_they_are_too_small_for(scan
     assert (found.warnings, found.too_small, found.bad_files) == ([], [], [])
 
 
-def test_a_image_that_is_large_enough_on_one_side_only_is_too_small(scan_folders: Scan, tmp_path: Path) -> None:
+def test_image_smaller_than_its_bucket_on_one_side_is_too_small(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (200, 15), (200, 16))
     found = scan_folders(tmp_path, upscale="never")
     assert [(example.image.path.name, str(example.bucket)) for example in found.examples] == [("200x16.png", "48x16")]
 
 
-def test_small_images_are_refused_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
+def test_small_images_are_an_error_with_upscale_error(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (32, 32), (31, 32))
     found = scan_folders(tmp_path, upscale="error")
     assert [(bad.path.name, bad.reason) for bad in found.too_small] == [
@@ -187,7 +187,7 @@ def test_small_images_are_refused_when_told_so(scan_folders: Scan, tmp_path: Pat
     assert found.skipped == []
 
 
-def test_images_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, tmp_path: Path) -> None:
+def test_images_outside_the_pixel_limits_are_skipped(scan_folders: Scan, tmp_path: Path) -> None:
     of_sizes(tmp_path, (40, 40), (40, 41), (50, 50), (50, 51))
     found = scan_folders(tmp_path, min_pixels=40 * 41, max_pixels=50 * 50, resolutions=[16, 32])
     assert sorted({*names(found)}) == ["40x41.png", "50x50.png"]
@@ -203,7 +203,7 @@ def test_images_of_too_few_and_too_many_pixels_are_left_out(scan_folders: Scan, 
 
 
 def many_wide(folder: Path, num_images: int = 40) -> Path:
-    """Images of which a square leaves away half."""
+    """Writes images twice as wide as high, of which a square crop drops half."""
     folder.mkdir(exist_ok=True)
     for index in range(num_images):
         path = save(quarters(64, 32), folder / f"{index:02d}.png")
@@ -215,20 +215,20 @@ def lefts(dataset: Dataset) -> list[int]:
     return [example.box.left for example in dataset.examples]
 
 
-def test_a_crop_is_in_the_middle_or_drawn_for_each_name(scan_folders: Scan, tmp_path: Path) -> None:
+def test_crop_is_centered_or_random_per_image(scan_folders: Scan, tmp_path: Path) -> None:
     many_wide(tmp_path)
     middle = scan_folders(tmp_path, enable_ar_bucket=False)
     drawn = scan_folders(tmp_path, enable_ar_bucket=False, crop="random")
     assert set(lefts(middle)) == {16}
     assert len(set(lefts(drawn))) > 10
-    assert min(lefts(drawn)) < 8 and max(lefts(drawn)) > 24, "on both sides"
+    assert min(lefts(drawn)) < 8 and max(lefts(drawn)) > 24, "crops lie on both sides of the center"
     for example in drawn.examples:
         assert 0 <= example.box.left <= example.box.resized_width - 32
         assert (example.box.top, example.box.resized_width) == (0, 64)
 
 
-def test_a_drawn_crop_is_the_same_wherever_the_image_lies(scan_folders: Scan, tmp_path: Path) -> None:
-    """Neither the directory's place in the file counts, nor what else there is: cached latents stay of use."""
+def test_random_crop_does_not_depend_on_other_images_or_the_directory(scan_folders: Scan, tmp_path: Path) -> None:
+    """It depends neither on the directory's number nor on other images, so that cached latents stay valid."""
     first, second = many_wide(tmp_path / "a"), many_wide(tmp_path / "b", 10)
     alone = lefts(scan_folders(first, enable_ar_bucket=False, crop="random"))
     assert alone == lefts(scan_folders(first, enable_ar_bucket=False, crop="random", prefix="eval/faces/"))
@@ -236,7 +236,7 @@ def test_a_drawn_crop_is_the_same_wherever_the_image_lies(scan_folders: Scan, tm
     assert both == alone[:10] + alone
 
 
-def test_a_drawn_crop_is_another_at_another_resolution(scan_folders: Scan, tmp_path: Path) -> None:
+def test_random_crop_differs_between_resolutions(scan_folders: Scan, tmp_path: Path) -> None:
     found = scan_folders(many_wide(tmp_path), enable_ar_bucket=False, crop="random", resolutions=[32, 64])
     small, large = ([left for left in lefts(found)[start::2]] for start in (0, 1))
     assert [2 * left for left in small] != large
@@ -247,7 +247,7 @@ def test_a_drawn_crop_is_another_at_another_resolution(scan_folders: Scan, tmp_p
 # --- captions ----------------------------------------------------------------------------------------------------------
 
 
-def test_lines_are_captions_when_told_so(scan_folders: Scan, tmp_path: Path) -> None:
+def test_each_line_is_a_caption_with_caption_per_line(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     (tmp_path / "image_000.txt").write_text("a fox\n\n  an owl \n")
     (example,) = scan_folders(tmp_path, caption_per_line=True).examples
@@ -256,7 +256,7 @@ def test_lines_are_captions_when_told_so(scan_folders: Scan, tmp_path: Path) -> 
     assert example.captions == ("a fox\n\n  an owl",)
 
 
-def test_tags_have_so_many_orders(scan_folders: Scan, tmp_path: Path) -> None:
+def test_number_of_tag_orders_is_as_configured(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     (tmp_path / "image_000.txt").write_text("1girl; solo; hat; smile; sky")
     tags: dict[str, Any] = {"cache_shuffle_num": 4, "cache_shuffle_delimiter": "; ", "keep_tokens": 2}

@@ -1,4 +1,4 @@
-"""Masks and control images of a dataset: whose they are, and what is said of those that are nobody's."""
+"""Masks and control images of a dataset: pairing with images, and warnings about unused files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.data.sources.image_files import ImageFile
 
 
 def make_masked(folder: Path, num_images: int = 3) -> tuple[Path, Path]:
-    """Folders of images and of their masks, beside each other."""
+    """Creates a folder of images and a folder of their masks."""
     images, masks = make_tiny_dataset(folder / "images", num_images), folder / "masks"
     masks.mkdir()
     for index, image in enumerate(sorted(images.glob("*.png"))):
@@ -28,7 +28,7 @@ def scan_masked(scan_folders: Scan, images: Path, masks: Path, **changes: Any) -
     return scan_folders(**{"directory": [{"path": images, "mask_path": masks}], **changes})
 
 
-def test_every_image_has_the_mask_of_its_name_at_every_size(scan_folders: Scan, tmp_path: Path) -> None:
+def test_every_image_has_the_mask_of_the_same_name_at_every_resolution(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     found = scan_masked(scan_folders, images, masks, resolutions=[32, 64])
     assert found.bad_files == []
@@ -40,13 +40,13 @@ def test_every_image_has_the_mask_of_its_name_at_every_size(scan_folders: Scan, 
 
 
 def test_a_mask_changes_neither_key_nor_crop(scan_folders: Scan, tmp_path: Path) -> None:
-    """What is drawn for an image, and its place in the cache, do not depend on it."""
+    """So an image's random draws and cache entries do not depend on its mask."""
     images, masks = make_masked(tmp_path)
     plain, masked = scan_folders(images).examples, scan_masked(scan_folders, images, masks).examples
     assert [(example.key, example.box) for example in plain] == [(example.key, example.box) for example in masked]
 
 
-def test_a_image_without_a_mask_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+def test_image_without_a_mask_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     (masks / "image_001.jpg").unlink()
     found = scan_masked(scan_folders, images, masks)
@@ -56,7 +56,7 @@ def test_a_image_without_a_mask_is_bad_and_the_others_are_used(scan_folders: Sca
     assert [example.image.path.stem for example in found.examples] == ["image_000", "image_002"]
 
 
-def test_a_mask_of_another_shape_is_bad(scan_folders: Scan, tmp_path: Path) -> None:
+def test_mask_with_another_aspect_ratio_is_bad(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     wrong = save(left_half(64, 64), masks / "image_001.jpg")
     (bad,) = scan_masked(scan_folders, images, masks).bad_files
@@ -66,7 +66,7 @@ def test_a_mask_of_another_shape_is_bad(scan_folders: Scan, tmp_path: Path) -> N
     )
 
 
-def test_files_that_are_no_mask_are_named(scan_folders: Scan, tmp_path: Path) -> None:
+def test_unused_files_in_the_mask_folder_give_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     assert not any("mask" in text for text in scan_masked(scan_folders, images, masks).warnings)
     save(left_half(), masks / "gone.png")
@@ -76,7 +76,7 @@ def test_files_that_are_no_mask_are_named(scan_folders: Scan, tmp_path: Path) ->
     assert warning == f"{masks}: 2 files are not the mask of any image: gone.png, notes.txt"
 
 
-def test_directories_may_share_a_folder_of_masks(scan_folders: Scan, tmp_path: Path) -> None:
+def test_directories_can_share_a_mask_folder(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     more = tmp_path / "more"
     more.mkdir()
@@ -87,7 +87,7 @@ def test_directories_may_share_a_folder_of_masks(scan_folders: Scan, tmp_path: P
     assert not any("mask" in text for text in found.warnings)
 
 
-def test_masks_in_a_folder_inside_are_not_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+def test_mask_folder_inside_the_image_folder_gives_no_warning(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     masks.rename(images / "masks")
     (images / "other").mkdir()
@@ -98,8 +98,8 @@ def test_masks_in_a_folder_inside_are_not_warned_of(scan_folders: Scan, tmp_path
     ]
 
 
-def test_a_missing_folder_of_masks_and_the_images_own_are_passed_over(scan_folders: Scan, tmp_path: Path) -> None:
-    """They are refused before, as missing folders are; an image is never taken for its own mask."""
+def test_missing_mask_folder_and_the_image_folder_itself_are_skipped(scan_folders: Scan, tmp_path: Path) -> None:
+    """They are configuration errors; an image is never used as its own mask."""
     images, _ = make_masked(tmp_path)
     (tmp_path / "link").symlink_to(images)
     for masks in (tmp_path / "none", images, tmp_path / "link"):
@@ -107,7 +107,7 @@ def test_a_missing_folder_of_masks_and_the_images_own_are_passed_over(scan_folde
         assert (len(found.examples), found.bad_files) == (0, [])
 
 
-def test_masks_of_images_in_folders_are_in_folders_of_the_same_names(scan_folders: Scan, tmp_path: Path) -> None:
+def test_masks_of_images_in_subfolders_are_in_subfolders_of_the_same_name(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     make_masked(tmp_path / "deep")
     (tmp_path / "deep" / "images").rename(images / "deep")
@@ -127,7 +127,7 @@ def with_control(images: Path, control: Path, **more: Any) -> dict[str, Any]:
     return {"directory": [{"path": images, "control_path": control, **more}]}
 
 
-def test_every_image_has_the_control_image_of_its_name(scan_folders: Scan, tmp_path: Path) -> None:
+def test_every_image_has_the_control_image_of_the_same_name(scan_folders: Scan, tmp_path: Path) -> None:
     images, control = make_masked(tmp_path)
     plain, found = scan_folders(images), scan_folders(**with_control(images, control), resolutions=[32, 64])
     assert found.bad_files == []
@@ -140,7 +140,7 @@ def test_every_image_has_the_control_image_of_its_name(scan_folders: Scan, tmp_p
     assert small == [(example.key, example.box) for example in plain.examples]
 
 
-def test_masks_and_control_images_are_kept_apart(scan_folders: Scan, tmp_path: Path) -> None:
+def test_masks_and_control_images_are_separate(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     control = tmp_path / "control"
     control.mkdir()
@@ -153,7 +153,7 @@ def test_masks_and_control_images_are_kept_apart(scan_folders: Scan, tmp_path: P
         assert example.mask is not None and example.mask.path.parent == masks
 
 
-def test_a_image_without_a_usable_control_image_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+def test_image_without_a_usable_control_image_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
     images, control = make_masked(tmp_path, 4)
     (control / "image_000.png").unlink()
     wrong = save(left_half(64, 64), control / "image_001.jpg")
@@ -169,7 +169,7 @@ def test_a_image_without_a_usable_control_image_is_bad_and_the_others_are_used(s
     assert len(found.bad_files) == 3
 
 
-def test_files_that_are_no_control_image_are_named(scan_folders: Scan, tmp_path: Path) -> None:
+def test_unused_files_in_the_control_folder_give_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     images, control = make_masked(tmp_path)
     save(left_half(), control / "gone.png")
     found = scan_folders(**with_control(images, control))
@@ -177,7 +177,7 @@ def test_files_that_are_no_control_image_are_named(scan_folders: Scan, tmp_path:
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])
-def test_a_linked_folder_of_paired_images_inside_is_no_folder_of_images(
+def test_linked_mask_or_control_folder_inside_the_image_folder_is_not_scanned_for_images(
     scan_folders: Scan, tmp_path: Path, key: str
 ) -> None:
     images, masks = make_masked(tmp_path)

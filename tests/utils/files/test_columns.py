@@ -1,4 +1,4 @@
-"""Tables in columns: strings come back as they were, files are mapped and whole."""
+"""Column storage: round trips, memory mapping and detection of damage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.files.columns import FileBlock, Texts, is_intact, map_columns, map_te
 ODD = ["", "fox", "", "Füchse 狐 🦊", "a\nline\0and", os.fsdecode(b"\xff\xfe.png"), "e\u0301", ""]
 
 
-def test_strings_come_back_as_they_were() -> None:
+def test_strings_round_trip() -> None:
     texts = Texts.of(ODD)
     assert len(texts) == len(ODD)
     assert list(texts) == ODD
@@ -26,11 +26,11 @@ def test_strings_come_back_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("strings", [[], [""], ["", ""]])
-def test_there_may_be_no_strings_and_no_letters(strings: Sequence[str]) -> None:
+def test_empty_lists_and_empty_strings_round_trip(strings: Sequence[str]) -> None:
     assert list(Texts.of(strings)) == strings
 
 
-def test_strings_are_equal_by_their_letters_and_by_where_they_end() -> None:
+def test_equality_compares_characters_and_boundaries() -> None:
     assert Texts.of(["ab", "c"]) == Texts.of(iter(["ab", "c"]))
     assert Texts.of(["ab", "c"]) != Texts.of(["a", "bc"])
     assert Texts.of(["ab", "c"]) != Texts.of(["ab", "d"])
@@ -39,19 +39,19 @@ def test_strings_are_equal_by_their_letters_and_by_where_they_end() -> None:
 
 
 @pytest.mark.parametrize("pattern", [[True], [False], [True, False], [False, True, True]])
-def test_a_choice_keeps_the_chosen_in_their_order(pattern: list[bool]) -> None:
+def test_selection_keeps_the_order(pattern: list[bool]) -> None:
     chosen = np.resize(np.array(pattern), len(ODD))
     assert Texts.of(ODD).where(chosen) == Texts.of(text for text, keep in zip(ODD, chosen, strict=True) if keep)
 
 
-def test_parts_are_joined_with_those_chosen_from_others() -> None:
+def test_selected_parts_can_be_concatenated() -> None:
     some = Texts.of(ODD).where(np.arange(len(ODD)) % 2 == 1)
     assert list(Texts.concatenate([some, Texts.of([]), Texts.of(["last"])])) == [*ODD[1::2], "last"]
     assert list(Texts.concatenate([])) == []
 
 
 def in_file(strings: Sequence[str], folder: Path) -> Texts:
-    """The strings, their letters left in a file."""
+    """Returns the strings, with their characters left in a file."""
     texts = Texts.of(strings)
     path = folder / "texts.safetensors"
     save_columns(path, {"before": np.arange(3), "block": texts.block[:], "offsets": texts.offsets}, "")
@@ -59,7 +59,7 @@ def in_file(strings: Sequence[str], folder: Path) -> Texts:
 
 
 @pytest.mark.parametrize("strings", [ODD, [], [""]])
-def test_strings_left_in_their_file_are_the_same(tmp_path: Path, strings: list[str]) -> None:
+def test_strings_read_from_their_file_on_access_are_equal(tmp_path: Path, strings: list[str]) -> None:
     texts, left = Texts.of(strings), in_file(strings, tmp_path)
     assert list(left) == [left[index] for index in range(len(strings))] == strings
     assert left == texts
@@ -69,16 +69,14 @@ def test_strings_left_in_their_file_are_the_same(tmp_path: Path, strings: list[s
     assert Texts.concatenate([left, texts]) == Texts.concatenate([texts, left]) == Texts.of(strings + strings)
 
 
-def test_strings_left_in_their_file_are_whole_however_little_is_read_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Linux reads at most 2 GiB at once, a network drive what it likes."""
+def test_short_reads_still_return_complete_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads at most 2 GiB at once; a network drive may return less."""
     real_pread = os.pread
     monkeypatch.setattr(os, "pread", lambda descriptor, length, place: real_pread(descriptor, min(length, 3), place))
     assert list(in_file(ODD, tmp_path)) == ODD
 
 
-def test_strings_whose_file_is_cut_off_are_an_error(tmp_path: Path) -> None:
+def test_truncated_string_file_raises_an_error(tmp_path: Path) -> None:
     left = in_file(["fox", "owl"], tmp_path)
     path = tmp_path / "texts.safetensors"
     os.truncate(path, path.stat().st_size - 1)
@@ -87,14 +85,14 @@ def test_strings_whose_file_is_cut_off_are_an_error(tmp_path: Path) -> None:
         left[1]
 
 
-def test_strings_left_in_their_file_take_no_memory_and_give_the_file_back(tmp_path: Path) -> None:
+def test_strings_in_a_file_use_no_memory_and_close_the_file(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     left = in_file(["x" * (1 << 22), "fox"], tmp_path)
     assert left[1] == "fox"
     path = tmp_path / "texts.safetensors"
     assert _resident_kilobytes(path) < 1024
     path.unlink()
-    assert left[1] == "fox", "as a mapped file it can still be read"
+    assert left[1] == "fox", "an open file can still be read after it is deleted"
     del left
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -119,7 +117,7 @@ def assert_equal(columns: dict[str, np.ndarray]) -> None:
         assert np.array_equal(column, COLUMNS[name])
 
 
-def test_columns_come_back_with_their_header(tmp_path: Path) -> None:
+def test_columns_and_header_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "table.safetensors"
     save_columns(path, COLUMNS, '{"name": "Füchse"}')
     columns, header = map_columns(path)
@@ -128,8 +126,8 @@ def test_columns_come_back_with_their_header(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_columns_that_cannot_be_written_to_or_share_memory_are_saved(tmp_path: Path) -> None:
-    """As those are that were mapped from another file, and parts of one array."""
+def test_read_only_and_overlapping_columns_are_saved(tmp_path: Path) -> None:
+    """Such as columns mapped from another file, and slices of one array."""
     path = tmp_path / "table.safetensors"
     save_columns(path, COLUMNS, "")
     mapped, _ = map_columns(path)
@@ -142,7 +140,7 @@ def test_columns_that_cannot_be_written_to_or_share_memory_are_saved(tmp_path: P
     assert_equal(columns)
 
 
-def test_a_table_may_be_written_over_the_file_it_was_mapped_from(tmp_path: Path) -> None:
+def test_mapped_file_can_be_overwritten_with_its_own_columns(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     save_columns(path, COLUMNS, "old")
     columns, _ = map_columns(path)
@@ -153,7 +151,7 @@ def test_a_table_may_be_written_over_the_file_it_was_mapped_from(tmp_path: Path)
     assert again["bytes"].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.safetensors"
     save_columns(path, COLUMNS, "old")
 
@@ -168,7 +166,9 @@ def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     assert header == "old"
 
 
-def test_processes_of_one_number_write_one_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_writers_with_the_same_process_id_do_not_conflict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "table.safetensors"
 
     def meanwhile(temporary: Path, target: Path) -> None:
@@ -183,7 +183,7 @@ def test_processes_of_one_number_write_one_table_at_once(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_mapped_table_is_not_read_and_holds_no_file_open(tmp_path: Path) -> None:
+def test_mapped_table_is_read_lazily_and_keeps_no_file_open(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     save_columns(path, {"large": np.zeros(1 << 22, np.uint8)}, "")
     before = len(os.listdir("/proc/self/fd"))
@@ -197,7 +197,7 @@ def test_a_mapped_table_is_not_read_and_holds_no_file_open(tmp_path: Path) -> No
 
 
 def _resident_kilobytes(path: Path) -> int:
-    """Of the file, in this process's memory."""
+    """Returns the resident memory of this process's mappings of the file, in KiB."""
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     found = 0
     for line in lines:
@@ -206,8 +206,8 @@ def _resident_kilobytes(path: Path) -> int:
     return found
 
 
-def test_mapping_a_table_marks_it_as_used_once_a_day(tmp_path: Path) -> None:
-    """Else the cache's `prune` would take what nothing changes for what nobody uses."""
+def test_mapping_a_table_updates_its_modification_time_once_a_day(tmp_path: Path) -> None:
+    """Otherwise `prune` would delete unchanged files that are still in use."""
     path = tmp_path / "table.safetensors"
     save_columns(path, COLUMNS, "")
     for age_seconds, is_marked in ((40 * 86400, True), (3600, False)):
@@ -217,7 +217,7 @@ def test_mapping_a_table_marks_it_as_used_once_a_day(tmp_path: Path) -> None:
         assert (path.stat().st_mtime > then + 1) == is_marked
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+def test_any_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "table.safetensors"
     assert not is_intact(path)
     save_columns(path, COLUMNS, "header")
@@ -229,7 +229,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", b"\0" * 1000])
-def test_what_is_no_table_is_an_error(tmp_path: Path, content: bytes) -> None:
+def test_invalid_table_file_raises_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "table.safetensors"
     path.write_bytes(content)
     with pytest.raises((SafetensorError, OSError)):

@@ -1,4 +1,4 @@
-"""Images that cannot be used, of every kind a large dataset has, and odd ones that can; each with its caption."""
+"""Unusable images of every kind that occurs in large datasets, and unusual valid ones; each with a caption."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Maker = Callable[[np.random.Generator], bytes]
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF"}
 ODD_SIZE = (48, 32)
-"""Width and height of every odd image, as it is to be looked at."""
+"""Width and height of every unusual image, after EXIF rotation."""
 
 
-# --- bad ones ----------------------------------------------------------------------------------------------------------
+# --- bad images --------------------------------------------------------------------------------------------------------
 
 
 def make_bad_images(folder: Path, count: int = 200, seed: int = 0) -> dict[str, str]:
-    """Write that many images that cannot be used, and their captions; returns name -> what is wrong with it."""
+    """Writes `count` unusable images and their captions; returns name -> kind of defect."""
     generator = np.random.default_rng(seed)
     contents, places = _contents(), _places()
     kinds = [*contents, *places]
@@ -43,32 +43,32 @@ def make_bad_images(folder: Path, count: int = 200, seed: int = 0) -> dict[str, 
 
 
 def _contents() -> dict[tuple[str, str], Maker]:
-    """(What is wrong, suffix) -> what makes such a file's content."""
+    """Returns (kind of defect, suffix) -> function that creates the file's content."""
     made: dict[tuple[str, str], Maker] = {("cut off", suffix): _cut_off(name) for suffix, name in FORMATS.items()}
     made |= {("only the beginning", suffix): _first_bytes(name) for suffix, name in FORMATS.items()}
     made |= {("damaged in the middle", "png"): _damaged_png, ("a wrong checksum", "png"): _wrong_checksum}
     made |= {("empty", suffix): lambda _: b"" for suffix in ("jpg", "png")}
-    made |= {("text", "png"): lambda _: b"nothing to see\n", ("a page of the web", "jpg"): _web_page}
+    made |= {("text", "png"): lambda _: b"nothing to see\n", ("a web page", "jpg"): _web_page}
     made |= {("random bytes", "webp"): lambda generator: generator.bytes(5000), ("zeros", "jpg"): lambda _: bytes(4096)}
-    made |= {("announces 60000x60000 pixels", "png"): lambda _: _announcing(60000, 60000)}
-    made |= {("announces 60000x60000 pixels", "bmp"): lambda _: _huge_bitmap(), ("announces no pixels", "png"): _no_pixels}
-    made |= {("wrong magic", "png"): lambda _: b"\x89PNX" + _encoded("PNG")[4:], ("no pixels", "jpg"): _head_of_jpeg}
-    made |= {("random bytes behind a head", "jpg"): _random_jpeg, ("random bytes behind a head", "gif"): _random_gif}
+    made |= {("declares 60000x60000 pixels", "png"): lambda _: _declaring(60000, 60000)}
+    made |= {("declares 60000x60000 pixels", "bmp"): lambda _: _huge_bitmap(), ("declares no pixels", "png"): _no_pixels}
+    made |= {("wrong magic", "png"): lambda _: b"\x89PNX" + _encoded("PNG")[4:], ("no pixels", "jpg"): _jpeg_header}
+    made |= {("random bytes after a header", "jpg"): _random_jpeg, ("random bytes after a header", "gif"): _random_gif}
     made |= {("floating point", "tif"): _floating_point, ("PostScript", "png"): lambda _: _encoded("EPS")}
     made |= {("one pixel high", "png"): lambda _: _thin(400, 1), ("one pixel wide", "jpg"): lambda _: _thin(1, 400)}
-    made |= {("no image though it has one's box", "avif"): _empty_box, ("an archive", "jpg"): lambda _: b"PK\x03\x04" * 50}
+    made |= {("a header without an image", "avif"): _empty_box, ("an archive", "jpg"): lambda _: b"PK\x03\x04" * 50}
     return made
 
 
 def _places() -> dict[tuple[str, str], Callable[[Path], object]]:
-    """(What is wrong, suffix) -> what puts such a thing there that is no file."""
+    """Returns (kind of defect, suffix) -> function that creates an entry that is not a regular file."""
     made: dict[tuple[str, str], Callable[[Path], object]] = {
         ("a folder", "png"): Path.mkdir,
-        ("a link to nothing", "jpg"): lambda path: path.symlink_to(path.with_name("nowhere.jpg")),
+        ("a broken link", "jpg"): lambda path: path.symlink_to(path.with_name("nowhere.jpg")),
         ("a link to itself", "png"): lambda path: path.symlink_to(path.name),
         ("a pipe", "gif"): os.mkfifo,
     }
-    if os.geteuid() != 0:  # who is root may read everything
+    if os.geteuid() != 0:  # root can read everything
         made["no permission", "png"] = lambda path: path.touch(0)
     return made
 
@@ -99,13 +99,13 @@ def _damaged_png(generator: np.random.Generator) -> bytes:
 
 
 def _with_right_end(content: bytearray, generator: np.random.Generator) -> bytes:
-    """As a camera's damaged card leaves it: the last bytes are those of a whole file, or something lies behind them."""
+    """Keeps the end marker, with or without a byte after it, as on a camera's damaged memory card."""
     return bytes(content) + (b"" if generator.random() < 0.5 else b"\x00")
 
 
 def _wrong_checksum(_: np.random.Generator) -> bytes:
     content = bytearray(_encoded("PNG"))
-    content[29] ^= 255  # of the header
+    content[29] ^= 255  # in the header
     return bytes(content)
 
 
@@ -117,15 +117,15 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def _announcing(width: int, height: int) -> bytes:
-    """A PNG file of that size by its header, with the pixels of a few rows."""
+def _declaring(width: int, height: int) -> bytes:
+    """A PNG file whose header declares this size but which contains only a few rows of pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(200_000))
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 
 def _no_pixels(_: np.random.Generator) -> bytes:
-    return _announcing(0, 0)
+    return _declaring(0, 0)
 
 
 def _huge_bitmap() -> bytes:
@@ -134,7 +134,7 @@ def _huge_bitmap() -> bytes:
     return bytes(content)
 
 
-def _head_of_jpeg(_: np.random.Generator) -> bytes:
+def _jpeg_header(_: np.random.Generator) -> bytes:
     content = _encoded("JPEG")
     return content[: content.index(b"\xff\xda")] + b"\xff\xd9"
 
@@ -159,13 +159,13 @@ def _empty_box(_: np.random.Generator) -> bytes:
     return _encoded("AVIF")[:32] + struct.pack(">I4s", 8, b"mdat")
 
 
-# --- odd ones ----------------------------------------------------------------------------------------------------------
+# --- unusual images ----------------------------------------------------------------------------------------------------
 
 
 def make_odd_images(folder: Path) -> dict[str, str]:
-    """Write images that look like trouble and are none, all of ODD_SIZE, and captions; returns name -> what is odd.
+    """Writes unusual but valid images of ODD_SIZE, and captions; returns name -> kind.
 
-    Those of one stem share a caption.
+    Images with equal stems share a caption.
     """
     for name, kind in _ODD.items():
         path = folder / name
@@ -189,9 +189,9 @@ _ODD = {
     "png_in_truth.webp": "wrong suffix",
     "turned.jpg": "EXIF turned",
     "turned.webp": "EXIF turned",
-    "long.jpg": "bytes behind the end",
-    "long.png": "bytes behind the end",
-    "long.gif": "bytes behind the end",
+    "long.jpg": "bytes after the end",
+    "long.png": "bytes after the end",
+    "long.gif": "bytes after the end",
     "progressive.jpg": "progressive",
     "interlaced.gif": "interlaced",
     "comments.png": "long texts",
@@ -208,7 +208,7 @@ def _write_odd(path: Path, kind: str) -> None:
         exif = Image.Exif()
         exif[274] = 6
         image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-    elif kind == "bytes behind the end":
+    elif kind == "bytes after the end":
         path.write_bytes(_encoded(FORMATS[suffix], image) + b"made by a camera")
     elif kind == "animated":
         image.save(path, save_all=True, append_images=[Image.new("RGB", ODD_SIZE, (255, 0, 0))])

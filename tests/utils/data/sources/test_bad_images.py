@@ -1,4 +1,4 @@
-"""Each of two hundred bad images is named with a reason, and no odd one is: by the processes that read them."""
+"""Reader processes report each of two hundred bad images with a reason, and read all unusual ones."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]
 
 
 def is_reason(text: str) -> bool:
-    """Of one line, and no complaint about the process that read the image."""
+    """Returns whether the text is one line that does not concern the reader process."""
     return bool(text.strip()) and "\n" not in text and "process" not in text and "took longer" not in text
 
 
-def test_there_are_twenty_kinds_of_bad_images_and_each_has_a_caption(bad: tuple[Path, dict[str, str]]) -> None:
+def test_at_least_twenty_kinds_of_bad_images_exist_and_each_has_a_caption(bad: tuple[Path, dict[str, str]]) -> None:
     folder, kinds = bad
     assert len(kinds) == 200
     assert len(set(kinds.values())) >= 20
     assert all((folder / name).with_suffix(".txt").is_file() for name in kinds)
 
 
-def test_the_same_bad_images_come_again(tmp_path: Path, bad: tuple[Path, dict[str, str]]) -> None:
+def test_bad_images_are_reproducible(tmp_path: Path, bad: tuple[Path, dict[str, str]]) -> None:
     folder, kinds = bad
     assert make_bad_images(tmp_path) == kinds
     files = [name for name in kinds if (folder / name).is_file()]
@@ -49,8 +49,8 @@ def test_the_same_bad_images_come_again(tmp_path: Path, bad: tuple[Path, dict[st
     assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
-def test_every_bad_image_is_named_with_a_reason(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
-    """If not by its size, by its pixels: what only decoding finds, size alone cannot."""
+def test_every_bad_image_is_reported_with_a_reason(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
+    """By reading its size or, where only decoding detects the defect, its pixels."""
     folder, kinds = bad
     files = [ImageFile(folder / name) for name in kinds]
     started_at = time.monotonic()
@@ -69,27 +69,27 @@ EXPECTED = {
     "empty": "is empty (0 bytes)",
     "cut off": "is truncated",
     "text": "is not an image Pillow can read",
-    "a page of the web": "is not an image Pillow can read",
+    "a web page": "is not an image Pillow can read",
     "a folder": "cannot be read: Is a directory",
     "a pipe": "cannot be read: Not a regular file",
-    "a link to nothing": "cannot be read: No such file or directory",
+    "a broken link": "cannot be read: No such file or directory",
     "a link to itself": "cannot be read: Too many levels of symbolic links",
     "no permission": "cannot be read: Permission denied",
-    "announces 60000x60000 pixels": "has 3,600,000,000 pixels; the limit is 178,000,000",
+    "declares 60000x60000 pixels": "has 3,600,000,000 pixels; the limit is 178,000,000",
     "one pixel high": "is 400x1 pixels: no bucket has a similar aspect ratio",
     "PostScript": "is PostScript, a program, which is not executed",
 }
 
 
-def test_reasons_say_what_is_wrong(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
+def test_reasons_describe_the_defect(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
     folder, kinds = bad
     names = [name for name, kind in kinds.items() if kind in EXPECTED and not name.endswith(".avif")]
     reasons = readers.sizes([ImageFile(folder / name) for name in names]).result()
     assert reasons == [EXPECTED[kinds[name]] for name in names]
 
 
-def test_almost_every_bad_image_is_found_by_its_size(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
-    """Before anything is encoded; only damage between a sound head and a sound end needs all pixels to be found."""
+def test_almost_every_bad_image_is_detected_by_reading_its_size(readers: Readers, bad: tuple[Path, dict[str, str]]) -> None:
+    """That is before anything is encoded; only damage between an intact header and an intact end requires decoding."""
     folder, kinds = bad
     sizes = readers.sizes([ImageFile(folder / name) for name in kinds]).result()
     passed = {kind for kind, size in zip(kinds.values(), sizes, strict=True) if isinstance(size, tuple)}
@@ -103,4 +103,4 @@ def test_odd_images_are_read(tmp_path: Path, readers: Readers) -> None:
     for file in files:
         pixels = readers.pixels(file, whole(*ODD_SIZE)).result()
         assert pixels.shape == (3, ODD_SIZE[1], ODD_SIZE[0])
-        assert pixels.min() < 100 < 200 < pixels.max(), f"{odd[file.path.name]}: the image is there"
+        assert pixels.min() < 100 < 200 < pixels.max(), f"{odd[file.path.name]}: the image is decoded"

@@ -1,4 +1,4 @@
-"""Captions from text files and tables, what is refused in them, and tags in several orders."""
+"""Captions from text files and tables, their errors, and shuffled tag orders."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Write = Callable[[str, str | bytes], Path]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_caption_is_its_file_without_mark_and_white_space_around(write: Write, mark: bytes) -> None:
+def test_caption_is_its_file_without_byte_order_mark_and_surrounding_white_space(write: Write, mark: bytes) -> None:
     assert (
         read_caption(write("a.txt", mark + " \n ein Fuchs – 狐\r\nim Schnee\r \n".encode())) == "ein Fuchs – 狐\nim Schnee"
     )
     assert read_caption(write("a.txt", mark)) == ""
 
 
-def test_a_text_that_is_not_utf8_is_refused_with_the_byte(write: Write) -> None:
+def test_text_that_is_not_utf8_is_rejected_with_the_byte(write: Write) -> None:
     for mark in (b"", b"\xef\xbb\xbf"):
         with pytest.raises(BadFile) as caught:
             read_caption(write("a.txt", mark + "cafe au lait, caf".encode() + b"\xe9 noir"))
@@ -48,20 +48,20 @@ def test_a_text_that_is_not_utf8_is_refused_with_the_byte(write: Write) -> None:
         read_caption(write("a.txt", "a fox".encode("utf-16")))
 
 
-def test_a_caption_that_cannot_be_opened_is_refused_with_the_systems_reason(tmp_path: Path) -> None:
+def test_unreadable_caption_is_rejected_with_the_system_s_reason(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="cannot be read: No such file or directory"):
         read_caption(tmp_path / "none.txt")
     with pytest.raises(BadFile, match="cannot be read: Is a directory"):
         read_caption(tmp_path)
 
 
-def test_each_line_with_text_is_a_caption() -> None:
+def test_each_non_blank_line_is_a_caption() -> None:
     assert split_lines("a fox\n\n  in snow \n") == ["a fox", "in snow"]
     assert split_lines("one\u2028line\x0bonly") == ["one\u2028line\x0bonly"]
     assert split_lines(" \n\n") == split_lines("") == [""]
 
 
-def test_every_form_of_table_gives_the_same_captions(write: Write) -> None:
+def test_all_table_formats_give_the_same_captions(write: Write) -> None:
     expected = {"fox.jpg": ['a fox,\n"red"'], "sub/owl.png": ["an owl"], "elk": [""]}
     plain = {"fox.jpg": ' a fox,\n"red" ', "sub/owl.png": ["an owl"], "elk": ""}
     scripts = {
@@ -90,17 +90,17 @@ def test_several_captions_of_one_image_keep_their_order(write: Write) -> None:
     assert read_caption_table(write("captions.json", '{"a.png": ["z", " b", "", "z"]}')) == {"a.png": ["z", "b", "", "z"]}
 
 
-def test_a_line_separator_inside_a_json_string_ends_no_line(write: Write) -> None:
+def test_line_separator_inside_a_json_string_does_not_end_the_line(write: Write) -> None:
     line = json.dumps({"file_name": "a.png", "text": "one\u2028two\x85three"}, ensure_ascii=False)
     assert read_caption_table(write("metadata.jsonl", line)) == {"a.png": ["one\u2028two\x85three"]}
 
 
-def test_a_image_whose_caption_is_null_is_left_out(write: Write) -> None:
+def test_image_whose_caption_is_null_is_skipped(write: Write) -> None:
     assert read_caption_table(write("captions.json", '{"a": null, "b": {"caption": null}, "c": "c"}')) == {"c": ["c"]}
     assert read_caption_table(write("metadata.jsonl", '{"file_name": "a", "text": null}')) == {}
 
 
-def test_a_name_may_be_there_twice_with_the_same_caption_only(write: Write) -> None:
+def test_duplicate_name_is_allowed_only_with_the_same_caption(write: Write) -> None:
     once = '{"file_name": "a.png", "text": "x"}\n'
     assert read_caption_table(write("metadata.jsonl", once + once)) == {"a.png": ["x"]}
     with pytest.raises(BadFile, match="^.*: line 3: 'a.png' already has a different caption above$"):
@@ -140,7 +140,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), WRONG)
-def test_a_wrong_table_is_refused_with_the_place(write: Write, name: str, content: str | bytes, reason: str) -> None:
+def test_invalid_table_is_rejected_with_the_location(write: Write, name: str, content: str | bytes, reason: str) -> None:
     path = write(name, content)
     with pytest.raises(BadFile) as caught:
         read_caption_table(path)
@@ -157,14 +157,14 @@ def test_order_0_is_the_caption_as_written() -> None:
     assert SHUFFLE.order(TAGS, 0) == TAGS
 
 
-def test_other_orders_move_all_tags_but_the_kept_ones() -> None:
+def test_other_orders_permute_all_tags_but_the_kept_ones() -> None:
     orders = [SHUFFLE.order(TAGS, number).split(", ") for number in range(1, 8)]
     assert all(order[:2] == ["fox", "snow"] for order in orders)
     assert all(Counter(order) == Counter(["fox", "snow", "red fur", "night", "1girl", "moon"]) for order in orders)
     assert len({tuple(order) for order in orders}) > 3
 
 
-def test_an_order_depends_on_caption_and_number_alone() -> None:
+def test_order_depends_only_on_caption_and_number() -> None:
     other = TagShuffle(num_orders=99, delimiter=", ", keep_tokens=2)
     assert [other.order(TAGS, number) for number in range(8)] == [SHUFFLE.order(TAGS, number) for number in range(8)]
     assert SHUFFLE.order(TAGS, 1) == "fox, snow, red fur, moon, 1girl, night"
@@ -182,7 +182,7 @@ def test_fewer_than_two_movable_tags_stay_as_written(caption: str) -> None:
     assert {SHUFFLE.order(caption, number) for number in range(8)} == {caption}
 
 
-def test_tags_are_split_at_the_delimiter_alone_and_joined_by_it() -> None:
+def test_tags_are_split_and_joined_only_at_the_delimiter() -> None:
     bars = TagShuffle(num_orders=20, delimiter=" | ", keep_tokens=0)
     assert {bars.order("a, b|c |d", number) for number in range(1, 20)} <= {
         "a, b | c | d", "a, b | d | c", "c | a, b | d", "c | d | a, b", "d | a, b | c", "d | c | a, b",
@@ -191,8 +191,8 @@ def test_tags_are_split_at_the_delimiter_alone_and_joined_by_it() -> None:
     assert {words.order("a b, c", number) for number in range(1, 20)} == {"a b, c", "a c b,"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_table_that_may_not_be_read_is_refused(write: Write) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_unreadable_table_is_rejected(write: Write) -> None:
     path = write("captions.json", "{}")
     path.chmod(0)
     with pytest.raises(BadFile, match="cannot be read: Permission denied"):

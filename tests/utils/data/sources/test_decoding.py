@@ -1,4 +1,4 @@
-"""Every kind of image file, as it should be seen; and every kind of broken one, found before training."""
+"""Decoding of every kind of image file, and detection of every kind of broken one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_exif_orientation_is_undone(tmp_path: Path, orientation: int, suffix: st
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_means_nothing_is_ignored(tmp_path: Path, orientation: int) -> None:
+def test_invalid_orientation_is_ignored(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     path = save(quarters(), tmp_path / "odd.png", exif=exif)
@@ -67,7 +67,7 @@ def test_rgb_pixels_are_those_of_the_file(tmp_path: Path) -> None:
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), content)
 
 
-def test_transparency_shows_white(tmp_path: Path) -> None:
+def test_transparency_becomes_white(tmp_path: Path) -> None:
     image = quarters().convert("RGBA")
     alpha = np.zeros((32, 48), dtype=np.uint8)
     alpha[:, 24:] = 255
@@ -79,7 +79,7 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
     assert near(pixels[2:3], ((127, 127, 255),), tolerance=1)
 
 
-def test_a_transparent_palette_entry_shows_white(tmp_path: Path) -> None:
+def test_transparent_palette_entry_becomes_white(tmp_path: Path) -> None:
     image = quarters().quantize(4)
     red = image.getpixel((0, 0))
     path = save(image, tmp_path / "palette.png", transparency=red)
@@ -88,12 +88,12 @@ def test_a_transparent_palette_entry_shows_white(tmp_path: Path) -> None:
     assert corners(read_pixels(path, whole(48, 32))) == [WHITE, *QUARTERS[1:]]
 
 
-def test_a_palette_without_transparency_keeps_its_colours(tmp_path: Path) -> None:
+def test_palette_without_transparency_keeps_its_colours(tmp_path: Path) -> None:
     path = save(quarters().quantize(4), tmp_path / "palette.png")
     assert corners(read_pixels(path, whole(48, 32))) == list(QUARTERS)
 
 
-def test_a_transparent_colour_of_an_rgb_file_shows_white(tmp_path: Path) -> None:
+def test_transparent_colour_of_an_rgb_file_becomes_white(tmp_path: Path) -> None:
     path = save(quarters(), tmp_path / "key.png", transparency=RED)
     assert corners(read_pixels(path, whole(48, 32))) == [WHITE, *QUARTERS[1:]]
 
@@ -113,8 +113,8 @@ def test_sixteen_bits_become_eight_by_value(tmp_path: Path, suffix: str) -> None
     assert torch.equal(pixels[0], pixels[1])
 
 
-def test_a_dark_sixteen_bit_image_stays_dark(tmp_path: Path) -> None:
-    """No guess about the range from the values: 255 of 65535 is nearly black."""
+def test_dark_sixteen_bit_image_stays_dark(tmp_path: Path) -> None:
+    """The value range is not guessed from the pixels: 255 of 65535 is nearly black."""
     path = save(Image.fromarray(np.full((32, 48), 255, dtype=np.uint16)), tmp_path / "dark.png")
     assert read_pixels(path, whole(48, 32)).unique().tolist() == [1]
 
@@ -126,7 +126,7 @@ def test_every_png_mode_gives_three_channels(tmp_path: Path, mode: str) -> None:
     assert pixels[:, -1, -1].tolist() == [255, 255, 255]
 
 
-def test_a_cmyk_jpeg_is_read_in_its_colours(tmp_path: Path) -> None:
+def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
     path = save(quarters().convert("CMYK"), tmp_path / "print.jpg", quality=95)
     with Image.open(path) as written:
         assert written.mode == "CMYK"
@@ -134,7 +134,7 @@ def test_a_cmyk_jpeg_is_read_in_its_colours(tmp_path: Path) -> None:
     assert near(corners(read_pixels(path, whole(48, 32))), QUARTERS, tolerance=12)
 
 
-def test_of_an_animation_the_first_frame_is_used(tmp_path: Path) -> None:
+def test_first_frame_of_an_animation_is_used(tmp_path: Path) -> None:
     frames = [quarters(), Image.new("RGB", (48, 32), RED)]
     for suffix in ("gif", "webp", "png"):
         options = {"lossless": True} if suffix == "webp" else {}
@@ -143,7 +143,7 @@ def test_of_an_animation_the_first_frame_is_used(tmp_path: Path) -> None:
         assert corners(read_pixels(path, whole(48, 32))) == list(QUARTERS)
 
 
-def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+def test_floating_point_pixels_are_rejected(tmp_path: Path) -> None:
     path = save(Image.fromarray(np.zeros((32, 48), dtype=np.float32)), tmp_path / "float.tif")
     with pytest.raises(BadFile, match="floating-point"):
         read_pixels(path, whole(48, 32))
@@ -159,21 +159,21 @@ def test_every_accepted_suffix_can_be_read(tmp_path: Path, suffix: str) -> None:
 # --- geometry ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_crop_is_cut_where_the_box_says(tmp_path: Path) -> None:
+def test_crop_is_taken_at_the_position_of_the_crop_box(tmp_path: Path) -> None:
     content = np.random.default_rng(0).integers(256, size=(32, 48, 3), dtype=np.uint8)
     path = save(Image.fromarray(content), tmp_path / "noise.png")
     pixels = read_pixels(path, replace(whole(48, 32), left=5, top=3, bucket=Bucket(16, 16)))
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), content[3:19, 5:21])
 
 
-def test_scaling_keeps_the_image_whole(tmp_path: Path) -> None:
+def test_scaling_keeps_the_whole_image(tmp_path: Path) -> None:
     path = save(quarters(480, 320), tmp_path / "large.png")
     pixels = read_pixels(path, crop_box(480, 320, Bucket(48, 32)))
     assert pixels.shape == (3, 32, 48)
     assert corners(pixels) == list(QUARTERS)
 
 
-def test_turned_images_are_cropped_as_they_are_looked_at(tmp_path: Path) -> None:
+def test_rotated_images_are_cropped_after_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6
     path = save(quarters().transpose(Image.Transpose.ROTATE_90), tmp_path / "phone.png", exif=exif)
@@ -184,8 +184,8 @@ def test_turned_images_are_cropped_as_they_are_looked_at(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(48, 16), Bucket(16, 48)])
-def test_a_flipped_image_is_the_exact_flip_image_of_its_crop(tmp_path: Path, orientation: int, bucket: Bucket) -> None:
-    """Also where the crop is half a pixel off the middle: a mask is flipped after its crop."""
+def test_flipped_image_is_the_exact_flip_of_its_crop(tmp_path: Path, orientation: int, bucket: Bucket) -> None:
+    """Also where the crop is half a pixel off the center, since a mask is flipped after its crop."""
     path = save_turned(noise(67, 41), tmp_path / "noise.png", orientation)
     box = crop_box(67, 41, bucket)
     plain, flipped = read_pixels(path, box), read_pixels(path, box, flipped=True)
@@ -199,7 +199,7 @@ def test_a_flipped_image_is_the_exact_flip_image_of_its_crop(tmp_path: Path, ori
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif"])
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_truncated_file_is_found_by_reading_its_size(tmp_path: Path, suffix: str, share: float) -> None:
+def test_truncated_file_is_detected_by_reading_its_size(tmp_path: Path, suffix: str, share: float) -> None:
     path = save(noise(), tmp_path / f"cut.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -214,14 +214,14 @@ def test_a_truncated_file_is_found_by_reading_its_size(tmp_path: Path, suffix: s
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif"])
 @pytest.mark.parametrize("rest", [b"\x00", b"\r\n", b"made by a camera" * 10])
-def test_bytes_after_the_end_of_a_whole_image_do_no_harm(tmp_path: Path, suffix: str, rest: bytes) -> None:
+def test_bytes_after_the_end_of_an_image_are_ignored(tmp_path: Path, suffix: str, rest: bytes) -> None:
     path = save(noise(), tmp_path / f"long.{suffix}")
     path.write_bytes(path.read_bytes() + rest)
     assert read_size(path) == (200, 150)
     assert read_pixels(path, whole(200, 150)).shape == (3, 150, 200)
 
 
-def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+def test_empty_file_is_reported_as_empty(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.touch()
     with pytest.raises(BadFile) as caught:
@@ -230,7 +230,7 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_an_image_is_reported_as_such(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     with pytest.raises(BadFile) as caught:
@@ -238,14 +238,14 @@ def test_what_is_no_image_is_said_to_be_none(tmp_path: Path, content: bytes) -> 
     assert caught.value.reason in ("is not an image Pillow can read", "is truncated")
 
 
-def test_a_missing_file_is_a_bad_one(tmp_path: Path) -> None:
+def test_missing_file_is_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="none.png: cannot be read: No such file or directory"):
         read_size(tmp_path / "none.png")
     with pytest.raises(BadFile):
         read_pixels(tmp_path / "none.png", whole(48, 32))
 
 
-def test_damage_inside_a_png_is_found_by_reading_its_pixels(tmp_path: Path) -> None:
+def test_damage_inside_a_png_is_detected_by_reading_its_pixels(tmp_path: Path) -> None:
     path = save(noise(), tmp_path / "damaged.png")
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -255,7 +255,7 @@ def test_damage_inside_a_png_is_found_by_reading_its_pixels(tmp_path: Path) -> N
         read_pixels(path, whole(200, 150))
 
 
-def test_a_image_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_above_the_pixel_limit_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(noise(), tmp_path / "bomb.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 29_999)
     for read in (lambda: read_size(path), lambda: read_pixels(path, whole(200, 150))):
@@ -267,8 +267,8 @@ def test_a_image_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.filterwarnings("error")
-def test_pillow_s_limit_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It warns above its limit, and raises above twice that."""
+def test_pillow_s_pixel_limit_has_no_effect_below_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns above its limit and raises an error above twice the limit."""
     path = save(noise(), tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
     assert read_size(path) == (200, 150)
@@ -278,13 +278,13 @@ def test_pillow_s_limit_does_not_show(tmp_path: Path, monkeypatch: pytest.Monkey
         read_size(path)
 
 
-def test_our_limit_is_reached_before_pillow_s() -> None:
+def test_our_pixel_limit_is_below_pillow_s() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None
     assert images.MAX_PIXELS < 2 * Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize(("width", "height"), [(400, 1), (1, 400), (101, 1), (5, 501)])
-def test_a_image_near_no_bucket_s_shape_is_refused(tmp_path: Path, width: int, height: int) -> None:
+def test_image_with_an_extreme_side_ratio_is_rejected(tmp_path: Path, width: int, height: int) -> None:
     path = save(noise(width, height), tmp_path / "thin.png")
     for read in (lambda: read_size(path), lambda: read_pixels(path, crop_box(width, height, Bucket(16, 16)))):
         with pytest.raises(BadFile) as caught:
@@ -293,13 +293,13 @@ def test_a_image_near_no_bucket_s_shape_is_refused(tmp_path: Path, width: int, h
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 1), (3, 300), (1, 1)])
-def test_a_long_image_is_cropped(tmp_path: Path, width: int, height: int) -> None:
+def test_long_image_is_cropped(tmp_path: Path, width: int, height: int) -> None:
     path = save(noise(width, height), tmp_path / "long.png")
     assert read_size(path) == (width, height)
     assert read_pixels(path, crop_box(width, height, Bucket(16, 16))).shape == (3, 16, 16)
 
 
-def test_a_program_is_not_run_as_a_image(tmp_path: Path) -> None:
+def test_postscript_program_is_not_executed(tmp_path: Path) -> None:
     path = tmp_path / "script.png"
     quarters().save(path, "EPS")
     with pytest.raises(BadFile, match="is PostScript, a program, which is not executed"):
@@ -307,17 +307,17 @@ def test_a_program_is_not_run_as_a_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "truth"), [("png", "JPEG"), ("jpg", "GIF"), ("webp", "PNG"), ("gif", "WEBP")])
-def test_a_wrong_suffix_does_no_harm(tmp_path: Path, suffix: str, truth: str) -> None:
+def test_wrong_suffix_is_ignored(tmp_path: Path, suffix: str, truth: str) -> None:
     path = tmp_path / f"image.{suffix}"
     quarters().save(path, truth)
     assert read_size(path) == (48, 32)
     assert read_pixels(path, whole(48, 32)).shape == (3, 32, 48)
 
 
-def test_a_image_inside_another_file_is_read_and_named_alike(tmp_path: Path) -> None:
+def test_image_inside_an_archive_is_read_and_reported_like_a_file(tmp_path: Path) -> None:
     content = save_turned(noise(67, 41), tmp_path / "alone.png", 6).read_bytes()
     archive = tmp_path / "shard.tar"
-    archive.write_bytes(b"before" + content + b"behind")
+    archive.write_bytes(b"before" + content + b"after")
     box = crop_box(67, 41, Bucket(32, 32))
     member = ImageFile(archive, "fox.png", 6, len(content))
     assert images.read_size(member) == (67, 41)
@@ -327,8 +327,8 @@ def test_a_image_inside_another_file_is_read_and_named_alike(tmp_path: Path) -> 
     assert str(caught.value) == f"{archive}/fox.png: is truncated"
 
 
-def test_pixels_may_be_written_to(tmp_path: Path) -> None:
-    """What torch makes of an array that may not be is undefined; also where no copy was needed to order it."""
+def test_pixels_are_writeable(tmp_path: Path) -> None:
+    """A torch tensor made of a read-only array has undefined behaviour. Also if no copy was needed to reorder the axes."""
     for size in ((48, 32), (1, 1), (1, 7)):
         path = save(noise(*size), tmp_path / "image.png")
         pixels = images.read_pixels(ImageFile(path), whole(*size))
@@ -337,14 +337,14 @@ def test_pixels_may_be_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_broken_exif_does_not_make_a_image_bad_and_is_not_told(tmp_path: Path) -> None:
+def test_broken_exif_is_ignored_without_a_warning(tmp_path: Path) -> None:
     path = save(noise(), tmp_path / "exif.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05" + b"\xff" * 8)
     assert read_size(path) == (200, 150)
     assert read_pixels(path, whole(200, 150)).shape == (3, 150, 200)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_orientation_in_xmp_data_turns_size_and_pixels_alike(tmp_path: Path, suffix: str) -> None:
+def test_orientation_in_xmp_data_applies_to_size_and_pixels(tmp_path: Path, suffix: str) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     path = tmp_path / f"image.{suffix}"
     if suffix == "png":

@@ -1,4 +1,4 @@
-"""What a directory holds: captions from text files, tables and archives, and what is wrong or of no use."""
+"""Indexing a directory: captions from text files, tables and archives, bad files and warnings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils.data.sources.image_files import ImageFile
 
 
 def image(folder: Path, name: str, caption: str | None = None) -> Path:
-    """An image, with a text file if it has a caption."""
+    """Writes an image, and a text file if a caption is given."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     save(quarters(), path)
@@ -39,14 +39,16 @@ def captions(found: Dataset) -> dict[str, tuple[str, ...]]:
 
 
 def bad(found: Dataset) -> list[tuple[str, str]]:
-    """(Name, reason) of each bad file."""
+    """Returns (name, reason) of each bad file."""
     return [(one.path.name, one.reason) for one in found.bad_files]
 
 
 # --- text files --------------------------------------------------------------------------------------------------------
 
 
-def test_a_image_without_a_caption_file_is_bad_and_says_what_to_do(scan_folders: Scan, tmp_path: Path) -> None:
+def test_image_without_a_caption_file_is_bad_and_the_reason_names_the_missing_file(
+    scan_folders: Scan, tmp_path: Path
+) -> None:
     path = write_image(tmp_path, 0)
     path.with_suffix(".txt").unlink()
     (found,) = scan_folders(tmp_path).bad_files
@@ -59,7 +61,7 @@ def test_an_empty_file_is_an_empty_caption(scan_folders: Scan, tmp_path: Path) -
     assert captions(scan_folders(tmp_path)) == {"fox.png": ("",)}
 
 
-def test_a_caption_in_another_encoding_is_named_with_its_first_bad_byte(scan_folders: Scan, tmp_path: Path) -> None:
+def test_caption_in_another_encoding_is_reported_with_its_first_bad_byte(scan_folders: Scan, tmp_path: Path) -> None:
     path = write_image(tmp_path, 0)
     path.with_suffix(".txt").write_bytes("ein Füchslein".encode("latin-1"))
     (found,) = scan_folders(tmp_path).bad_files
@@ -67,7 +69,7 @@ def test_a_caption_in_another_encoding_is_named_with_its_first_bad_byte(scan_fol
     assert found.reason == "is not UTF-8: byte 5 is 0xfc"
 
 
-def test_a_folder_in_place_of_a_caption_is_none(scan_folders: Scan, tmp_path: Path) -> None:
+def test_folder_with_the_name_of_a_caption_file_is_not_a_caption(scan_folders: Scan, tmp_path: Path) -> None:
     path = write_image(tmp_path, 0).with_suffix(".txt")
     path.unlink()
     path.mkdir()
@@ -76,29 +78,29 @@ def test_a_folder_in_place_of_a_caption_is_none(scan_folders: Scan, tmp_path: Pa
     assert any("subfolders are skipped" in text and "image_000.txt" in text for text in found.warnings)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
-def test_a_caption_that_may_not_be_read_is_named(scan_folders: Scan, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_unreadable_caption_is_reported(scan_folders: Scan, tmp_path: Path) -> None:
     write_image(tmp_path, 0).with_suffix(".txt").chmod(0)
     assert bad(scan_folders(tmp_path)) == [("image_000.txt", "cannot be read: Permission denied")]
 
 
-def test_captions_beside_images_in_folders_are_theirs(scan_folders: Scan, tmp_path: Path) -> None:
+def test_captions_in_subfolders_belong_to_the_images_beside_them(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "fox.png", "outside")
     image(tmp_path, "a/fox.png", "inside")
     assert captions(scan_folders(tmp_path, recursive=True)) == {"a/fox.png": ("inside",), "fox.png": ("outside",)}
 
 
-# --- what is told ------------------------------------------------------------------------------------------------------
+# --- warnings ------------------------------------------------------------------------------------------------------
 
 
-def test_folders_in_a_folder_are_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+def test_skipped_subfolders_give_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     make_tiny_dataset(tmp_path / "more", 1)
     (warning,) = scan_folders(tmp_path).warnings
     assert warning == f"{tmp_path}: subfolders are skipped (set recursive = true to include them): more"
 
 
-def test_files_no_image_uses_are_named(scan_folders: Scan, tmp_path: Path) -> None:
+def test_unused_files_give_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 1)
     (tmp_path / "image_009.txt").write_text("a caption whose image is gone")
     (tmp_path / "notes.md").write_text("")
@@ -109,7 +111,7 @@ def test_files_no_image_uses_are_named(scan_folders: Scan, tmp_path: Path) -> No
     ]
 
 
-def test_two_images_of_one_caption_file_are_warned_of(scan_folders: Scan, tmp_path: Path) -> None:
+def test_two_images_sharing_a_caption_file_give_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     path = write_image(tmp_path, 0)
     save(quarters(), path.with_suffix(".jpg"))
     found = scan_folders(tmp_path)
@@ -123,7 +125,7 @@ def test_suffixes_in_capitals_are_images(scan_folders: Scan, tmp_path: Path) -> 
     assert len(scan_folders(tmp_path).examples) == 1
 
 
-def test_a_long_list_of_names_is_cut_and_says_so(scan_folders: Scan, tmp_path: Path) -> None:
+def test_long_list_of_names_is_shortened_with_a_count(scan_folders: Scan, tmp_path: Path) -> None:
     for index in range(9):
         (tmp_path / f"{index}.md").write_text("")
     assert scan_folders(tmp_path).warnings[0].endswith("0.md, 1.md, 2.md, 3.md, 4.md and 4 more")
@@ -133,7 +135,7 @@ def test_a_long_list_of_names_is_cut_and_says_so(scan_folders: Scan, tmp_path: P
 
 
 def write_table(path: Path, table: Mapping[str, str]) -> None:
-    """In the form of its name."""
+    """Writes a caption table in the format given by the file's suffix."""
     rows = [{"file_name": name, "text": caption} for name, caption in table.items()]
     if path.suffix == ".json":
         path.write_text(json.dumps(table))
@@ -150,7 +152,7 @@ TABLES = ["captions.json", "metadata.jsonl", "metadata.csv"]
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_in_the_folder_has_the_captions(scan_folders: Scan, tmp_path: Path, table: str) -> None:
+def test_caption_table_in_the_folder_is_read(scan_folders: Scan, tmp_path: Path, table: str) -> None:
     image(tmp_path, "fox.png")
     image(tmp_path, "owl.jpg")
     write_table(tmp_path / table, {"fox.png": "a fox", "owl.jpg": "an owl"})
@@ -161,8 +163,10 @@ def test_a_table_in_the_folder_has_the_captions(scan_folders: Scan, tmp_path: Pa
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("recursive", [False, True])
-def test_a_table_may_name_images_in_folders_inside(scan_folders: Scan, tmp_path: Path, table: str, recursive: bool) -> None:
-    """As Hugging Face's imagefolder: they are of use whether or not folders are looked into."""
+def test_caption_table_may_name_images_in_subfolders(
+    scan_folders: Scan, tmp_path: Path, table: str, recursive: bool
+) -> None:
+    """As in Hugging Face imagefolder: they are used whether or not subfolders are scanned."""
     image(tmp_path, "a/fox.png")
     image(tmp_path, "b/c/owl.png")
     write_table(tmp_path / table, {"a/fox.png": "a fox", "b/c/owl.png": "an owl", "b/gone.png": "nothing"})
@@ -172,7 +176,7 @@ def test_a_table_may_name_images_in_folders_inside(scan_folders: Scan, tmp_path:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_in_a_folder_inside_names_its_neighbours(scan_folders: Scan, tmp_path: Path, table: str) -> None:
+def test_caption_table_in_a_subfolder_names_images_beside_it(scan_folders: Scan, tmp_path: Path, table: str) -> None:
     for name in ("fox.png", "a/fox.png", "b/fox.png"):
         image(tmp_path, name)
         write_table((tmp_path / name).with_name(table), {"fox.png": f"of {name}"})
@@ -180,7 +184,7 @@ def test_a_table_in_a_folder_inside_names_its_neighbours(scan_folders: Scan, tmp
     assert captions(found) == {name: (f"of {name}",) for name in ("a/fox.png", "b/fox.png", "fox.png")}
 
 
-def test_a_table_may_name_images_without_their_suffix(scan_folders: Scan, tmp_path: Path) -> None:
+def test_caption_table_may_name_images_without_suffix(scan_folders: Scan, tmp_path: Path) -> None:
     """As sd-scripts does."""
     image(tmp_path, "fox.png")
     write_table(tmp_path / "captions.json", {"fox": "a fox"})
@@ -189,7 +193,7 @@ def test_a_table_may_name_images_without_their_suffix(scan_folders: Scan, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["./{}", "a/../{}", "{folder}/{}"])
-def test_a_name_may_be_written_in_other_ways(
+def test_names_in_a_caption_table_are_normalized(
     scan_folders: Scan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     image(tmp_path, "fox.png")
@@ -203,20 +207,20 @@ def test_a_name_may_be_written_in_other_ways(
         assert (found.bad_files, found.warnings) == ([], [])
 
 
-def test_a_text_file_wins_over_a_table(scan_folders: Scan, tmp_path: Path) -> None:
+def test_text_file_takes_precedence_over_a_caption_table(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "fox.png", "of the text file")
     image(tmp_path, "owl.png")
     write_table(tmp_path / "captions.json", {"fox.png": "of the table", "owl.png": "an owl"})
     assert captions(scan_folders(tmp_path)) == {"fox.png": ("of the text file",), "owl.png": ("an owl",)}
 
 
-def test_several_captions_of_a_table_are_the_image_s(scan_folders: Scan, tmp_path: Path) -> None:
+def test_several_captions_of_an_image_in_a_table_are_kept(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "fox.png")
     (tmp_path / "captions.json").write_text(json.dumps({"fox.png": ["a fox", "an animal"]}))
     assert captions(scan_folders(tmp_path)) == {"fox.png": ("a fox", "an animal")}
 
 
-def test_a_image_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tmp_path: Path) -> None:
+def test_image_missing_from_every_table_is_bad_and_the_reason_names_the_table(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "fox.png")
     write_table(tmp_path / "captions.json", {})
     ((name, reason),) = bad(scan_folders(tmp_path))
@@ -225,22 +229,20 @@ def test_a_image_that_no_table_names_is_bad_and_says_so(scan_folders: Scan, tmp_
     assert reason.endswith(", and captions.json has no entry for it")
 
 
-def test_a_table_that_cannot_be_read_is_named_and_so_are_the_images_it_would_have_named(
-    scan_folders: Scan, tmp_path: Path
-) -> None:
+def test_unreadable_table_is_reported_before_the_images_without_captions(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "fox.png")
     image(tmp_path, "owl.png", "an owl")
     (tmp_path / "captions.json").write_text('{"fox.png": ')
     found = scan_folders(tmp_path)
     assert captions(found) == {"owl.png": ("an owl",)}
     (name, reason), (image_name, why) = bad(found)
-    assert (name, image_name) == ("captions.json", "fox.png"), "the cause comes first"
+    assert (name, image_name) == ("captions.json", "fox.png"), "the table is reported first"
     assert "is not JSON" in reason
     assert why.endswith(", and captions.json cannot be read")
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "a/\0/b.png", "\ud800.png", "f" * 300 + ".png", "/dev/null/x.png"])
-def test_a_name_in_a_table_that_no_file_can_have_names_no_image(scan_folders: Scan, tmp_path: Path, name: str) -> None:
+def test_impossible_file_name_in_a_table_matches_no_image(scan_folders: Scan, tmp_path: Path, name: str) -> None:
     image(tmp_path, "fox.png")
     (tmp_path / "captions.json").write_text(json.dumps({"fox.png": "a fox", name: "nothing"}))
     found = scan_folders(tmp_path)
@@ -275,7 +277,7 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
 
 
 def assert_pixels_are_those_of(found: Dataset, contents: Sequence[bytes], folder: Path) -> None:
-    """Of each example, read through where its table says it is, against the same bytes in a file of its own."""
+    """Compares the pixels of each example with those of the same bytes in a separate file."""
     for example, content in zip(found.examples, contents, strict=True):
         alone = folder / "alone.png"
         alone.write_bytes(content)
@@ -292,7 +294,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_images_of_a_tar_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
+def test_images_in_a_tar_file_become_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
     path = write_tar(tmp_path / "data" / "part.tar", SAMPLES)
     found = scan_folders(path if alone else path.parent)
     prefix = "" if alone else "part.tar/"
@@ -303,7 +305,7 @@ def test_images_of_a_tar_are_examples(scan_folders: Scan, tmp_path: Path, alone:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_images_of_a_parquet_file_are_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
+def test_images_in_a_parquet_file_become_examples(scan_folders: Scan, tmp_path: Path, alone: bool) -> None:
     contents = [png(seed) for seed in range(3)]
     path = write_parquet(tmp_path / "data" / "x.parquet", {"image": contents, "text": ["a", "b", "c"]})
     found = scan_folders(path if alone else path.parent)
@@ -312,7 +314,7 @@ def test_images_of_a_parquet_file_are_examples(scan_folders: Scan, tmp_path: Pat
     assert_pixels_are_those_of(found, contents, tmp_path)
 
 
-def test_columns_of_a_parquet_file_are_the_named_ones(scan_folders: Scan, tmp_path: Path) -> None:
+def test_configured_columns_of_a_parquet_file_are_used(scan_folders: Scan, tmp_path: Path) -> None:
     columns: dict[str, Any] = {"image": [png(0)], "text": ["no"], "photo": [png(1)], "words": ["yes"]}
     path = write_parquet(tmp_path / "x.parquet", columns)
     directory = [{"path": path, "image_column": "photo", "caption_column": "words"}]
@@ -324,7 +326,7 @@ def test_columns_of_a_parquet_file_are_the_named_ones(scan_folders: Scan, tmp_pa
     assert name == "x.parquet" and "has no column 'word'" in reason
 
 
-def test_a_parquet_file_of_paths_is_a_table_of_captions(scan_folders: Scan, tmp_path: Path) -> None:
+def test_parquet_file_with_paths_is_a_caption_table(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "a/fox.png")
     image(tmp_path, "owl.png", "of the text file")
     write_parquet(tmp_path / "list.parquet", {"image_path": ["a/fox.png", "owl.png"], "text": ["a fox", "an owl"]})
@@ -333,7 +335,7 @@ def test_a_parquet_file_of_paths_is_a_table_of_captions(scan_folders: Scan, tmp_
     assert found.bad_files == []
 
 
-def test_archives_in_folders_and_plain_images_are_one_dataset(scan_folders: Scan, tmp_path: Path) -> None:
+def test_archives_and_image_files_form_one_dataset(scan_folders: Scan, tmp_path: Path) -> None:
     image(tmp_path, "fox.png", "a fox")
     write_tar(tmp_path / "a" / "part.tar", SAMPLES)
     write_parquet(tmp_path / "b" / "x.parquet", {"image": [png(0)], "text": ["first"]})
@@ -343,29 +345,29 @@ def test_archives_in_folders_and_plain_images_are_one_dataset(scan_folders: Scan
     assert found.bad_files == []
 
 
-def test_logs_that_img2dataset_writes_beside_its_archives_are_no_datasets(scan_folders: Scan, tmp_path: Path) -> None:
+def test_parquet_logs_of_img2dataset_are_ignored(scan_folders: Scan, tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", SAMPLES)
     write_parquet(tmp_path / "00000.parquet", {"url": ["http://nowhere"], "status": ["success"]})
     found = scan_folders(tmp_path)
     assert (len(found.examples), found.bad_files) == (2, [])
 
 
-def test_bad_members_are_named_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+def test_bad_archive_members_are_reported_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {**SAMPLES, "a.png": png(2), "b.png": png(3)[:60], "b.txt": b"", "c.md": b""})
     found = scan_folders(tmp_path)
     assert names(found) == ["x.tar/000/fox.png", "x.tar/000/owl.png"]
-    told = {str(one.path): one.reason for one in found.bad_files}
-    assert told.keys() == {f"{path}/a.png", f"{path}/b.png"}
-    assert told[f"{path}/a.png"] == "has no caption in the archive"
+    reasons = {str(one.path): one.reason for one in found.bad_files}
+    assert reasons.keys() == {f"{path}/a.png", f"{path}/b.png"}
+    assert reasons[f"{path}/a.png"] == "has no caption in the archive"
     assert f"{path}: 1 members are neither images nor captions" in found.warnings
 
 
-def test_a_bad_archive_is_named_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
+def test_bad_archive_is_reported_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
     write_tar(tmp_path / "good.tar", SAMPLES)
     (tmp_path / "bad.tar").write_bytes(b"nothing of the kind" * 100)
     (tmp_path / "bad.parquet").write_bytes(b"nor this")
     found = scan_folders(tmp_path)
     assert len(found.examples) == 2
-    assert [name for name, _ in bad(found)] == ["bad.tar"], "the other goes with the archive of its name"
+    assert [name for name, _ in bad(found)] == ["bad.tar"], "a .parquet file beside a .tar file of the same name is ignored"
     (tmp_path / "bad.parquet").rename(tmp_path / "worse.parquet")
     assert sorted(name for name, _ in bad(scan_folders(tmp_path))) == ["bad.tar", "worse.parquet"]

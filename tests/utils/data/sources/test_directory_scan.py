@@ -1,4 +1,4 @@
-"""What a folder has: files by kind, and what cannot be gone into."""
+"""Scanning a folder: files by kind, links and unreadable folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_files_are_told_by_their_names(tmp_path: Path) -> None:
+def test_files_are_classified_by_their_names(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.JPG", "a.txt", "c.tar", "d.parquet", "captions.json", "metadata.jsonl", "notes.md", "e.tgz")
     found = scan_directory(tmp_path, recursive=False)
     assert found.images.names == ["a.png", "b.JPG"]
@@ -31,19 +31,19 @@ def test_files_are_told_by_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_what_begins_with_a_dot_is_not_looked_at(tmp_path: Path, recursive: bool) -> None:
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path, recursive: bool) -> None:
     touch(tmp_path, ".a.png", ".hidden/b.png", ".notes", "c.png")
     found = scan_directory(tmp_path, recursive=recursive)
     assert (found.images.names, found.folders, found.others, found.bad_files) == (["c.png"], [], [], [])
 
 
-def test_folders_in_a_folder_are_named_and_not_looked_into(tmp_path: Path) -> None:
+def test_subfolders_are_listed_but_not_scanned_without_recursive(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "more/b.png", "also/c.png")
     found = scan_directory(tmp_path, recursive=False)
     assert (found.images.names, found.folders) == (["a.png"], ["also", "more"])
 
 
-def test_looked_into_they_give_names_with_slashes_in_order(tmp_path: Path) -> None:
+def test_recursive_scan_returns_sorted_names_with_slashes(tmp_path: Path) -> None:
     touch(tmp_path, "b/z.png", "b/c/a.png", "a.png", "b/z.txt", "b/captions.json", "b/c/x.tar")
     found = scan_directory(tmp_path, recursive=True)
     assert found.images.names == ["a.png", "b/c/a.png", "b/z.png"]
@@ -63,27 +63,27 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
     assert np.array_equal(found.images.stamps, expected.images.stamps)
     assert np.array_equal(found.images.same, expected.images.same)
     assert (found.others, found.archives) == (expected.others, expected.archives)
-    told = [[str(bad) for bad in one.bad_files] for one in (found, expected)]
-    assert told[0] == told[1]
-    assert len(told[0]) == 2 * 3
+    reports = [[str(bad) for bad in one.bad_files] for one in (found, expected)]
+    assert reports[0] == reports[1]
+    assert len(reports[0]) == 2 * 3
 
 
 @pytest.mark.parametrize("recursive", [False, True])
-def test_an_excluded_folder_is_not_looked_into_and_not_named(tmp_path: Path, recursive: bool) -> None:
+def test_excluded_folder_is_neither_scanned_nor_listed(tmp_path: Path, recursive: bool) -> None:
     touch(tmp_path, "a.png", "masks/a.png", "more/b.png")
     found = scan_directory(tmp_path, recursive=recursive, excluded=[tmp_path / "masks", tmp_path / "none"])
     assert found.images.names == (["a.png", "more/b.png"] if recursive else ["a.png"])
     assert found.folders == ([] if recursive else ["more"])
 
 
-def test_a_link_to_an_excluded_folder_is_excluded_and_is_not_bad(tmp_path: Path) -> None:
+def test_link_to_an_excluded_folder_is_excluded_and_not_bad(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.png", "masks/a.png")
     (tmp_path / "images" / "masks").symlink_to(tmp_path / "masks")
     found = scan_directory(tmp_path / "images", recursive=True, excluded=[tmp_path / "images" / "masks"])
     assert (found.images.names, found.bad_files) == (["a.png"], [])
 
 
-def test_a_folder_with_a_name_of_its_own_is_called_by_it(tmp_path: Path) -> None:
+def test_folder_reachable_without_a_link_keeps_its_own_name(tmp_path: Path) -> None:
     touch(tmp_path, "b/deep/x.png")
     (tmp_path / "a").symlink_to(tmp_path / "b" / "deep")
     found = scan_directory(tmp_path, recursive=True)
@@ -91,7 +91,7 @@ def test_a_folder_with_a_name_of_its_own_is_called_by_it(tmp_path: Path) -> None
     assert [bad.path.name for bad in found.bad_files] == ["a"]
 
 
-def test_a_link_in_a_circle_ends_and_is_named(tmp_path: Path) -> None:
+def test_circular_link_is_reported_and_not_followed(tmp_path: Path) -> None:
     touch(tmp_path, "sub/a.png")
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
     found = scan_directory(tmp_path, recursive=True)
@@ -102,7 +102,7 @@ def test_a_link_in_a_circle_ends_and_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_of_two_links_to_a_folder_the_first_by_name_is_followed(
+def test_first_of_several_links_to_a_folder_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
 ) -> None:
     touch(tmp_path, "elsewhere/x.png", "here/a.png")
@@ -115,7 +115,7 @@ def test_of_two_links_to_a_folder_the_first_by_name_is_followed(
     assert [bad.path.name for bad in found.bad_files] == ["second", "third"]
 
 
-def test_a_folder_linked_from_elsewhere_is_looked_into(tmp_path: Path) -> None:
+def test_linked_folder_outside_is_scanned(tmp_path: Path) -> None:
     touch(tmp_path, "elsewhere/b.png", "here/a.png")
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
     found = scan_directory(tmp_path / "here", recursive=True)
@@ -123,21 +123,21 @@ def test_a_folder_linked_from_elsewhere_is_looked_into(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gone.png", "notes"])
-def test_a_link_to_nothing_is_named(tmp_path: Path, name: str) -> None:
+def test_broken_link_is_reported(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to(tmp_path / "nothing")
     (bad,) = scan_directory(tmp_path, recursive=False).bad_files
     assert (bad.path, bad.reason) == (tmp_path / name, "is a broken link: No such file or directory")
 
 
-def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+def test_link_to_itself_is_reported(tmp_path: Path) -> None:
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
     (bad,) = scan_directory(tmp_path, recursive=False).bad_files
     assert bad.path == tmp_path / "round.png"
     assert bad.reason.startswith("is a broken link: ")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be read by root")
-def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_unreadable_folder_is_reported(tmp_path: Path) -> None:
     touch(tmp_path, "closed/a.png", "b.png")
     (tmp_path / "closed").chmod(0)
     found = scan_directory(tmp_path, recursive=True)
@@ -147,7 +147,7 @@ def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path) -> None:
     assert (bad.path.name, bad.reason) == ("closed", "cannot be listed: Permission denied")
 
 
-def test_two_names_of_one_file_are_the_same_and_copies_are_not(tmp_path: Path) -> None:
+def test_links_share_a_file_identity_and_copies_do_not(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
     os.link(tmp_path / "a.png", tmp_path / "d.png")
@@ -156,7 +156,7 @@ def test_two_names_of_one_file_are_the_same_and_copies_are_not(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("change", ["size", "time", "replaced"])
-def test_whatever_happens_to_a_file_changes_its_stamp(tmp_path: Path, change: str) -> None:
+def test_every_change_of_a_file_changes_its_stamp(tmp_path: Path, change: str) -> None:
     touch(tmp_path, "a.png", "b.png")
     before = scan_directory(tmp_path, recursive=False).images.stamps
     path = tmp_path / "a.png"
@@ -164,7 +164,7 @@ def test_whatever_happens_to_a_file_changes_its_stamp(tmp_path: Path, change: st
         path.write_text("longer than before")
     elif change == "time":
         os.utime(path, ns=(1, 1))
-    else:  # by another of equal size and time: the time of change of anything tells
+    else:  # by a file of equal size and mtime: only the ctime differs
         status = path.stat()
         touch(tmp_path, "new").joinpath("new").write_text("X.png")
         os.utime(tmp_path / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -176,7 +176,7 @@ def test_whatever_happens_to_a_file_changes_its_stamp(tmp_path: Path, change: st
     assert tuple(after[0].tolist()) == stamp_of(path)
 
 
-def test_files_elsewhere_join_in_order_and_those_that_are_not_there_do_not(tmp_path: Path) -> None:
+def test_files_outside_the_folder_are_merged_in_order_and_missing_ones_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "sub/a.png", "z/c.png")
     inside = scan_directory(tmp_path, recursive=False).images
     joined = merge_files(inside, stat_files(tmp_path, ["z/c.png", "sub/a.png", "gone.png"]))

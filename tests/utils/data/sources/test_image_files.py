@@ -1,4 +1,4 @@
-"""An image's bytes are the same wherever they lie, and what is missing of them is an OSError."""
+"""Reading an image's bytes from files and archives; missing bytes raise OSError."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_tar(path: Path) -> list[ImageFile]:
 
 
 def make_table(path: Path, *, in_struct: bool, contents: list[bytes] = CONTENTS) -> list[ImageFile]:
-    """In row groups of four."""
+    """Writes a .parquet file with row groups of four rows."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -51,7 +51,7 @@ def make(folder: Path, kind: str) -> list[ImageFile]:
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "column", "struct"])
-def test_a_image_s_bytes_are_the_same_wherever_they_lie(tmp_path: Path, kind: str) -> None:
+def test_image_bytes_are_the_same_in_every_kind_of_container(tmp_path: Path, kind: str) -> None:
     files = make(tmp_path, kind)
     assert [file.read() for file in files] == CONTENTS
     for file, content in zip(reversed(files), reversed(CONTENTS), strict=True):
@@ -61,15 +61,15 @@ def test_a_image_s_bytes_are_the_same_wherever_they_lie(tmp_path: Path, kind: st
             assert opened.read() == content[1:]
 
 
-def test_names_say_where_a_image_is() -> None:
+def test_string_form_locates_the_image() -> None:
     assert str(ImageFile(Path("a/fox.jpg"))) == "a/fox.jpg"
     assert str(ImageFile(Path("a/shard.tar"), "in/fox.jpg", 512, 9)) == "a/shard.tar/in/fox.jpg"
     assert str(ImageFile(Path("a/part.parquet"), "image", 17)) == "a/part.parquet/row 17"
 
 
 @pytest.mark.parametrize("kind", ["files", "tar", "column", "struct"])
-def test_what_was_deleted_is_missing(tmp_path: Path, kind: str) -> None:
-    """Also of a table of which a row has just been read."""
+def test_deleted_file_raises_file_not_found(tmp_path: Path, kind: str) -> None:
+    """Also for a table of which another row has just been read."""
     first, second, *_ = make(tmp_path, kind)
     first.read()
     second.path.unlink()
@@ -80,7 +80,7 @@ def test_what_was_deleted_is_missing(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["column", "struct"])
-def test_a_damaged_table_is_an_oserror(tmp_path: Path, kind: str) -> None:
+def test_damaged_table_raises_oserror(tmp_path: Path, kind: str) -> None:
     first, second, *_ = make(tmp_path, kind)
     first.read()
     second.path.write_bytes(second.path.read_bytes()[:-100])
@@ -90,7 +90,7 @@ def test_a_damaged_table_is_an_oserror(tmp_path: Path, kind: str) -> None:
     assert "\n" not in caught.value.strerror
 
 
-def test_a_member_of_a_shortened_archive_is_never_returned_short(tmp_path: Path) -> None:
+def test_member_of_a_truncated_archive_is_never_returned_truncated(tmp_path: Path) -> None:
     file = make_tar(tmp_path / "shard.tar")[3]
     os.truncate(file.path, file.start + 10)
     with pytest.raises(OSError, match="shard.tar is truncated: 10 of 1003 bytes exist"):
@@ -100,20 +100,20 @@ def test_a_member_of_a_shortened_archive_is_never_returned_short(tmp_path: Path)
         file.read()
 
 
-def test_a_length_that_cannot_be_right_takes_no_memory(tmp_path: Path) -> None:
+def test_impossible_length_is_not_allocated(tmp_path: Path) -> None:
     file = make_tar(tmp_path / "shard.tar")[0]
     with pytest.raises(OSError, match="is truncated"):
         ImageFile(file.path, file.member, file.start, 2**60).read()
 
 
 @pytest.mark.parametrize(("column", "row", "reason"), [("image", 99, "row 99"), ("none", 0, "none"), ("text", 0, "bytes")])
-def test_what_a_table_does_not_have_is_an_oserror(tmp_path: Path, column: str, row: int, reason: str) -> None:
+def test_missing_row_or_column_raises_oserror(tmp_path: Path, column: str, row: int, reason: str) -> None:
     path = make_table(tmp_path / "part.parquet", in_struct=True)[0].path
     with pytest.raises(OSError, match=reason):
         ImageFile(path, column, row).read()
 
 
-def test_an_empty_cell_is_an_oserror(tmp_path: Path) -> None:
+def test_empty_cell_raises_oserror(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -134,7 +134,7 @@ def test_rows_in_order_read_each_row_group_once(tmp_path: Path) -> None:
     assert image_files._row_group.cache_info().misses == 3
 
 
-def test_a_table_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+def test_replaced_table_is_read_again(tmp_path: Path) -> None:
     file = make_table(tmp_path / "part.parquet", in_struct=False)[0]
     assert file.read() == CONTENTS[0]
     other = make_table(tmp_path / "other.parquet", in_struct=False, contents=CONTENTS[::-1])[0]
@@ -142,7 +142,7 @@ def test_a_table_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     assert file.read() == CONTENTS[-1]
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_opening_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("pipe.png", "."):
         with pytest.raises(OSError, match="Not a regular file|Is a directory"):

@@ -1,4 +1,4 @@
-"""Masks and control images: which image has which; and what is none's."""
+"""Pairing of images with masks and control images, and warnings about unused files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ELSEWHERE = Path("elsewhere")
 
 
 def images(*names: str, size: tuple[int, int] = (48, 32)) -> ImageRows:
-    """Listed images, all of one size."""
+    """Returns the rows of indexed images, all of one size."""
     zeros = np.zeros((len(names), 3), np.int64)
     rows = unread_rows(Texts.of(names), zeros, zeros, np.arange(len(names)))
     rows.sizes[:] = size
@@ -37,21 +37,21 @@ def table(readers: Readers) -> PairedImageTable:
 def find(
     table: PairedImageTable, folder: Path, rows: ImageRows, *, recursive: bool = False
 ) -> tuple[list[Path | None], list[BadFile]]:
-    """The mask of each image, and the bad files."""
+    """Returns the mask of each image, and the bad files."""
     found, bad_files = table.find(folder, recursive, rows, lambda row: ELSEWHERE / rows.names[row])
     columns = table.columns()
     return [columns.file(row).path if row != NO_ROW else None for row in found.tolist()], bad_files
 
 
-def why_not(table: PairedImageTable, folder: Path, name: str) -> BadFile:
-    """Of an image that has no mask."""
+def reason_of(table: PairedImageTable, folder: Path, name: str) -> BadFile:
+    """Returns the bad file that is reported for an image without a mask."""
     found, (bad,) = find(table, folder, images(name))
     assert found == [None]
     return bad
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "PNG", "webp", "bmp", "tif"])
-def test_a_mask_has_its_image_s_name_and_any_suffix(tmp_path: Path, table: PairedImageTable, suffix: str) -> None:
+def test_mask_has_the_name_of_its_image_with_any_suffix(tmp_path: Path, table: PairedImageTable, suffix: str) -> None:
     mask = save(left_half(), tmp_path / f"fox.{suffix}")
     save(left_half(), tmp_path / "owl.png")
     (tmp_path / "fox.txt").write_text("no image")
@@ -65,50 +65,50 @@ def test_each_image_has_its_own_mask_in_any_order(tmp_path: Path, table: PairedI
     assert [bad.path for bad in bad_files] == [ELSEWHERE / "cow.jpg"]
 
 
-def test_a_image_without_mask_is_bad_and_says_what_to_do(tmp_path: Path, table: PairedImageTable) -> None:
-    bad = why_not(table, tmp_path, "fox.png")
+def test_image_without_mask_is_bad_and_the_reason_suggests_a_fix(tmp_path: Path, table: PairedImageTable) -> None:
+    bad = reason_of(table, tmp_path, "fox.png")
     assert bad.path == ELSEWHERE / "fox.png"
     assert bad.reason == "has no mask: no file in mask_path has its name (a white image as mask trains on all pixels)"
 
 
-def test_a_missing_control_image_is_called_by_its_name(tmp_path: Path, readers: Readers) -> None:
-    bad = why_not(PairedImageTable(CONTROL, DirectoryIndexer(readers, FileIndex(None))), tmp_path, "fox.png")
+def test_missing_control_image_is_reported_as_control_image(tmp_path: Path, readers: Readers) -> None:
+    bad = reason_of(PairedImageTable(CONTROL, DirectoryIndexer(readers, FileIndex(None))), tmp_path, "fox.png")
     assert bad.reason == "has no control image: no file in control_path has its name"
 
 
-def test_two_masks_of_one_image_are_both_named(tmp_path: Path, table: PairedImageTable) -> None:
+def test_two_masks_of_one_image_are_both_reported(tmp_path: Path, table: PairedImageTable) -> None:
     masks = [save(left_half(), tmp_path / name) for name in ("fox.jpg", "fox.png")]
-    assert why_not(table, tmp_path, "fox.png").reason == f"has several masks: {masks[0]}, {masks[1]}; keep one"
+    assert reason_of(table, tmp_path, "fox.png").reason == f"has several masks: {masks[0]}, {masks[1]}; keep one"
     assert table.warnings() == []
 
 
-def test_a_mask_of_another_shape_is_named_with_both_sizes(tmp_path: Path, table: PairedImageTable) -> None:
+def test_mask_with_another_aspect_ratio_is_reported_with_both_sizes(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(left_half(32, 48), tmp_path / "fox.png")
-    bad = why_not(table, tmp_path, "fox.jpg")
+    bad = reason_of(table, tmp_path, "fox.jpg")
     assert bad.path == mask
     assert bad.reason == "is 32x48 pixels, but its image fox.jpg is 48x32: the aspect ratios differ"
 
 
-def test_a_smaller_mask_of_the_same_shape_fits(tmp_path: Path, table: PairedImageTable) -> None:
+def test_smaller_mask_of_the_same_aspect_ratio_fits(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(left_half(24, 16), tmp_path / "fox.png")
     assert find(table, tmp_path, images("fox.jpg")) == ([mask], [])
 
 
-def test_shapes_are_compared_as_the_files_are_looked_at(tmp_path: Path, table: PairedImageTable) -> None:
+def test_aspect_ratios_are_compared_after_exif_rotation(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save_turned(left_half(48, 32), tmp_path / "fox.png", 6)
     with Image.open(mask) as stored:
         assert stored.size == (32, 48)
     assert find(table, tmp_path, images("fox.jpg")) == ([mask], [])
 
 
-def test_a_damaged_mask_is_named(tmp_path: Path, table: PairedImageTable) -> None:
+def test_damaged_mask_is_reported(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(quarters(), tmp_path / "fox.png")
     mask.write_bytes(mask.read_bytes()[:40])
-    assert why_not(table, tmp_path, "fox.jpg").path == mask
-    assert table.warnings() == [], "it is somebody's"
+    assert reason_of(table, tmp_path, "fox.jpg").path == mask
+    assert table.warnings() == [], "it belongs to an image"
 
 
-def test_masks_of_images_in_folders_are_in_folders_of_the_same_names(tmp_path: Path, table: PairedImageTable) -> None:
+def test_masks_of_images_in_subfolders_are_in_subfolders_of_the_same_name(tmp_path: Path, table: PairedImageTable) -> None:
     (tmp_path / "wood").mkdir()
     (tmp_path / "yard").mkdir()
     masks = [save(left_half(), tmp_path / name / "fox.png") for name in ("wood", "yard")]
@@ -117,15 +117,15 @@ def test_masks_of_images_in_folders_are_in_folders_of_the_same_names(tmp_path: P
     assert [bad.path for bad in bad_files] == [ELSEWHERE / "fox.jpg"]
 
 
-def test_images_in_an_archive_have_masks_in_a_folder_of_its_name(tmp_path: Path, table: PairedImageTable) -> None:
+def test_masks_of_images_in_an_archive_are_in_a_folder_of_the_archive_s_name(
+    tmp_path: Path, table: PairedImageTable
+) -> None:
     (tmp_path / "zoo.tar").mkdir()
     mask = save(left_half(), tmp_path / "zoo.tar" / "fox.png")
     assert find(table, tmp_path, images("zoo.tar/fox.jpg"), recursive=True) == ([mask], [])
 
 
-def test_what_is_no_image_s_mask_is_warned_of_once_all_directories_are_known(
-    tmp_path: Path, table: PairedImageTable
-) -> None:
+def test_unused_masks_give_a_warning_after_all_directories_are_added(tmp_path: Path, table: PairedImageTable) -> None:
     for name in ("fox.png", "owl.png", "hen.png"):
         save(left_half(), tmp_path / name)
     (tmp_path / "notes.md").write_text("about masks")
@@ -135,7 +135,7 @@ def test_what_is_no_image_s_mask_is_warned_of_once_all_directories_are_known(
     assert table.warnings() == [f"{tmp_path}: 3 files are not the mask of any image: cow.png, hen.png, notes.md"]
 
 
-def test_a_folder_that_several_directories_share_is_listed_once(
+def test_mask_folder_shared_by_several_directories_is_indexed_once(
     tmp_path: Path, table: PairedImageTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -143,36 +143,36 @@ def test_a_folder_that_several_directories_share_is_listed_once(
         folder.mkdir()
         save(left_half(), folder / "fox.png")
         save(left_half(), folder / "owl.png")
-    looked: list[Path] = []
-    real_look = DirectoryIndexer.index
+    indexed: list[Path] = []
+    real_index = DirectoryIndexer.index
 
     def index(self: DirectoryIndexer, folder: Path, settings: IndexSettings) -> DirectoryIndex:
-        looked.append(folder)
-        return real_look(self, folder, settings)
+        indexed.append(folder)
+        return real_index(self, folder, settings)
 
     monkeypatch.setattr(DirectoryIndexer, "index", index)
     rows = images("owl.jpg", "fox.jpg")
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
     assert find(table, two, rows)[0] == [two / "owl.png", two / "fox.png"]
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
-    assert looked == [one, two]
+    assert indexed == [one, two]
     assert len(table.columns().paths) == len(table.columns().content) == 4
     assert [stored.start for stored in table.stored_hashes(table.columns().content)] == [0, 2]
 
 
 @pytest.mark.parametrize("kind", [MASK, CONTROL])
-def test_no_folders_are_no_paired_images(readers: Readers, kind: Kind) -> None:
+def test_without_folders_there_are_no_paired_images(readers: Readers, kind: Kind) -> None:
     table = PairedImageTable(kind, DirectoryIndexer(readers, FileIndex(None)))
     assert len(table.columns().paths) == len(table.columns().content) == 0
     assert table.warnings() == []
 
 
-# --- shapes ------------------------------------------------------------------------------------------------------------
+# --- aspect ratios -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(4000, 2667), (1023, 517), (640, 480), (3, 2), (100, 37)])
 @pytest.mark.parametrize("scale", [0.05, 0.25, 0.333, 0.5, 0.9, 1.0, 2.0])
-def test_scaling_and_rounding_keep_a_shape(size: tuple[int, int], scale: float) -> None:
+def test_scaling_and_rounding_keep_the_aspect_ratio(size: tuple[int, int], scale: float) -> None:
     for whole_number in (round, int):
         scaled = [max(1, whole_number(side * scale)) for side in size]
         assert same_shape(scaled, size)
@@ -183,6 +183,6 @@ def test_scaling_and_rounding_keep_a_shape(size: tuple[int, int], scale: float) 
     ("size", "other"),
     [((4000, 2667), (2667, 4000)), ((512, 512), (512, 520)), ((640, 427), (320, 240)), ((90, 60), (60, 60))],
 )
-def test_other_shapes_are_told_apart(size: Sequence[int], other: Sequence[int]) -> None:
+def test_different_aspect_ratios_are_distinguished(size: Sequence[int], other: Sequence[int]) -> None:
     assert not same_shape(size, other)
     assert not same_shape(other, size)

@@ -1,4 +1,4 @@
-"""What is found in .parquet files: rows, captions, and what is refused."""
+"""Listing .parquet files: rows, captions and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.data.sources.readers import Readers
 
 
 def content_of(name: str) -> bytes:
-    """Any bytes, other ones for each name: listing must not look at them."""
+    """Returns bytes that are no image and differ by name: listing must not read them."""
     return name.encode() * (1 + 7 * len(name))
 
 
@@ -42,7 +42,7 @@ CAPTIONS: list[list[str] | None] = [["zero"], ["one"], None, [""], ["four"]]
 
 
 @pytest.mark.parametrize("form", ["struct", "only bytes", "plain"])
-def test_every_row_of_a_table_is_a_image_with_its_caption(tmp_path: Path, form: str) -> None:
+def test_every_row_is_an_image_with_its_caption(tmp_path: Path, form: str) -> None:
     forms: dict[str, list[Any]] = {
         "struct": IMAGES,
         "only bytes": [{"bytes": image["bytes"]} for image in IMAGES],
@@ -54,7 +54,7 @@ def test_every_row_of_a_table_is_a_image_with_its_caption(tmp_path: Path, form: 
     assert column == "image" and bad == []
 
 
-def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
+def test_configured_columns_or_the_first_usable_ones_are_read(tmp_path: Path) -> None:
     images = [b"x", b"y"]
     columns = {"path": ["p", "q"], "image": [1, 2], "bytes": images, "jpg": images, "prompt": ["a", "b"]}
     path = write_table(tmp_path / "a.parquet", {**columns, "caption": ["c", "d"], "mine": [["e", "f"], ["g"]]})
@@ -68,7 +68,7 @@ def test_columns_are_the_named_ones_or_the_first_usable(tmp_path: Path) -> None:
     assert [one.captions for one in found] == [None, None]
 
 
-def test_paths_are_told_from_bytes_row_by_row(tmp_path: Path) -> None:
+def test_rows_with_bytes_and_with_paths_are_distinguished(tmp_path: Path) -> None:
     only_paths = [{"bytes": None, "path": path} for path in ("sub/1.png", "2.png")]
     images = [IMAGES[0], *only_paths, {"bytes": b"", "path": None}]
     for statistics in (True, False):
@@ -78,7 +78,7 @@ def test_paths_are_told_from_bytes_row_by_row(tmp_path: Path) -> None:
         assert column == "image" and not bad
 
 
-def test_rows_without_a_usable_image_or_caption_are_named(tmp_path: Path) -> None:
+def test_rows_without_a_usable_image_or_caption_are_reported(tmp_path: Path) -> None:
     images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": "http://a/b.png"}, *IMAGES[:3]]
     texts = [["a"], ["b"], ["c"], [], ["d", None], ["e"]]
     for statistics in (True, False):
@@ -96,14 +96,14 @@ def test_rows_without_a_usable_image_or_caption_are_named(tmp_path: Path) -> Non
     assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no image"}
 
 
-def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_wrong_columns_are_rejected_with_the_existing_ones(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"url": ["a"], "key": [1]})
-    there = "its columns are 'url' (string), 'key' (int64)"
+    existing = "its columns are 'url' (string), 'key' (int64)"
     for image, caption, error in (
-        (None, None, f"has no column of images; {there}"),
-        ("key", None, f"has no column 'key' with images or paths; {there}"),
-        ("url", "text", f"has no column 'text' with strings or lists of strings; {there}"),
-        ("url", "key", f"has no column 'key' with strings or lists of strings; {there}"),
+        (None, None, f"has no column of images; {existing}"),
+        ("key", None, f"has no column 'key' with images or paths; {existing}"),
+        ("url", "text", f"has no column 'text' with strings or lists of strings; {existing}"),
+        ("url", "key", f"has no column 'key' with strings or lists of strings; {existing}"),
     ):
         with pytest.raises(BadFile) as caught:
             list_parquet(path, image, caption)
@@ -112,7 +112,7 @@ def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
         list_parquet(write_table(path, {str(number): [number] for number in range(1000)}), None, None)
 
 
-def test_listing_a_table_reads_no_bytes_of_images(tmp_path: Path) -> None:
+def test_listing_a_table_does_not_read_image_bytes(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"image": IMAGES, "text": TEXTS}, compression="none")
     from pyarrow import parquet
 
@@ -128,7 +128,7 @@ def test_listing_a_table_reads_no_bytes_of_images(tmp_path: Path) -> None:
     assert list_parquet(path, None, None) == expected
 
 
-def test_a_table_cut_off_or_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_damaged_or_foreign_file_is_rejected(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"jpg": [b"x"] * 9, "text": ["a fox"] * 9})
     whole = path.read_bytes()
     damaged = whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]
@@ -142,14 +142,14 @@ def test_a_table_cut_off_or_of_something_else_is_refused(tmp_path: Path) -> None
         list_parquet(path, None, None)
 
 
-def test_without_pyarrow_a_table_is_refused_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_is_reported_with_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(json.dumps("any").encode())
     with pytest.raises(BadFile, match="requires pyarrow: pip install pyarrow"):
         list_parquet(tmp_path / "a.parquet", None, None)
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+def test_unreadable_and_irregular_files_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.parquet")
     reasons_of = {"none": "cannot be read: No such", "pipe.parquet": "is not a regular", ".": "is not a regular"}
     for name, reason in reasons_of.items():
@@ -161,7 +161,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image_column", [None, "image"])
-def test_a_reader_process_lists_what_this_one_would(tmp_path: Path, readers: Readers, image_column: str | None) -> None:
+def test_reader_process_lists_the_same_entries(tmp_path: Path, readers: Readers, image_column: str | None) -> None:
     images = [*IMAGES, None, {"bytes": None, "path": "sub/ä.png"}]
     path = write_table(tmp_path / "a.parquet", {"image": images, "text": [*TEXTS, "five", "six"]})
     found, column, bad = readers.parquet(path, image_column, None).result()
@@ -170,7 +170,7 @@ def test_a_reader_process_lists_what_this_one_would(tmp_path: Path, readers: Rea
     assert [str(one) for one in bad] == [str(one) for one in expected[2]] == [f"{path}/row 5: has no image"]
 
 
-def test_what_is_wrong_with_a_table_a_reader_process_says_of_the_name_the_user_gave(
+def test_errors_from_a_reader_process_use_the_user_s_path(
     tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -183,11 +183,11 @@ def test_what_is_wrong_with_a_table_a_reader_process_says_of_the_name_the_user_g
     assert [str(one) for one in bad] == ["a.parquet/row 1: has no image"]
 
 
-def test_a_damaged_footer_ends_no_more_than_a_reader(tmp_path: Path) -> None:
-    """At one bit in a hundred or so, pyarrow 26 throws where nobody catches, which aborts its process."""
+def test_damaged_footer_ends_only_a_reader_process(tmp_path: Path) -> None:
+    """For about one bit in a hundred, pyarrow 26 throws an uncaught exception, which aborts its process."""
     whole = write_table(tmp_path / "whole.parquet", {"image": [b"x"] * 2, "text": ["a", "b"]}).read_bytes()
     start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    refused = 0
+    num_rejected = 0
     with Readers(1) as pool:
         for place in range(start, len(whole), 4):
             damaged = bytearray(whole)
@@ -198,12 +198,12 @@ def test_a_damaged_footer_ends_no_more_than_a_reader(tmp_path: Path) -> None:
                 pool.parquet(path, None, None).result()
             except BadFile as bad:
                 assert bad.path == path
-                refused += 1
-    assert refused
+                num_rejected += 1
+    assert num_rejected
 
 
 def pretend_pyarrow(folder: Path, patch: pytest.MonkeyPatch, opening: str) -> None:
-    """Give reader processes that start from now on a pyarrow that does this with each .parquet file."""
+    """Gives reader processes that start from now on a pyarrow that runs `opening` for each .parquet file."""
     package = folder / "site" / "pyarrow"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -211,7 +211,9 @@ def pretend_pyarrow(folder: Path, patch: pytest.MonkeyPatch, opening: str) -> No
     patch.setenv("PYTHONPATH", str(folder / "site"))
 
 
-def test_a_table_that_ends_its_reader_is_named_and_the_rest_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_that_kills_its_reader_is_reported_and_the_rest_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend_pyarrow(tmp_path, monkeypatch, "os.abort()")
     folder = make_tiny_dataset(tmp_path / "images", 3)
     (folder / "a.parquet").write_bytes(b"any")
@@ -221,7 +223,7 @@ def test_a_table_that_ends_its_reader_is_named_and_the_rest_is_used(tmp_path: Pa
     assert [str(bad) for bad in found.bad_files] == [f"{folder}/a.parquet: the process that read it died (signal 6)"]
 
 
-def test_listing_a_table_has_a_time_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_a_table_has_a_separate_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_table(tmp_path / "a.parquet", {"jpg": [b"x"]})
     with Readers(1, limit_seconds=0.01) as pool:
         assert len(pool.parquet(path, None, None).result()[0]) == 1

@@ -1,4 +1,4 @@
-"""Reader processes read what this process would; whatever becomes of one, the right image is named and nothing is left."""
+"""Reader processes: equal results, errors attributed to the right image, and no process left behind."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def accept(start):
 
 Image.register_open("TRAP", None, accept)
 """
-"""Run by every Python process that finds it as sitecustomize.py: a decoder of Pillow's that some files crash or stop."""
+"""Run as sitecustomize.py by the reader processes: registers a Pillow decoder that some files crash or hang."""
 
 
 @pytest.fixture
 def traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reader processes crash at files that begin with CRASH and hang at those with HANG; at ONCE, the first time."""
+    """Reader processes crash at files that start with CRASH, hang at HANG, and crash at ONCE the first time only."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(TRAPS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setenv("TRAP_MARK", str(tmp_path / "mark"))
 
 
-_strangers: list[psutil.Process] = []
+_other_tests_processes: list[psutil.Process] = []
 
 
 @pytest.fixture(autouse=True)
-def strangers() -> None:
-    """Reader processes of other tests, which may share one that is kept to the end; they are not to be counted."""
-    _strangers[:] = reader_processes()
+def ignore_processes_of_other_tests() -> None:
+    """Records the reader processes of session fixtures, which are not counted."""
+    _other_tests_processes[:] = reader_processes()
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def trap(path: Path, kind: str) -> ImageFile:
 
 
 def image(path: Path, shade: int = 0) -> ImageFile:
-    """Of another shade it is another image."""
+    """Writes an image; different shades give different contents."""
     return ImageFile(save(Image.eval(noise(), lambda value: (value + shade) % 256), path))
 
 
@@ -86,8 +86,8 @@ def reader_processes() -> list[psutil.Process]:
 
 
 def workers() -> list[psutil.Process]:
-    """The reader processes of this test."""
-    return [process for process in reader_processes() if process not in _strangers]
+    """Returns the reader processes of this test."""
+    return [process for process in reader_processes() if process not in _other_tests_processes]
 
 
 def wait_until(what: str, seconds: float, happened: object) -> None:
@@ -105,10 +105,10 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-# --- what they read ----------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------
 
 
-def test_images_are_read_as_in_this_process(tmp_path: Path, pool: Readers) -> None:
+def test_pixels_equal_those_read_in_this_process(tmp_path: Path, pool: Readers) -> None:
     file = image(tmp_path / "fox.png")
     for flipped in (False, True):
         pixels = pool.pixels(file, BOX, flipped=flipped).result()
@@ -117,14 +117,14 @@ def test_images_are_read_as_in_this_process(tmp_path: Path, pool: Readers) -> No
         assert np.array_equal(pixels, images.read_pixels(file, BOX, flipped=flipped))
 
 
-def test_masks_are_read_as_in_this_process(tmp_path: Path, pool: Readers) -> None:
+def test_masks_equal_those_read_in_this_process(tmp_path: Path, pool: Readers) -> None:
     file = ImageFile(save(left_half(50, 37), tmp_path / "mask.png"))
     mask = pool.mask(file, BOX, 8).result()
     assert mask.dtype == np.float32
     assert np.array_equal(mask, images.read_mask(file, BOX, 8))
 
 
-def test_sizes_and_hashes_come_in_the_order_of_the_files(tmp_path: Path, pool: Readers) -> None:
+def test_sizes_and_hashes_are_in_file_order(tmp_path: Path, pool: Readers) -> None:
     files = [ImageFile(save(noise(20 + number, 30), tmp_path / f"{number}.png")) for number in range(20)]
     files.insert(7, trap(tmp_path / "bad.png", "no trap"))
     files.insert(9, ImageFile(tmp_path / "none.png"))
@@ -139,14 +139,14 @@ def test_sizes_and_hashes_come_in_the_order_of_the_files(tmp_path: Path, pool: R
     assert pool.sizes([]).result() == []
 
 
-def test_each_of_many_futures_has_its_own_result(tmp_path: Path, pool: Readers) -> None:
+def test_concurrent_futures_return_their_own_results(tmp_path: Path, pool: Readers) -> None:
     files = [image(tmp_path / f"{number}.png", number) for number in range(20)]
     futures = [pool.pixels(file, BOX) for file in files]
     for file, future in zip(files, futures, strict=True):
         assert np.array_equal(future.result(), images.read_pixels(file, BOX))
 
 
-def test_a_image_that_cannot_be_read_is_named_as_the_user_named_it(
+def test_unreadable_image_is_reported_with_the_user_s_path(
     tmp_path: Path, pool: Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +157,7 @@ def test_a_image_that_cannot_be_read_is_named_as_the_user_named_it(
         pool.mask(ImageFile(Path("shard.tar"), "fox.png", 512, 100), BOX, 8).result()
 
 
-def test_members_of_archives_are_read(tmp_path: Path, pool: Readers) -> None:
+def test_archive_members_are_read(tmp_path: Path, pool: Readers) -> None:
     content = image(tmp_path / "fox.png").read()
     (tmp_path / "shard.tar").write_bytes(b"before" + content)
     member = ImageFile(tmp_path / "shard.tar", "fox.png", 6, len(content))
@@ -166,20 +166,20 @@ def test_members_of_archives_are_read(tmp_path: Path, pool: Readers) -> None:
     assert np.array_equal(pool.pixels(member, BOX).result(), images.read_pixels(member, BOX))
 
 
-def test_any_file_name_arrives(tmp_path: Path, pool: Readers) -> None:
+def test_arbitrary_file_names_are_transmitted(tmp_path: Path, pool: Readers) -> None:
     for name in (b"\xff\xfe no UTF-8.png", "Füchse\n2.png".encode(), b"-c.png"):
         assert pool.sizes([image(tmp_path / os.fsdecode(name))]).result() == [(200, 150)]
 
 
-def test_an_error_of_the_program_blames_no_image(tmp_path: Path, pool: Readers) -> None:
+def test_program_error_is_not_attributed_to_an_image(tmp_path: Path, pool: Readers) -> None:
     with pytest.raises(RuntimeError, match="(?s)error in a reader process.*ValueError"):
         pool.mask(image(tmp_path / "fox.png"), BOX, 0).result()
 
 
-# --- what becomes of them ----------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 
-def test_processes_start_when_they_are_needed_and_end_by_close(tmp_path: Path) -> None:
+def test_processes_start_on_demand_and_end_on_close(tmp_path: Path) -> None:
     file = image(tmp_path / "fox.png")
     with Readers(3) as pool:
         assert workers() == []
@@ -191,27 +191,27 @@ def test_processes_start_when_they_are_needed_and_end_by_close(tmp_path: Path) -
         pool.sizes([file])
 
 
-def test_a_process_that_is_killed_while_it_reads_is_noticed(tmp_path: Path, traps: None) -> None:
+def test_killed_process_is_detected_at_once(tmp_path: Path, traps: None) -> None:
     good = [image(tmp_path / f"{number}.png", number) for number in range(4)]
     with Readers(2) as pool:
         pool.sizes(good).result()
         (worker,) = workers()
-        guilty = pool.pixels(trap(tmp_path / "guilty.png", "HANG"), BOX)
-        wait_until("reading", 5.0, guilty.running)
+        hanging = pool.pixels(trap(tmp_path / "hanging.png", "HANG"), BOX)
+        wait_until("reading", 5.0, hanging.running)
         time.sleep(0.2)
         others = [pool.pixels(file, BOX) for file in good]
         killed_at = time.monotonic()
         worker.kill()
         with pytest.raises(BadFile) as caught:
-            guilty.result()
+            hanging.result()
         assert time.monotonic() - killed_at < 2
-        assert str(caught.value) == f"{tmp_path / 'guilty.png'}: the process that read it died (signal 9)"
+        assert str(caught.value) == f"{tmp_path / 'hanging.png'}: the process that read it died (signal 9)"
         for file, future in zip(good, others, strict=True):
             assert np.array_equal(future.result(), images.read_pixels(file, BOX))
 
 
 @pytest.mark.parametrize("what", ["sizes", "pixels"])
-def test_a_image_that_crashes_its_decoder_is_named_and_no_other(tmp_path: Path, traps: None, what: str) -> None:
+def test_only_the_image_that_crashes_its_decoder_is_reported(tmp_path: Path, traps: None, what: str) -> None:
     files = [image(tmp_path / f"{number}.png", number) for number in range(6)]
     files[2:2] = [trap(tmp_path / "crash.png", "CRASH"), trap(tmp_path / "crash too.png", "CRASH")]
     died = "the process that read it died (signal 11)"
@@ -228,7 +228,7 @@ def test_a_image_that_crashes_its_decoder_is_named_and_no_other(tmp_path: Path, 
                 assert future.result().shape == (3, 64, 64)
 
 
-def test_a_image_at_which_a_process_died_for_another_reason_is_not_named(tmp_path: Path, traps: None) -> None:
+def test_image_is_not_reported_if_its_retry_succeeds(tmp_path: Path, traps: None) -> None:
     files = [image(tmp_path / "fox.png"), trap(tmp_path / "once.png", "ONCE"), image(tmp_path / "owl.png")]
     with Readers(1) as pool:
         assert pool.sizes(files).result() == [(200, 150), "is not an image Pillow can read", (200, 150)]
@@ -236,7 +236,7 @@ def test_a_image_at_which_a_process_died_for_another_reason_is_not_named(tmp_pat
 
 
 @pytest.mark.parametrize("what", ["sizes", "pixels"])
-def test_a_image_that_takes_too_long_is_named(tmp_path: Path, traps: None, what: str) -> None:
+def test_image_that_exceeds_the_time_limit_is_reported(tmp_path: Path, traps: None, what: str) -> None:
     files = [image(tmp_path / "fox.png"), trap(tmp_path / "slow.png", "HANG"), image(tmp_path / "owl.png")]
     reason = "took longer than 1 s to read"
     with Readers(1, limit_seconds=1.0) as pool:
@@ -250,7 +250,7 @@ def test_a_image_that_takes_too_long_is_named(tmp_path: Path, traps: None, what:
         assert len(workers()) == 1
 
 
-def test_a_process_killed_while_it_did_nothing_blames_no_image(tmp_path: Path, pool: Readers) -> None:
+def test_killed_idle_process_is_not_attributed_to_an_image(tmp_path: Path, pool: Readers) -> None:
     file = image(tmp_path / "fox.png")
     pool.sizes([file]).result()
     (worker,) = workers()
@@ -259,8 +259,8 @@ def test_a_process_killed_while_it_did_nothing_blames_no_image(tmp_path: Path, p
     assert pool.pixels(file, BOX).result().shape == (3, 64, 64)
 
 
-def test_an_interrupt_does_not_end_a_reader(tmp_path: Path, pool: Readers) -> None:
-    """Ctrl-C is sent to all processes of a terminal's group, of which readers are none."""
+def test_interrupt_does_not_end_a_reader(tmp_path: Path, pool: Readers) -> None:
+    """Ctrl-C is sent to the foreground process group of a terminal, to which readers do not belong."""
     file = image(tmp_path / "fox.png")
     pool.sizes([file]).result()
     (worker,) = workers()
@@ -270,7 +270,7 @@ def test_an_interrupt_does_not_end_a_reader(tmp_path: Path, pool: Readers) -> No
     assert workers() == [worker]
 
 
-def test_close_cancels_what_has_not_been_read(tmp_path: Path, traps: None) -> None:
+def test_close_cancels_pending_reads(tmp_path: Path, traps: None) -> None:
     pool = Readers(1)
     futures = [pool.pixels(trap(tmp_path / "slow.png", "HANG"), BOX) for _ in range(5)]
     wait_until("starting", 5.0, workers)
@@ -304,7 +304,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_no_reader_outlives_its_parent(tmp_path: Path, traps: None, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Neither one that waits nor one that hangs at an image."""
+    """Neither an idle reader nor one that hangs at an image."""
     paths = [str(image(tmp_path / "fox.png").path), str(trap(tmp_path / "slow.png", "HANG").path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
     with subprocess.Popen([sys.executable, "-c", PARENT, *paths, how], stdout=subprocess.PIPE, text=True) as parent:
@@ -319,8 +319,8 @@ def test_no_reader_outlives_its_parent(tmp_path: Path, traps: None, monkeypatch:
     wait_until("their end", 2.0, lambda: all(has_ended(pid) for pid in pids))
 
 
-def test_readers_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where another package of our name lies; and a relative path is meant from the folder of this process."""
+def test_readers_start_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it contains a package named `utils`; and relative paths refer to the parent's working directory."""
     (tmp_path / "utils").mkdir()
     (tmp_path / "utils" / "__init__.py").write_text("raise ImportError('not this one')")
     (tmp_path / "elsewhere").mkdir()
@@ -333,7 +333,7 @@ def test_readers_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
         assert pool.sizes([ImageFile(Path("../fox.png"))]).result() == [(200, 150)]
 
 
-def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reader_start_reports_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = image(tmp_path / "fox.png")
     broken = tmp_path / "broken" / "utils" / "data" / "sources"
     broken.mkdir(parents=True)
@@ -349,8 +349,8 @@ def test_a_reader_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest
     assert workers() == []
 
 
-def test_a_reader_imports_no_torch() -> None:
-    """It takes as long to import as reading twenty images, and as much memory."""
+def test_reader_does_not_import_torch() -> None:
+    """Importing torch takes as much time and memory as reading twenty images."""
     module = "utils.data.sources.reader_process"
     code = f"import sys, {module}; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

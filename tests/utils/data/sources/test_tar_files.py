@@ -1,4 +1,4 @@
-"""What is found in .tar files: places, captions, and what is refused."""
+"""Listing .tar files: positions, captions and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 
 
 def content_of(name: str) -> bytes:
-    """Any bytes, other ones for each name: listing must not look at them."""
+    """Returns bytes that are no image and differ by name: listing must not read them."""
     return name.encode() * (1 + 7 * len(name))
 
 
@@ -52,7 +52,7 @@ def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("tar_format", FORMATS)
-def test_a_place_in_a_tar_has_the_bytes_that_were_put_in(tmp_path: Path, tar_format: str) -> None:
+def test_entry_position_contains_the_member_s_bytes(tmp_path: Path, tar_format: str) -> None:
     names = ["fox.jpg", "./000/fox.PNG", "狐/ä.webp", "a.b/fox.jpg", f"{'x' * 90}/{'y' * 80}.gif", "empty.bmp"]
     names += [LONG] if tar_format != "ustar" else []
     members = {name: content_of(name) if name != "empty.bmp" else b"" for name in names}
@@ -63,7 +63,7 @@ def test_a_place_in_a_tar_has_the_bytes_that_were_put_in(tmp_path: Path, tar_for
     assert [one.name for one in found] == names and not bad and not others
 
 
-def test_captions_are_found_by_name_and_by_sample_wherever_they_stand(tmp_path: Path) -> None:
+def test_captions_are_found_by_name_and_sample_anywhere_in_the_archive(tmp_path: Path) -> None:
     members = {
         "b.txt": b"\xef\xbb\xbf text \r\nof b\n",
         "a.png": b"",
@@ -77,7 +77,7 @@ def test_captions_are_found_by_name_and_by_sample_wherever_they_stand(tmp_path: 
         "e.jpg": b"",
         "e.json": b'{"caption": null}',
         "f.jpg": b"",
-        "f.json": b'[{"caption": "of nobody"}]',
+        "f.json": b'[{"caption": "unused"}]',
         "g.jpg": b"",
         "g.json": b'{"key": 7, "tags": ["a", "b"]}',
         "h.jpg": b"",
@@ -99,21 +99,21 @@ def test_captions_are_found_by_name_and_by_sample_wherever_they_stand(tmp_path: 
     }
 
 
-def test_lines_of_a_text_are_captions_if_asked_for(tmp_path: Path) -> None:
+def test_each_line_is_a_caption_with_caption_per_line(tmp_path: Path) -> None:
     members = {"a.jpg": b"", "a.txt": b"one\n\ntwo\n", "b.jpg": b"", "b.json": b'{"text": "x\\ny"}'}
     path = write_tar(tmp_path / "a.tar", members)
     assert captions_in(path, caption_per_line=True) == {"a.jpg": ["one", "two"], "b.jpg": ["x\ny"]}
     assert captions_in(path)["a.jpg"] == ["one\n\ntwo"]
 
 
-def test_members_of_no_image_are_named_and_those_of_one_are_not(tmp_path: Path) -> None:
+def test_only_members_without_an_image_are_listed_as_unused(tmp_path: Path) -> None:
     names = ["a.jpg", "a.cls", "a.emb.npy", "b.txt", "c/a.cls", "README", ".hidden.jpg", "d/._a.jpg", "e.json"]
     found, bad, others = list_tar(write_tar(tmp_path / "a.tar", names), caption_per_line=False)
     assert [one.name for one in found] == ["a.jpg"] and not bad
     assert others == ["b.txt", "c/a.cls", "README", "e.json"]
 
 
-def test_members_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path) -> None:
+def test_unusable_members_are_reported_with_the_reason(tmp_path: Path) -> None:
     members = {
         "a.jpg": b"",
         "a.seg.png": b"",
@@ -141,7 +141,7 @@ def test_members_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path) -
     }
 
 
-def test_a_member_there_twice_counts_once(tmp_path: Path) -> None:
+def test_duplicate_member_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:") as tar:
         for name in ("a.jpg", "a.txt", "a.jpg", "a.txt"):
@@ -159,15 +159,15 @@ def test_a_member_there_twice_counts_once(tmp_path: Path) -> None:
         (tarfile.GNUTYPE_SPARSE, "is stored as a sparse file, which cannot be read in place"),
     ],
 )
-def test_members_that_are_no_plain_files_are_refused(tmp_path: Path, kind: bytes, reason: str) -> None:
+def test_members_that_are_not_regular_files_are_rejected(tmp_path: Path, kind: bytes, reason: str) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b""}, type=kind, linkname="other.jpg")
     found, bad, _ = list_tar(path, caption_per_line=False)
     assert found == [] and reasons(bad, path) == {"a.jpg": reason}
 
 
-@pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
+@pytest.mark.skipif(shutil.which("tar") is None, reason="requires the program tar")
 @pytest.mark.parametrize("version", ["gnu", *(f"pax --sparse-version={number}" for number in ("0.0", "0.1", "1.0"))])
-def test_images_that_tar_stored_sparse_are_refused_and_those_behind_found(tmp_path: Path, version: str) -> None:
+def test_sparse_members_are_rejected_and_later_ones_are_found(tmp_path: Path, version: str) -> None:
     with (tmp_path / "a.jpg").open("wb") as file:
         for place in (0, 2**20, 2**22):
             file.seek(place)
@@ -181,26 +181,26 @@ def test_images_that_tar_stored_sparse_are_refused_and_those_behind_found(tmp_pa
     assert reasons(bad, path) == {"a.jpg": "is stored as a sparse file, which cannot be read in place"}
 
 
-def test_folders_are_no_members_to_name(tmp_path: Path) -> None:
+def test_folders_are_ignored(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"folder.jpg": b"", "b": b""}, type=tarfile.DIRTYPE)
     assert list_tar(path, caption_per_line=False) == ([], [], [])
 
 
-def test_wherever_a_tar_is_cut_the_images_before_are_used(tmp_path: Path) -> None:
+def test_truncated_tar_gives_the_images_before_the_cut(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{index}/{LONG}": b"x" * 700 for index in range(4)}, tarfile.PAX_FORMAT)
     expected, whole = list_tar(path, caption_per_line=False)[0], path.read_bytes()
     end = max(one.start + one.length for one in expected)
     for cut in [*range(512, end + 1200, 64), *(one.start + one.length for one in expected)]:
         path.write_bytes(whole[:cut])
         found, bad, _ = list_tar(path, caption_per_line=False)
-        there = [one for one in expected if one.start + one.length <= cut]
-        assert found == there, cut
-        has_end_mark = cut >= -(-end // 512) * 512 + 512
-        assert [one.reason for one in bad] == ([] if has_end_mark else [f"is truncated after {len(there)} images"]), cut
+        complete = [one for one in expected if one.start + one.length <= cut]
+        assert found == complete, cut
+        has_end_marker = cut >= -(-end // 512) * 512 + 512
+        assert [one.reason for one in bad] == ([] if has_end_marker else [f"is truncated after {len(complete)} images"]), cut
         assert all(one.path == path for one in bad)
 
 
-def test_a_damaged_header_is_told_of(tmp_path: Path) -> None:
+def test_damaged_header_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", ["a.jpg", "b.jpg", "c.jpg"], tarfile.USTAR_FORMAT)
     place = list_tar(path, caption_per_line=False)[0][1].start - 512
     damaged = bytearray(path.read_bytes())
@@ -211,7 +211,7 @@ def test_a_damaged_header_is_told_of(tmp_path: Path) -> None:
     assert [one.reason for one in bad] == [f"is damaged at byte {place} after 1 images"]
 
 
-def test_what_stands_behind_the_end_mark_is_told_of(tmp_path: Path) -> None:
+def test_data_after_the_end_marker_is_reported(tmp_path: Path) -> None:
     first, second = write_tar(tmp_path / "a.tar", ["a.jpg"]), write_tar(tmp_path / "b.tar", ["b.jpg"])
     end = list_tar(first, caption_per_line=False)[0][0].start + 512
     first.write_bytes(first.read_bytes() + second.read_bytes())
@@ -230,14 +230,14 @@ def header_of(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("size", [-512, -1024, -(2**40), 2**40, 2**62])
-def test_impossible_sizes_neither_hang_nor_fill_the_memory(tmp_path: Path, size: int, kind: bytes) -> None:
+def test_impossible_sizes_neither_hang_nor_exhaust_memory(tmp_path: Path, size: int, kind: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(header_of(0) + header_of(size, kind) + header_of(0) + bytes(1024))
     _, bad, _ = list_tar(path, caption_per_line=False)
     assert len(bad) >= 1 and all("\n" not in one.reason for one in bad)
 
 
-def test_endless_headers_of_headers_are_refused(tmp_path: Path) -> None:
+def test_endless_extension_headers_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(header_of(0) + header_of(0, tarfile.GNUTYPE_LONGNAME) * 20_000 + bytes(1024))
     _, bad, _ = list_tar(path, caption_per_line=False)
@@ -254,7 +254,7 @@ def test_endless_headers_of_headers_are_refused(tmp_path: Path) -> None:
     ],
     ids=["empty", "short", "long", "gzip"],
 )
-def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_file_that_is_not_a_tar_archive_is_rejected(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     with pytest.raises(BadFile) as caught:
@@ -263,26 +263,26 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes, reason: str) 
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-def test_compressed_archives_are_refused_whatever_their_name(tmp_path: Path, mode: str) -> None:
+def test_compressed_archives_are_rejected_whatever_their_name(tmp_path: Path, mode: str) -> None:
     with tarfile.open(tmp_path / "a.tar", mode) as tar:  # type: ignore[call-overload]
         tar.addfile(tarfile.TarInfo("a.jpg"))
     with pytest.raises(BadFile, match="is compressed"):
         list_tar(tmp_path / "a.tar", caption_per_line=False)
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+def test_unreadable_and_irregular_files_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     for name, reason in (("none", "cannot be read: No such"), ("pipe.tar", "is not a regular"), (".", "is not a regular")):
         with pytest.raises(BadFile, match=reason):
             list_tar(tmp_path / name, caption_per_line=False)
 
 
-def test_an_archive_of_nothing_holds_nothing(tmp_path: Path) -> None:
+def test_empty_archive_has_no_images(tmp_path: Path) -> None:
     assert list_tar(write_tar(tmp_path / "a.tar", []), caption_per_line=False) == ([], [], [])
 
 
-def test_listing_reads_headers_and_captions_and_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    num_samples, size = 1000, 50 * 2**20  # 50 GB, as holes
+def test_listing_reads_only_headers_and_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_samples, size = 1000, 50 * 2**20  # 50 GB in a sparse file
     path = tmp_path / "a.tar"
     with path.open("wb") as file:
         for index in range(num_samples):
