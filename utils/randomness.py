@@ -1,11 +1,11 @@
-"""Every random draw of a run, as a function of what the draw is for.
+"""All random draws of a run, each a pure function of the seed, its purpose and a key.
 
-No generator lives through a run. Each draw gets a fresh one, seeded by a hash of (seed, purpose, key); the key names the
-example and the draw, never a rank, a worker or a count of draws so far. So any number of processes draws the same
-samples, the two ends of a pipeline draw the same noise without talking, and resuming needs no saved state. Nothing else
-in this program draws random numbers that reach the result.
+Each draw has its own generator, seeded by a hash of (seed, purpose, key). The key names the example and the draw; it never
+contains a rank, a worker or a number of draws so far. Any number of processes therefore draws the same samples, the first
+and the last stage of a pipeline draw the same noise without communication, and resuming requires no saved generator. No
+other module draws random numbers that influence the result.
 
-Draws happen on the CPU: the same numbers on every device.
+Numbers are drawn on the CPU, so that they are the same for every device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def _number(seed: int, purpose: str, *key: str | int) -> int:
-    """64 bits."""
+    """Returns 64 bits of the hash of (seed, purpose, key)."""
     return int.from_bytes(hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=8).digest(), "little")
 
 
@@ -28,32 +28,32 @@ def _generator(seed: int, purpose: str, *key: str | int) -> torch.Generator:
 
 
 def fraction(seed: int, purpose: str, *key: str | int) -> float:
-    """One number in [0, 1), the hash itself on a grid of 2**-53: four times as fast as `uniform`, for millions of draws."""
+    """Returns a number in [0, 1), a multiple of 2**-53. It is the hash itself and four times as fast as `uniform`."""
     return (_number(seed, purpose, *key) >> 11) / 2**53
 
 
 def normal(seed: int, purpose: str, *key: str | int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32."""
+    """Returns standard normal numbers, float32."""
     return torch.randn(shape, generator=_generator(seed, purpose, *key))
 
 
 def uniform(seed: int, purpose: str, *key: str | int) -> float:
-    """One number in (0, 1), both ends excluded, on a grid of 2**-53."""
+    """Returns a number in (0, 1), a multiple of 2**-53; never 0 or 1."""
     integer = int(torch.randint(2**53 - 1, (1,), generator=_generator(seed, purpose, *key)))
     return (integer + 1) / 2**53
 
 
 def integers(seed: int, purpose: str, *key: str | int, high: int, shape: tuple[int, ...]) -> Tensor:
-    """Numbers 0 to high - 1, each as likely and drawn with replacement; int64."""
+    """Returns independent, uniformly distributed integers in 0 to high - 1; int64."""
     return torch.randint(high, shape, generator=_generator(seed, purpose, *key))
 
 
 def permutation(seed: int, purpose: str, *key: str | int, length: int) -> np.ndarray:
-    """The numbers 0 to length - 1 in random order; int64."""
+    """Returns the numbers 0 to length - 1 in random order; int64."""
     return torch.randperm(length, generator=_generator(seed, purpose, *key)).numpy()
 
 
 def kaiming_uniform(seed: int, purpose: str, *key: str | int, shape: tuple[int, ...]) -> Tensor:
-    """torch.nn.Linear's and Conv2d's default weights (out, in, ...): uniform in +-1/sqrt(fan-in), float32."""
+    """Returns initial weights (out, in, ...) like torch.nn.Linear and Conv2d: uniform in +-1/sqrt(fan-in), float32."""
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return (torch.rand(shape, generator=_generator(seed, purpose, *key)) * 2 - 1) * bound

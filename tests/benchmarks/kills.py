@@ -1,7 +1,7 @@
-"""kill -9 at random moments of a caching pass of two ranks:  python -m tests.benchmarks.kills [--times 30] [--seed 0]
+"""Kills caching of two ranks at random times:  python -m tests.benchmarks.kills [--times 30] [--seed 0]
 
-After each kill the pass is started again, and must end with the entries of an undisturbed pass, bit for bit, having encoded
-nothing that a whole shard had. Shards are of three entries here, so that there are many.
+After each kill (SIGKILL) caching is started again. It must produce the entries of an uninterrupted start, bit for bit, and
+encode no entry of a complete shard again. Shards have three entries here, so that there are many.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import random
 import tempfile
 from pathlib import Path
 
-from tests.distributed.kills import assert_nothing_was_lost, kill_and_go_on, make_pass, undisturbed
+from tests.distributed.kills import assert_nothing_was_lost, kill_and_restart, make_experiment, run_uninterrupted
 from tests.tiny_model import make_tiny_dataset, make_tiny_model
 
 
 def main(times: int, seed: int) -> None:
-    moments = random.Random(seed)
+    generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        work = make_pass(folder / "pass", make_tiny_model(folder / "model"), make_tiny_dataset(folder / "images", 24))
-        whole = undisturbed(work)
-        print(f"undisturbed: {len(whole.entries)} entries in {whole.seconds:.1f} s", flush=True)
+        work = make_experiment(
+            folder / "experiment", make_tiny_model(folder / "model"), make_tiny_dataset(folder / "images", 24)
+        )
+        expected = run_uninterrupted(work)
+        print(f"uninterrupted: {len(expected.entries)} entries in {expected.seconds:.1f} s", flush=True)
         for number in range(1, times + 1):
-            seconds = moments.uniform(0, whole.seconds)
-            outcome = kill_and_go_on(work, seconds)
-            assert_nothing_was_lost(outcome, whole)
+            seconds = generator.uniform(0, expected.seconds)
+            outcome = kill_and_restart(work, seconds)
+            assert_nothing_was_lost(outcome, expected)
             print(f"{number:2}: killed after {seconds:.2f} s: {outcome.describe()}", flush=True)
 
 

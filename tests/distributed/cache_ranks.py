@@ -1,6 +1,6 @@
-"""train.py, which writes down every entry it encodes and makes small shards: what each rank does for test_cache_kills.py.
+"""Runs train.py with small shards and logs every encoded entry; the program of each rank in test_cache_kills.py.
 
-`CACHE_LOG` in the environment names the file; a line is an encoder's folder and an entry's key.
+The environment variable CACHE_LOG is the path of the log. A line has the folder of the encoder and the key of the entry.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Caching passes of two ranks that are killed, and what a second start makes of them. For a test and a benchmark."""
+"""Kills caching of two ranks and starts it again. Used by a test and a benchmark."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from utils.data.cache.shards import CHECKSUMS, KEYS, map_shard
 
 NUM_RANKS = 2
 Entries = dict[tuple[str, bytes], bytes]
-"""(Encoder's folder, key) -> checksum of all the entry's bytes."""
+"""(Folder of the encoder, key) -> checksum of the entry."""
 
 
 def entries_of(cache: Path) -> Entries:
-    """Every entry of every shard that is there."""
+    """Returns the entries of all shards."""
     entries: Entries = {}
     for path in cache.glob("*/*/*.safetensors"):
         tensors = map_shard(path)
@@ -29,8 +29,8 @@ def entries_of(cache: Path) -> Entries:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """An experiment whose caching pass is run again and again."""
+class CachingExperiment:
+    """An experiment whose dataset is cached repeatedly."""
 
     experiment: Path
 
@@ -39,7 +39,7 @@ class Pass:
         return self.experiment.parent / "output" / "cache"
 
     def start(self, name: str) -> Ranks:
-        """`--cache-only` of two ranks; what they encode is written into the file of that name."""
+        """Starts `--cache-only` on two ranks; the encoded entries are logged to a file with this name."""
         log = self.experiment.parent / f"{name}.txt"
         log.touch()
         return start_ranks(
@@ -51,29 +51,29 @@ class Pass:
         )
 
     def encoded(self, name: str) -> Counter[tuple[str, bytes]]:
-        """What a start has encoded, and how often."""
+        """Returns how often each entry was encoded in the start with this name."""
         lines = (self.experiment.parent / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         parts = (line.split(" ") for line in lines if line.count(" ") == 1 and len(line.split(" ")[1]) == 32)
         return Counter((folder, bytes.fromhex(key)) for folder, key in parts)
 
 
-def make_pass(folder: Path, model: Path, images: Path) -> Pass:
+def make_experiment(folder: Path, model: Path, images: Path) -> CachingExperiment:
     changes = {"resolutions": [32, 48], "directory": [{"path": str(images), "horizontal_flip": True}]}
-    return Pass(write_experiment(folder, model, images, dataset_file=changes))
+    return CachingExperiment(write_experiment(folder, model, images, dataset_file=changes))
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """A pass nobody has killed."""
+class Uninterrupted:
+    """The result of caching without a kill."""
 
     entries: Entries
     seconds: float
-    """How long it encoded."""
+    """Duration of encoding."""
 
 
-def undisturbed(work: Pass) -> Undisturbed:
-    ranks = work.start("undisturbed")
-    log = work.experiment.parent / "undisturbed.txt"
+def run_uninterrupted(work: CachingExperiment) -> Uninterrupted:
+    ranks = work.start("uninterrupted")
+    log = work.experiment.parent / "uninterrupted.txt"
     while not log.stat().st_size:
         time.sleep(0.005)
     began = time.time()
@@ -81,32 +81,32 @@ def undisturbed(work: Pass) -> Undisturbed:
     assert finished.exit_code == 0, finished.output
     seconds = log.stat().st_mtime - began
     entries = entries_of(work.cache)
-    counts = work.encoded("undisturbed")
+    counts = work.encoded("uninterrupted")
     assert set(counts) == set(entries) and set(counts.values()) == {1}
-    return Undisturbed(entries, seconds)
+    return Uninterrupted(entries, seconds)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a killed pass left, and what a second start made of it."""
+    """The cache after a kill and after a second start."""
 
     kept: Entries
-    """In whole shards after the kill."""
+    """Entries in complete shards after the kill."""
     added: int
-    """Entries the killed pass had encoded."""
+    """Number of entries that were encoded before the kill."""
     again: Counter[tuple[str, bytes]]
-    """What the second start encoded."""
+    """Entries that the second start encoded, and how often."""
     entries: Entries
-    """In the end."""
+    """Entries after the second start."""
     leftovers: list[Path]
-    """Unfinished files in the end."""
+    """Temporary files after the second start."""
 
     def describe(self) -> str:
         return f"{len(self.kept)} of {len(self.entries)} kept, {self.added - len(self.kept)} encoded twice"
 
 
-def kill_and_go_on(work: Pass, seconds: float) -> Outcome:
-    """Kill both ranks so many seconds after the first entry of a new cache, and start again."""
+def kill_and_restart(work: CachingExperiment, seconds: float) -> Outcome:
+    """Kills both ranks `seconds` after the first entry of a new cache, and starts again."""
     shutil.rmtree(work.cache, ignore_errors=True)
     for name in ("killed", "second"):
         (work.experiment.parent / f"{name}.txt").unlink(missing_ok=True)
@@ -124,10 +124,10 @@ def kill_and_go_on(work: Pass, seconds: float) -> Outcome:
     return Outcome(kept, added, work.encoded("second"), entries_of(work.cache), leftovers)
 
 
-def assert_nothing_was_lost(outcome: Outcome, whole: Undisturbed) -> None:
-    """The cache is an undisturbed pass's, and nothing was encoded that a whole shard had."""
-    assert outcome.entries == whole.entries
+def assert_nothing_was_lost(outcome: Outcome, expected: Uninterrupted) -> None:
+    """The cache equals the one of an uninterrupted start, and no entry of a complete shard was encoded again."""
+    assert outcome.entries == expected.entries
     assert set(outcome.again.values()) <= {1}
     assert not outcome.again.keys() & outcome.kept.keys()
-    assert outcome.again.keys() | outcome.kept.keys() == whole.entries.keys()
+    assert outcome.again.keys() | outcome.kept.keys() == expected.entries.keys()
     assert outcome.leftovers == []

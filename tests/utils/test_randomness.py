@@ -1,4 +1,4 @@
-"""Draws as pure functions of what they are for."""
+"""Random draws are pure functions of seed, purpose and key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_same_key_gives_the_same_draw(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_any_other_seed_purpose_or_key_gives_another_draw(name: str) -> None:
+def test_another_seed_purpose_or_key_gives_another_draw(name: str) -> None:
     draw = DRAWS[name]
     keys = [
         (1, "noise", "a", 3, 0),
@@ -57,7 +57,7 @@ def test_any_other_seed_purpose_or_key_gives_another_draw(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_draws_neither_read_nor_move_torch_s_generator(name: str) -> None:
+def test_draws_neither_read_nor_change_the_global_generator(name: str) -> None:
     draw = DRAWS[name]
     torch.manual_seed(0)
     before, first = torch.get_rng_state(), draw(1, "noise", "a")
@@ -66,8 +66,8 @@ def test_draws_neither_read_nor_move_torch_s_generator(name: str) -> None:
     assert torch.equal(draw(1, "noise", "a"), first)
 
 
-def test_known_draws_stay_what_they_are() -> None:
-    """A change here silently changes every run and every resumed one."""
+def test_known_draws_never_change() -> None:
+    """A change would silently change the results of every run and of resumed runs."""
     assert randomness.permutation(7, "example order", 0, "32x32", 0, length=6).tolist() == GOLDEN_PERMUTATION
     assert randomness.fraction(7, "hold out", "0/a.png") == GOLDEN_FRACTION
     assert randomness.uniform(7, "time", "0/a.png@32", 0, 0) == GOLDEN_UNIFORM
@@ -86,7 +86,7 @@ GOLDEN_NORMAL = [0.19407208263874054, -1.4029022455215454, -1.0226882696151733]
 
 
 @pytest.mark.parametrize("draw", [randomness.uniform, randomness.fraction])
-def test_uniform_draws_lie_strictly_inside_their_range_and_fill_it(draw: Callable[..., float]) -> None:
+def test_uniform_draws_are_uniform_in_the_open_interval(draw: Callable[..., float]) -> None:
     drawn = torch.tensor([draw(0, "time", index) for index in range(4000)], dtype=torch.float64)
     assert ((drawn > 0) & (drawn < 1)).all()
     expected = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
@@ -94,7 +94,7 @@ def test_uniform_draws_lie_strictly_inside_their_range_and_fill_it(draw: Callabl
 
 
 @pytest.mark.parametrize("integer", [0, 2**53 - 2])
-def test_the_ends_of_a_uniform_draw_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, integer: int) -> None:
+def test_a_uniform_draw_is_never_zero_or_one(monkeypatch: pytest.MonkeyPatch, integer: int) -> None:
     def extreme(high: int, *_arguments: object, **_keywords: object) -> Tensor:
         assert integer < high
         return torch.tensor([integer])
@@ -109,7 +109,7 @@ def test_a_fraction_can_be_zero_and_never_one(monkeypatch: pytest.MonkeyPatch, n
     assert randomness.fraction(0, "hold out") == expected
 
 
-def test_a_key_may_be_a_name_that_is_no_utf8() -> None:
+def test_a_key_may_be_a_name_that_is_not_utf8() -> None:
     names = [os.fsdecode(name) for name in (b"\xff.png", b"\xfe.png")]
     assert len({randomness.fraction(0, "crop", name) for name in names}) == 2
     assert len({randomness.uniform(0, "time", name) for name in names}) == 2
@@ -123,13 +123,13 @@ def test_normal_draws_have_mean_zero_and_variance_one() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 17])
-def test_a_permutation_has_every_number_once(length: int) -> None:
+def test_a_permutation_contains_every_number_once(length: int) -> None:
     drawn = randomness.permutation(0, "order", length=length)
     assert drawn.dtype == np.int64
     assert sorted(drawn.tolist()) == list(range(length))
 
 
-def test_kaiming_uniform_has_the_spread_of_a_fresh_linear() -> None:
+def test_kaiming_uniform_has_the_range_and_std_of_a_new_linear_layer() -> None:
     drawn = randomness.kaiming_uniform(0, "lora", shape=(64, 400))
     fresh = torch.nn.Linear(400, 64).weight.detach()
     assert drawn.abs().max() <= 1 / 20

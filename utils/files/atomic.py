@@ -1,4 +1,4 @@
-"""Files that are whole whenever they are there: written beside their place, flushed to the disk, renamed."""
+"""Atomic file writes: write to a temporary file in the same folder, fsync, rename."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+    """Flushes a folder to disk, so that renames inside it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,13 +17,13 @@ def sync_folder(folder: Path) -> None:
 
 
 _UMASK = os.umask(0)
-os.umask(_UMASK)  # it cannot be read without being set
+os.umask(_UMASK)  # the umask can only be read by setting it
 
 
 def replace_file(temporary: Path, path: Path) -> None:
-    """Flush a finished file and give it its name in one step; both in one folder.
+    """Flushes a complete file and renames it to `path`, in the same folder.
 
-    It gets the permissions that any new file gets: safetensors writes files that only their owner can read.
+    The file gets the default permissions of new files, because safetensors creates files that only their owner can read.
     """
     temporary.chmod(0o666 & ~_UMASK)
     with temporary.open("rb") as file:
@@ -33,20 +33,22 @@ def replace_file(temporary: Path, path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for a file that is to take the path's place. No other writer's: containers that share a disk share numbers of
-    processes too."""
+    """Returns a unique temporary name for a file that will replace `path`.
+
+    The name is random, because containers that share a disk may have processes with equal ids.
+    """
     return path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, or leave the old one as it was."""
+    """Writes a text file in UTF-8. If it is interrupted, the old file is unchanged."""
     temporary = temporary_beside(path)
     temporary.write_text(text, encoding="utf-8")
     replace_file(temporary, path)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; killed half-way, it leaves nothing of that name."""
+    """Deletes a folder. It is renamed first, so that an interruption leaves no partial folder with its name."""
     doomed = folder.with_name(f".{folder.name}.old")
     folder.replace(doomed)
     shutil.rmtree(doomed)

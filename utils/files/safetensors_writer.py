@@ -1,8 +1,8 @@
-"""Writing one safetensors file from several processes, each its own tensors at their places.
+"""Writes one safetensors file from several processes, each of which has some of the tensors.
 
-safetensors' own writer wants every tensor at once, in one process. Here one process writes the header and makes room, then
-anyone who knows the layout writes what it has. Format: 8 bytes of little-endian header length, the header as JSON padded
-with spaces, the tensors.
+The safetensors library requires all tensors in one process. Here one process writes the header and sets the file size; then
+every process writes its tensors at their offsets. Format: header length (8 bytes, little-endian), header (JSON, padded with
+spaces), tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that a file will have."""
+    """A tensor of a file that will be written."""
 
     key: str
     dtype: torch.dtype
@@ -36,18 +36,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where everything goes in a file."""
+    """The header of a file and the offsets of its tensors."""
 
     header: bytes
     starts: Mapping[str, int]
-    """Key -> its first byte's place in the file."""
+    """Key -> offset of the tensor in the file, in bytes."""
     num_bytes: int
 
 
 def plan_file(entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayout:
-    """The layout of a file of these tensors. Raises ValueError when a key is there twice.
+    """Returns the layout of a file of these tensors. Raises ValueError for a duplicate key.
 
-    Wider numbers come first, so that everything is aligned.
+    Tensors are sorted by the size of their elements, the largest first, so that all are aligned.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offsets: dict[str, int] = {}
@@ -69,17 +69,17 @@ def plan_file(entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayo
 
 
 def create_file(path: Path, layout: FileLayout) -> None:
-    """Write the header and make the file as long as it will be. Raises OSError when the disk has less than that left."""
+    """Writes the header and sets the file size. Raises OSError when the disk has too little free space."""
     free = shutil.disk_usage(path.parent).free
     if free < layout.num_bytes:
-        raise OSError(f"{path} needs {layout.num_bytes:,} bytes, and the disk has {free:,} left")
+        raise OSError(f"{path} needs {layout.num_bytes:,} bytes, but the disk has only {free:,} bytes of free space")
     with path.open("wb") as file:
         file.write(layout.header)
         file.truncate(layout.num_bytes)
 
 
 def write_tensors(path: Path, layout: FileLayout, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors, on the CPU and in the dtype planned, at their places in a created file, and flush them to the disk."""
+    """Writes CPU tensors of the planned dtypes at their offsets in a created file, and flushes it to disk."""
     with path.open("r+b") as file:
         for key, value in tensors:
             file.seek(layout.starts[key])

@@ -109,14 +109,14 @@ class Gatherer:
         sides = np.array([(bucket.width, bucket.height) for bucket in table.buckets], np.int64)[table.rows[:, 2]]
         enlarged = (sides > table.images.sizes[table.rows[:, 0]]).any(axis=1)
         facts = []
-        for bucket, (shown, fillers) in self._order.bucket_showings().items():
+        for bucket, (shown, fillers) in self._order.bucket_draws().items():
             is_here = table.rows[:, 2] == table.buckets.index(bucket)
             facts.append(BucketFacts(str(bucket), counts[bucket], shown, fillers, int((enlarged & is_here).sum())))
         return facts
 
     def _exposure(self) -> list[tuple[float, int]]:
         """(Mean draws per epoch, number of images), with fillers distributed evenly over their bucket."""
-        table, showings = self._table, self._order.bucket_showings()
+        table, showings = self._table, self._order.bucket_draws()
         factors = np.ones(len(table.buckets))
         for bucket, (shown, fillers) in showings.items():
             factors[table.buckets.index(bucket)] = shown / (shown - fillers)

@@ -1,4 +1,4 @@
-"""The order of examples: nobody is left out, and it depends on nothing but seed and step."""
+"""The order of examples contains every example and depends on seed and step only."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def keys(batches: list[list[SampleDraw]]) -> list[str]:
     return [draw.example.key for batch in batches for draw in batch]
 
 
-def showings(order: BatchOrder, num_epochs: int) -> Counter[str]:
-    """How often each example is shown in the first epochs."""
+def counts_of(order: BatchOrder, num_epochs: int) -> Counter[str]:
+    """Returns how often each example occurs in the first epochs."""
     return Counter(key for epoch in range(num_epochs) for key in keys(epoch_of(order, epoch)))
 
 
 @pytest.mark.parametrize("global_batch", [1, 2, 4, 7, 32])
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_every_image_appears_in_every_epoch(global_batch: int, epoch: int) -> None:
+def test_every_example_occurs_in_every_epoch(global_batch: int, epoch: int) -> None:
     order = BatchOrder(EXAMPLES, global_batch, seed=3)
     assert set(keys(epoch_of(order, epoch))) == {example.key for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("global_batch", [1, 2, 4, 7, 32])
-def test_an_epoch_holds_whole_batches_and_as_many_fillers_as_announced(global_batch: int) -> None:
+def test_an_epoch_has_whole_batches_and_num_fillers_extra_draws(global_batch: int) -> None:
     order = BatchOrder(EXAMPLES, global_batch, seed=3)
     batches = epoch_of(order, 0)
     assert {len(batch) for batch in batches} == {global_batch}
@@ -56,23 +56,23 @@ def test_an_epoch_holds_whole_batches_and_as_many_fillers_as_announced(global_ba
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5])
-def test_each_bucket_s_showings_and_fillers_are_what_is_announced(repeats: float) -> None:
+def test_bucket_draws_counts_the_draws_and_fillers_of_each_bucket(repeats: float) -> None:
     order = BatchOrder(make_examples(COUNTS, repeats), 4, seed=3)
     shown = Counter(draw.example.bucket for batch in epoch_of(order, 1) for draw in batch)
-    assert {bucket: count for bucket, (count, _) in order.bucket_showings().items()} == shown
-    fillers = {bucket: count for bucket, (_, count) in order.bucket_showings().items()}
+    assert {bucket: count for bucket, (count, _) in order.bucket_draws().items()} == shown
+    fillers = {bucket: count for bucket, (_, count) in order.bucket_draws().items()}
     assert sum(fillers.values()) == order.num_fillers
     slots = {1: {SQUARE: 13, WIDE: 5, TALL: 1}, 2.5: {SQUARE: 32, WIDE: 12, TALL: 2}}[repeats]
     assert fillers == {bucket: shown[bucket] - slots[bucket] for bucket in COUNTS}
 
 
 @pytest.mark.parametrize("global_batch", [2, 4, 7, 32])
-def test_a_batch_is_of_one_bucket(global_batch: int) -> None:
+def test_all_examples_of_a_batch_belong_to_one_bucket(global_batch: int) -> None:
     for batch in epoch_of(BatchOrder(EXAMPLES, global_batch, seed=3), 0):
         assert len({draw.example.bucket for draw in batch}) == 1
 
 
-def test_fillers_are_shared_out_before_any_comes_twice() -> None:
+def test_fillers_are_distributed_evenly_over_examples() -> None:
     examples = make_examples({SQUARE: 5})
     counts = Counter(keys(epoch_of(BatchOrder(examples, 8, seed=0), 0)))
     assert sorted(counts.values()) == [1, 1, 2, 2, 2]
@@ -80,7 +80,7 @@ def test_fillers_are_shared_out_before_any_comes_twice() -> None:
     assert set(counts.values()) == {12, 13}
 
 
-def test_fillers_are_other_examples_in_other_epochs() -> None:
+def test_fillers_differ_between_epochs() -> None:
     order = BatchOrder(make_examples({SQUARE: 13}), 8, seed=0)
     repeated = []
     for epoch in range(4):
@@ -93,11 +93,11 @@ def test_order_changes_with_every_epoch() -> None:
     order = BatchOrder(EXAMPLES, 4, seed=3)
     epochs = [epoch_of(order, epoch) for epoch in range(4)]
     assert len({tuple(keys(batches)) for batches in epochs}) == 4
-    company = [{frozenset(keys([batch])) for batch in batches} for batches in epochs]
-    assert all(before != after for before, after in pairwise(company))
+    batch_sets = [{frozenset(keys([batch])) for batch in batches} for batches in epochs]
+    assert all(before != after for before, after in pairwise(batch_sets))
 
 
-def test_buckets_come_in_another_order_in_every_epoch() -> None:
+def test_the_order_of_buckets_changes_with_every_epoch() -> None:
     order = BatchOrder(EXAMPLES, 2, seed=3)
     shapes = [tuple(batch[0].example.bucket for batch in epoch_of(order, epoch)) for epoch in range(4)]
     assert len(set(shapes)) == 4
@@ -107,16 +107,16 @@ def test_buckets_come_in_another_order_in_every_epoch() -> None:
 def test_order_is_a_function_of_seed_and_step(repeats: float) -> None:
     examples = make_examples(COUNTS, repeats)
     straight = BatchOrder(examples, 4, seed=3)
-    wanted = [straight.global_batch(step) for step in range(30)]
-    jumping = BatchOrder(examples, 4, seed=3)
+    expected = [straight.global_batch(step) for step in range(30)]
+    random_access = BatchOrder(examples, 4, seed=3)
     for step in (17, 2, 29, 9, 0, 19, 5):
-        assert jumping.global_batch(step) == wanted[step]
-    assert [BatchOrder(examples, 4, seed=4).global_batch(step) for step in range(30)] != wanted
+        assert random_access.global_batch(step) == expected[step]
+    assert [BatchOrder(examples, 4, seed=4).global_batch(step) for step in range(30)] != expected
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5])
 def test_order_does_not_depend_on_the_order_of_buckets(repeats: float) -> None:
-    """Examples of one bucket keep their order; a new folder of another shape does not reshuffle it."""
+    """A new folder of images for another bucket does not change the order within a bucket."""
     images = images_of(COUNTS, replace(DIRECTORY, repeats=repeats))
     again = sorted(images, key=lambda image: image.bucket != TALL)
     assert again != images
@@ -124,8 +124,8 @@ def test_order_does_not_depend_on_the_order_of_buckets(repeats: float) -> None:
     assert [first.global_batch(step) for step in range(30)] == [second.global_batch(step) for step in range(30)]
 
 
-def test_a_bucket_without_examples_changes_nothing() -> None:
-    """The table has those of every resolution, whether an image fits or not."""
+def test_an_empty_bucket_does_not_change_the_order() -> None:
+    """A table lists all buckets of every resolution, including empty ones."""
     table = table_of(images_of({SQUARE: 3}))
     wider = ExampleTable(
         table.directories, [], [WIDE, *table.buckets], table.images, table.masks, table.controls, table.rows + [0, 0, 1]
@@ -135,7 +135,7 @@ def test_a_bucket_without_examples_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("num_images", [40, 4000])
-def test_a_step_makes_the_examples_of_its_batch_and_no_others(monkeypatch: pytest.MonkeyPatch, num_images: int) -> None:
+def test_a_step_constructs_only_the_examples_of_its_batch(monkeypatch: pytest.MonkeyPatch, num_images: int) -> None:
     table = make_examples({SQUARE: num_images, WIDE: 5}, repeats=2.5)
     made: list[int | slice] = []
     real_getitem = ExampleTable.__getitem__
@@ -152,7 +152,7 @@ def test_a_step_makes_the_examples_of_its_batch_and_no_others(monkeypatch: pytes
         assert len(made) == 8 * num_steps
 
 
-def test_an_epoch_is_arranged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_an_epoch_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     real_permutation = batches_module.randomness.permutation
 
@@ -163,14 +163,14 @@ def test_an_epoch_is_arranged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_module.randomness, "permutation", count)
     order = BatchOrder(make_examples({SQUARE: 13}), 4, seed=3)
     epoch_of(order, 0)
-    assert drawn == [13, 13, 4], "the bucket's slots, its fillers, the batches"
+    assert drawn == [13, 13, 4], "slots of the bucket, fillers, batches"
 
 
 # --- repeats -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 7])
-def test_repeats_are_shown_as_often_as_asked_for(global_batch: int) -> None:
+def test_examples_occur_at_least_num_repeats_times(global_batch: int) -> None:
     examples = make_examples({SQUARE: 6}, repeats=3)
     order = BatchOrder(examples, global_batch, seed=1)
     counts = Counter(keys(epoch_of(order, 0)))
@@ -178,17 +178,17 @@ def test_repeats_are_shown_as_often_as_asked_for(global_batch: int) -> None:
     assert sum(counts.values()) == 18 + order.num_fillers
 
 
-def test_of_two_and_a_half_repeats_each_example_has_five_in_two_epochs() -> None:
+def test_with_2_5_repeats_each_example_occurs_5_times_in_2_epochs() -> None:
     order = BatchOrder(make_examples({SQUARE: 6}, repeats=2.5), 1, seed=1)
     assert order.num_fillers == 0
     for epoch in range(4):
         counts = Counter(keys(epoch_of(order, epoch)))
-        assert sorted(counts.values()) == [2, 2, 2, 3, 3, 3], "half of them a third time, in each epoch"
-    assert set(showings(order, 2).values()) == {5}
-    assert set(showings(order, 4).values()) == {10}
+        assert sorted(counts.values()) == [2, 2, 2, 3, 3, 3], "half of the examples occur a third time in each epoch"
+    assert set(counts_of(order, 2).values()) == {5}
+    assert set(counts_of(order, 4).values()) == {10}
 
 
-def test_of_a_quarter_of_a_repeat_each_example_is_shown_once_in_four_epochs() -> None:
+def test_with_0_25_repeats_each_example_occurs_once_in_4_epochs() -> None:
     order = BatchOrder(make_examples({SQUARE: 8}, repeats=0.25), 1, seed=1)
     assert order.steps_per_epoch == 2
     epochs = [set(keys(epoch_of(order, epoch))) for epoch in range(8)]
@@ -199,21 +199,21 @@ def test_of_a_quarter_of_a_repeat_each_example_is_shown_once_in_four_epochs() ->
 
 @pytest.mark.parametrize("repeats", [0.1, 0.25, 0.5, 1, 1.3, 2.5, 2.9])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
-def test_every_epoch_is_as_long_and_shares_out_what_is_no_whole_number(repeats: float, count: int) -> None:
+def test_epochs_have_equal_length_and_extra_draws_are_distributed_evenly(repeats: float, count: int) -> None:
     order = BatchOrder(make_examples({SQUARE: count}, repeats), 1, seed=5)
     length = order.steps_per_epoch
     extra = length - int(repeats) * count
-    assert abs(length - repeats * count) <= 0.5 or extra == 1, "rounded, but no part of a showing to nothing"
+    assert abs(length - repeats * count) <= 0.5 or extra == 1, "rounded, but at least one"
     for num_epochs in (1, 2, 7, 20):
-        counts = showings(order, num_epochs)
+        counts = counts_of(order, num_epochs)
         assert sum(counts.values()) == num_epochs * length
         shown = [counts[example.key] for example in order._examples]
-        assert max(shown) - min(shown) <= 1, "nobody is ahead of anybody by more than one"
+        assert max(shown) - min(shown) <= 1, "counts of two examples differ by at most one"
 
 
-def test_which_examples_are_shown_once_more_depends_on_the_seed() -> None:
+def test_the_examples_with_an_extra_draw_depend_on_the_seed() -> None:
     orders = [BatchOrder(make_examples({SQUARE: 16}, repeats=1.5), 1, seed) for seed in range(2)]
-    often = [{key for key, count in showings(order, 1).items() if count == 2} for order in orders]
+    often = [{key for key, count in counts_of(order, 1).items() if count == 2} for order in orders]
     assert often[0] != often[1]
     assert len(often[0]) == len(often[1]) == 8
 
@@ -221,26 +221,26 @@ def test_which_examples_are_shown_once_more_depends_on_the_seed() -> None:
 @pytest.mark.parametrize("repeats", [0.25, 1, 2.5, 3])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_no_two_draws_of_an_epoch_are_the_same(repeats: float, epoch: int) -> None:
-    """Else a repeat would be shown with the noise and time it had before."""
+    """Otherwise a repeat would have the noise and timestep of an earlier draw."""
     images = images_of({SQUARE: 5, TALL: 1}, replace(DIRECTORY, repeats=repeats))
     images += images_of({SQUARE: 3}, replace(DIRECTORY, place="1", repeats=1.5))
     batches = epoch_of(BatchOrder(table_of(images), 16, seed=0), epoch)
     draws = [(draw.example.key, draw.epoch, draw.occurrence) for batch in batches for draw in batch]
     assert len(set(draws)) == len(draws)
     assert {number for _, number, _ in draws} == {epoch}
-    assert max(Counter(key for key, _, _ in draws).values()) > 2, "there are fillers among them"
+    assert max(Counter(key for key, _, _ in draws).values()) > 2, "the epoch has fillers"
     for name in {key for key, _, _ in draws}:
         assert any(occurrence == 0 for key, _, occurrence in draws if key == name) or repeats < 1
 
 
-def test_an_example_of_many_repeats_keeps_its_share() -> None:
+def test_an_example_with_many_repeats_has_exactly_that_many_draws() -> None:
     images = images_of({SQUARE: 4}) + images_of({SQUARE: 1}, replace(DIRECTORY, place="1", repeats=8))
     counts = Counter(keys(epoch_of(BatchOrder(table_of(images), 4, seed=0), 0)))
     assert counts["1/32x32-0.png@32"] == 8
     assert set(counts.values()) == {1, 8}
 
 
-def test_directories_of_unlike_repeats_share_a_bucket() -> None:
+def test_directories_with_different_repeats_share_a_bucket() -> None:
     images = [
         image
         for place, repeats in enumerate((0.5, 1, 2.5))
@@ -248,21 +248,21 @@ def test_directories_of_unlike_repeats_share_a_bucket() -> None:
     ]
     order = BatchOrder(table_of(images), 2, seed=0)
     assert order.num_fillers == 0
-    counts = showings(order, 2)
+    counts = counts_of(order, 2)
     assert {(key[0], count) for key, count in counts.items()} == {("0", 1), ("1", 2), ("2", 5)}
-    assert any(len({key[0] for key in keys([batch])}) > 1 for batch in epoch_of(order, 0)), "in one batch too"
+    assert any(len({key[0] for key in keys([batch])}) > 1 for batch in epoch_of(order, 0)), "and a batch"
 
 
-# --- ends --------------------------------------------------------------------------------------------------------------
+# --- boundaries --------------------------------------------------------------------------------------------------------
 
 
-def test_first_step_of_an_epoch_follows_the_last_of_the_one_before() -> None:
+def test_an_epoch_starts_after_the_last_step_of_the_previous_one() -> None:
     order = BatchOrder(EXAMPLES, 4, seed=3)
     last = order.steps_per_epoch
     assert {draw.epoch for draw in order.global_batch(last - 1)} == {0}
     assert {draw.epoch for draw in order.global_batch(last)} == {1}
 
 
-def test_no_examples_are_refused() -> None:
+def test_a_table_without_examples_is_rejected() -> None:
     with pytest.raises(ValueError, match="no examples"):
         BatchOrder(empty_table(), 4, seed=0)

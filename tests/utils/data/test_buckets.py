@@ -1,4 +1,4 @@
-"""Sizes to train on, and how an image is cut to one."""
+"""Aspect-ratio buckets and crops."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SIZES = [(640, 427), (427, 640), (1000, 872), (512, 512), (33, 400), (4000, 31),
 
 
 def nearest_bucket(width: int, height: int, buckets: list[Bucket]) -> Bucket:
-    """Of one image."""
+    """Returns the bucket of one image."""
     (place,) = nearest_buckets(np.array([[width, height]]), buckets).tolist()
     return buckets[place]
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 1024])
 @pytest.mark.parametrize("num_buckets", [1, 2, 3, 7, 20])
-def test_sides_are_multiples_and_areas_near_the_resolution_s(resolution: int, num_buckets: int) -> None:
+def test_sides_are_multiples_and_areas_are_near_resolution_squared(resolution: int, num_buckets: int) -> None:
     for bucket in make_buckets(resolution, 0.5, 2.0, num_buckets, MULTIPLE):
         assert bucket.width % MULTIPLE == bucket.height % MULTIPLE == 0
         ideal = bucket_of_ratio(resolution, bucket.width / bucket.height, MULTIPLE)
@@ -30,7 +30,7 @@ def test_sides_are_multiples_and_areas_near_the_resolution_s(resolution: int, nu
         assert abs(math.log(bucket.width * bucket.height / resolution**2)) < 3 * MULTIPLE / resolution
 
 
-def test_released_sizes_are_among_the_buckets_of_1024() -> None:
+def test_buckets_of_1024_contain_common_image_sizes() -> None:
     buckets = make_buckets(1024, 0.5, 2.0, 7, MULTIPLE)
     assert Bucket(1024, 1024) in buckets
     assert Bucket(1440, 720) in buckets or Bucket(1456, 720) in buckets
@@ -38,32 +38,32 @@ def test_released_sizes_are_among_the_buckets_of_1024() -> None:
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2, 4, 7])
-def test_the_square_is_always_there_and_nothing_twice(num_buckets: int) -> None:
+def test_buckets_are_distinct_sorted_and_contain_the_square(num_buckets: int) -> None:
     buckets = make_buckets(256, 0.5, 2.0, num_buckets, MULTIPLE)
     assert Bucket(256, 256) in buckets
     assert len(set(buckets)) == len(buckets)
     assert buckets == sorted(buckets)
 
 
-def test_portrait_and_landscape_are_treated_alike() -> None:
+def test_buckets_are_symmetric_in_portrait_and_landscape() -> None:
     buckets = make_buckets(512, 0.5, 2.0, 9, MULTIPLE)
     assert {Bucket(bucket.height, bucket.width) for bucket in buckets} == set(buckets)
 
 
-def test_ratios_reach_both_ends_and_are_evenly_spaced_in_the_logarithm() -> None:
+def test_ratios_span_the_range_evenly_in_the_logarithm() -> None:
     buckets = make_buckets(4096, 0.25, 4.0, 5, 1)
     logarithms = sorted(math.log(bucket.width / bucket.height) for bucket in buckets)
     expected = [math.log(0.25) + index * math.log(2) for index in range(5)]
     assert logarithms == pytest.approx(expected, abs=2e-3)
 
 
-def test_no_side_is_ever_zero() -> None:
+def test_sides_are_at_least_one_multiple() -> None:
     assert all(min(bucket.width, bucket.height) >= 16 for bucket in make_buckets(16, 0.01, 100.0, 9, 16))
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_nearest_bucket_crops_least(width: int, height: int) -> None:
-    """Nearest in the logarithm of the ratio = largest share of the image kept."""
+def test_the_nearest_bucket_crops_the_least(width: int, height: int) -> None:
+    """Nearest in the logarithm of the ratio means that the largest fraction of the image is kept."""
     buckets = make_buckets(256, 0.5, 2.0, 7, 1)
     chosen = nearest_bucket(width, height, buckets)
 
@@ -74,17 +74,17 @@ def test_nearest_bucket_crops_least(width: int, height: int) -> None:
     assert kept(chosen) == pytest.approx(max(kept(bucket) for bucket in buckets))
 
 
-def test_nearest_bucket_does_not_depend_on_the_order_given() -> None:
+def test_the_nearest_bucket_does_not_depend_on_the_order_of_buckets() -> None:
     buckets = [Bucket(32, 64), Bucket(64, 32)]
     assert nearest_bucket(10, 10, buckets) == nearest_bucket(10, 10, buckets[::-1])
 
 
-def test_a_tie_goes_to_the_bucket_that_is_smaller_in_order() -> None:
+def test_of_two_equally_near_buckets_the_smaller_is_chosen() -> None:
     assert nearest_bucket(10, 10, [Bucket(64, 32), Bucket(32, 64)]) == Bucket(32, 64)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float64])
-def test_many_images_get_the_buckets_that_each_gets_alone(dtype: type) -> None:
+def test_buckets_of_many_images_equal_those_of_single_images(dtype: type) -> None:
     buckets = make_buckets(256, 0.5, 2.0, 7, 16)
     together = nearest_buckets(np.array(SIZES, dtype), buckets)
     assert [buckets[place] for place in together.tolist()] == [nearest_bucket(*size, buckets) for size in SIZES]
@@ -97,7 +97,7 @@ PLACES = [None, 0.0, 0.3, 0.5, 1 - 2**-53]
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("bucket", [Bucket(32, 32), Bucket(16, 48), Bucket(1024, 512)])
 @pytest.mark.parametrize("place", PLACES)
-def test_the_image_covers_its_bucket_and_keeps_its_shape(
+def test_the_resized_image_covers_its_bucket_and_keeps_its_aspect_ratio(
     width: int, height: int, bucket: Bucket, place: float | None
 ) -> None:
     box = crop_box(width, height, bucket, place)
@@ -113,14 +113,14 @@ def test_the_image_covers_its_bucket_and_keeps_its_shape(
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_a_crop_without_a_place_is_in_the_middle(width: int, height: int) -> None:
+def test_a_crop_without_position_is_centred(width: int, height: int) -> None:
     box = crop_box(width, height, Bucket(32, 48))
     assert abs((box.resized_width - 32) - 2 * box.left) <= 1
     assert abs((box.resized_height - 48) - 2 * box.top) <= 1
 
 
-def test_places_reach_both_ends_and_all_between_alike() -> None:
-    """40 pixels wide of which 32 are shown: nine places to begin at."""
+def test_crop_positions_are_uniform_and_reach_both_ends() -> None:
+    """A crop of 32 of 40 pixels has nine possible positions."""
     lefts = Counter(crop_box(40, 32, Bucket(32, 32), index / 900).left for index in range(900))
     assert sorted(lefts) == list(range(9))
     assert all(abs(count - 100) <= 1 for count in lefts.values())
@@ -129,13 +129,13 @@ def test_places_reach_both_ends_and_all_between_alike() -> None:
     assert tops == [0, 30, 60]
 
 
-def test_a_image_of_its_bucket_s_size_is_left_alone() -> None:
+def test_an_image_of_the_size_of_its_bucket_is_not_changed() -> None:
     for place in PLACES:
         box = crop_box(48, 16, Bucket(48, 16), place)
         assert (box.resized_width, box.resized_height, box.left, box.top) == (48, 16, 0, 0)
 
 
-def test_the_key_tells_different_geometries_apart() -> None:
+def test_different_geometries_have_different_keys() -> None:
     buckets = (Bucket(32, 32), Bucket(16, 48))
     boxes = [crop_box(*size, bucket, place) for size in SIZES for bucket in buckets for place in PLACES]
     geometries = {(box.resized_width, box.resized_height, box.left, box.top, box.bucket) for box in boxes}

@@ -1,4 +1,4 @@
-"""Files written in parts are what safetensors itself would read."""
+"""Files written in parts are valid safetensors files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from utils.files import safetensors_writer as safetensors_file
+from utils.files import safetensors_writer
 from utils.files.safetensors_writer import Entry, create_file, plan_file, write_tensors
 
 TENSORS = {
@@ -23,7 +23,7 @@ TENSORS = {
 ENTRIES = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in TENSORS.items()]
 
 
-def test_written_by_several_in_any_order_it_reads_as_one_file(tmp_path: Path) -> None:
+def test_parts_may_be_written_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     layout = plan_file(ENTRIES, {"made by": "hand"})
     create_file(path, layout)
@@ -39,14 +39,14 @@ def test_written_by_several_in_any_order_it_reads_as_one_file(tmp_path: Path) ->
         assert file.metadata() == {"format": "pt", "made by": "hand"}
 
 
-def test_tensors_of_four_bytes_stay_aligned_whatever_else_is_there() -> None:
+def test_all_tensors_are_aligned() -> None:
     layout = plan_file(ENTRIES, {"x": "odd lengths."})
     for entry in ENTRIES:
         assert layout.starts[entry.key] % entry.dtype.itemsize == 0
     assert len(layout.header) % 8 == 0
 
 
-def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path: Path) -> None:
+def test_a_transposed_tensor_is_written_in_row_major_order(tmp_path: Path) -> None:
     value = torch.arange(6.0).reshape(2, 3).T
     layout = plan_file([Entry("x", torch.float32, (3, 2))], {})
     create_file(tmp_path / "file", layout)
@@ -54,15 +54,13 @@ def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path: Path) -> None
     assert torch.equal(load_file(tmp_path / "file")["x"], value)
 
 
-def test_a_name_given_twice_is_an_error() -> None:
+def test_a_duplicate_key_raises_an_error() -> None:
     with pytest.raises(ValueError, match=r"named b\.weight"):
         plan_file([*ENTRIES, ENTRIES[0]], {})
 
 
-def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(safetensors_file.shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
-    with pytest.raises(OSError, match=r"file needs [\d,]+ bytes, and the disk has 10 left"):
+def test_a_full_disk_raises_an_error_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_writer.shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match=r"file needs [\d,]+ bytes, but the disk has only 10 bytes"):
         create_file(tmp_path / "file", plan_file(ENTRIES, {}))
     assert not list(tmp_path.iterdir())
