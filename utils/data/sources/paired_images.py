@@ -90,7 +90,7 @@ class PairedImageTable:
         return [StoredHashes(content, self._starts[folder], part.table, part.usable) for folder, part in parts.items()]
 
     def warnings(self) -> list[str]:
-        """StampedReturns warnings about files in the folders that are paired with no image."""
+        """Returns warnings about files in the folders that are paired with no image."""
         warnings = []
         for folder, index in self._indexes.items():
             names = {*index.parts[0].rows.names, *index.others}
