@@ -20,12 +20,10 @@ from tests.utils.objective.published_formulas import (
     name_of,
     uniform,
 )
+from utils.config.schema.objective_choices import MAX_MODE_SCALE, MIN_MODE_SCALE, TimestepSampling
 from utils.objective.rectified_flow import shift_time
 from utils.objective.timestep_sampling import (
-    MAX_MODE_SCALE,
-    MIN_MODE_SCALE,
     Density,
-    TimestepSampling,
     round_sigma,
     round_time,
 )
