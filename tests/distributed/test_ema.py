@@ -17,7 +17,7 @@ from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run, start_ranks
 from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert_same_weights
 from tests.distributed.test_resume import copy_of, prepare_resume
-from utils.checkpoint.save import step_folder
+from utils.checkpoint.manifest import step_folder
 from utils.config.load import ConfigError
 from utils.pipeline.optimizer_state import EMA, MASTER
 
@@ -152,7 +152,7 @@ def refusal(experiment: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         prepare_resume(experiment, "", *overrides)
     (error,) = caught.value.errors
-    assert "going on would be another training" in error.message
+    assert "resuming would be a different training" in error.message
     return error.message
 
 
@@ -171,4 +171,4 @@ def test_resuming_without_the_average_that_was_kept_is_refused(lab: Lab, tmp_pat
     settings = toml.loads(lab.shared_run(2, AVERAGED).experiment.read_text())
     del settings["ema"]
     (tmp_path / "experiment.toml").write_text(toml.dumps(settings))
-    assert refusal(tmp_path / "experiment.toml").endswith("and is 'none' now; going on would be another training")
+    assert refusal(tmp_path / "experiment.toml").endswith("and is 'none' now; resuming would be a different training")

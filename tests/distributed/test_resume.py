@@ -212,7 +212,7 @@ def test_resume_with_another_experiment_is_refused(lab: Lab, override: str, key:
         prepare_resume(lab.shared_run(2, LORA).experiment, "", override)
     (error,) = caught.value.errors
     assert error.message.startswith(f"{key} was ")
-    assert "going on would be another training" in error.message
+    assert "resuming would be a different training" in error.message
 
 
 def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
