@@ -1,9 +1,9 @@
-"""Is the encoder kept busy?  python -m tests.benchmarks.caching [--images 96] [--resolution 128]
+"""Measures the encoder utilisation of caching:  python -m tests.benchmarks.caching [--images 96] [--resolution 128]
 
 Two processes encode JPEG photographs with an autoencoder of SD3's real size (random weights; 34 M parameters in the
-encoder) and captions with small text encoders, twice: as `train.py --cache-only` does it, and without anything besides the
-encoders, images lying decoded in memory, half for each process. Compared are the pass's wall time, without the loading of
-weights, the time inside the encoders, and what nothing but the encoders take.
+encoder) and captions with small text encoders, twice: with `train.py --cache-only`, and by calling the encoders alone on
+images that are already decoded, half of them in each process. The benchmark compares the wall time of caching without the
+loading of weights, the time inside the encoders, and the time of the encoders alone.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 LIMIT_SECONDS = 3000.0
 
 _seconds_inside: dict[str, float] = {}
-_seconds_of_pass: dict[str, float] = {}
+_seconds_of_caching: dict[str, float] = {}
 
 
-# --- what each rank does -----------------------------------------------------------------------------------------------
+# --- the ranks ---------------------------------------------------------------------------------------------------------
 
 
 def _timed(load: Callable[[Any, torch.device], EncodeFunction]) -> Callable[[Any, torch.device], EncodeFunction]:
@@ -49,9 +49,9 @@ def _timed(load: Callable[[Any, torch.device], EncodeFunction]) -> Callable[[Any
         encode = load(encoder, device)
 
         def encode_timed(items: Sequence[Any]) -> list[EncodedItem]:
-            began = time.perf_counter()
+            start = time.perf_counter()
             encoded = encode(items)
-            _seconds_inside[encoder.name] = _seconds_inside.get(encoder.name, 0.0) + time.perf_counter() - began
+            _seconds_inside[encoder.name] = _seconds_inside.get(encoder.name, 0.0) + time.perf_counter() - start
             return encoded
 
         return encode_timed
@@ -60,12 +60,12 @@ def _timed(load: Callable[[Any, torch.device], EncodeFunction]) -> Callable[[Any
 
 
 def _write(folder: Path, rank: int) -> None:
-    text = json.dumps({"inside": _seconds_inside, "pass": _seconds_of_pass})
+    text = json.dumps({"inside": _seconds_inside, "caching": _seconds_of_caching})
     (folder / f"rank_{rank}_{os.environ[ALONE]}.json").write_text(text)
 
 
 def main() -> None:
-    """Of a rank: with everything around the encoders, or without."""
+    """Runs one rank: `train.py --cache-only`, or the encoders alone."""
     SD3ImageEncoder.load = _timed(SD3ImageEncoder.load)  # type: ignore[method-assign]
     SD3TextEncoder.load = _timed(SD3TextEncoder.load)  # type: ignore[method-assign]
     folder, rank = Path(os.environ[PLACE]), int(os.environ["RANK"])
@@ -75,7 +75,7 @@ def main() -> None:
     report = EncoderLoop._report
 
     def report_and_keep(self: EncoderLoop, seconds: float) -> None:
-        _seconds_of_pass[self._encoder.name] = seconds
+        _seconds_of_caching[self._encoder.name] = seconds
         report(self, seconds)
         _write(folder, rank)
 
@@ -86,12 +86,12 @@ def main() -> None:
 def _encode_alone(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     experiment = prepare(folder / "experiment.toml", [], None, World(0, 0, 1, 1), check_only=True)
-    adapter, table = experiment.family, experiment.dataset.examples
+    family, table = experiment.family, experiment.dataset.examples
     examples = [table[row] for row in range(rank, len(table), RANKS)]
     pixels = [torch.from_numpy(read_pixels(example.image, example.box)) for example in examples]
     captions = [example.caption() for example in examples]
-    jobs: list[tuple[Any, Sequence[Any]]] = [(adapter.image_encoder, pixels)]
-    jobs += [(encoder, captions) for encoder in adapter.text_encoders]
+    jobs: list[tuple[Any, Sequence[Any]]] = [(family.image_encoder, pixels)]
+    jobs += [(encoder, captions) for encoder in family.text_encoders]
     for encoder, items in jobs:
         encode = encoder.load(torch.device("cpu"))
         (folder / f"ready_{encoder.name}_{rank}").touch()
@@ -102,7 +102,7 @@ def _encode_alone(folder: Path, rank: int) -> None:
     _write(folder, rank)
 
 
-# --- what is measured --------------------------------------------------------------------------------------------------
+# --- measurement -------------------------------------------------------------------------------------------------------
 
 
 def write_real_size_vae(folder: Path) -> None:
@@ -122,7 +122,7 @@ def write_real_size_vae(folder: Path) -> None:
 
 
 def make_photographs(folder: Path, count: int) -> None:
-    """Crops of 600 x 450 or so of real photographs, as JPEG files of some 60 kB, no two alike."""
+    """Writes distinct crops (600 x 450 pixels) of photographs as JPEG files of about 60 kB, with captions."""
     folder.mkdir()
     images = [Image.fromarray(getattr(photographs, name)()).convert("RGB").resize((800, 600)) for name in NAMES]
     for index in range(count):
@@ -157,15 +157,15 @@ def measure(num_images: int, resolution: int) -> None:
         bare, _ = run(folder, experiment, alone=True)
         ranks, output = run(folder, experiment, alone=False)
     print("".join(f"{line}\n" for line in output.splitlines() if "encoder utilisation" in line), end="")
-    total_pass, total_inside, total_bare = 0.0, 0.0, 0.0
-    for name in ranks[0]["pass"]:
-        wall = max(rank["pass"][name] for rank in ranks)
+    total_wall, total_inside, total_bare = 0.0, 0.0, 0.0
+    for name in ranks[0]["caching"]:
+        wall = max(rank["caching"][name] for rank in ranks)
         inside = sum(rank["inside"].get(name, 0.0) for rank in ranks) / RANKS
         alone = max(rank["inside"][name] for rank in bare)
-        print(f"{name:>8}: wall {wall:7.2f} s, in the encoder {inside:7.2f} s a process, nothing else {alone:7.2f} s")
-        total_pass, total_inside, total_bare = total_pass + wall, total_inside + inside, total_bare + alone
-    print(f"wall / time in the encoders: {total_pass / total_inside:.3f}")
-    print(f"wall / nothing but the encoders: {total_pass / total_bare:.3f}")
+        print(f"{name:>8}: wall {wall:7.2f} s, inside the encoder {inside:7.2f} s per process, encoder alone {alone:7.2f} s")
+        total_wall, total_inside, total_bare = total_wall + wall, total_inside + inside, total_bare + alone
+    print(f"wall / time in the encoders: {total_wall / total_inside:.3f}")
+    print(f"wall / encoders alone: {total_wall / total_bare:.3f}")
 
 
 if __name__ == "__main__":

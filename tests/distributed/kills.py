@@ -76,10 +76,10 @@ def run_uninterrupted(work: CachingExperiment) -> Uninterrupted:
     log = work.experiment.parent / "uninterrupted.txt"
     while not log.stat().st_size:
         time.sleep(0.005)
-    began = time.time()
+    start = time.time()
     finished = ranks.wait()
     assert finished.exit_code == 0, finished.output
-    seconds = log.stat().st_mtime - began
+    seconds = log.stat().st_mtime - start
     entries = entries_of(work.cache)
     counts = work.encoded("uninterrupted")
     assert set(counts) == set(entries) and set(counts.values()) == {1}

@@ -49,6 +49,6 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder. It is renamed first, so that an interruption leaves no partial folder with its name."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    folder.replace(doomed)
-    shutil.rmtree(doomed)
+    renamed = folder.with_name(f".{folder.name}.old")
+    folder.replace(renamed)
+    shutil.rmtree(renamed)

@@ -32,14 +32,14 @@ from utils.files.columns import Texts, map_columns, save_columns
 Stamp = tuple[int, int, int]
 """Size in bytes, mtime and ctime in nanoseconds. ctime detects changes after which mtime was set back."""
 Algorithm = Literal["blake2b", "sha256"]
-HASH_BYTES = 16
+_HASH_BYTES = 16
 """Length of the blake2b hashes, from which cache keys are computed."""
 HASHES = "content"
 """Column of a file table with the blake2b hashes, (n, 16) uint8; zeros for files that have not been hashed."""
 Columns = dict[str, "Texts | np.ndarray"]
 _BLOCK_BYTES = 1 << 20
 _ALGORITHMS: Mapping[Algorithm, Callable[[], Any]] = {
-    "blake2b": lambda: hashlib.blake2b(digest_size=HASH_BYTES),
+    "blake2b": lambda: hashlib.blake2b(digest_size=_HASH_BYTES),
     "sha256": hashlib.sha256,
 }
 

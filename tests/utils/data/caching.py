@@ -59,7 +59,7 @@ def cache_alone(
 
 
 class CountingEncoder(FrozenEncoder):
-    """An encoder that records its inputs. The input `poison` is encoded to NaN."""
+    """An encoder that records its inputs. The input `nan_input` is encoded to NaN."""
 
     name: str
     files: tuple[Path, ...]
@@ -67,7 +67,7 @@ class CountingEncoder(FrozenEncoder):
     def __init__(self) -> None:
         self.encoded: list[Any] = []
         self.num_loads = 0
-        self.poison: Any = None
+        self.nan_input: Any = None
 
     def load(self, device: torch.device) -> EncodeFunction:
         self.num_loads += 1
@@ -108,7 +108,7 @@ class CountingTexts(CountingEncoder, TextEncoder):
     def value(self, item: str) -> EncodedItem:
         letters = torch.tensor([float(ord(letter)) for letter in item.ljust(NUM_TOKENS)[:NUM_TOKENS]])
         sequence = letters[:, None].repeat(1, TEXT_WIDTH)
-        if item == self.poison:
+        if item == self.nan_input:
             sequence[0] = float("nan")
         length = torch.tensor([len(item), min(len(item), NUM_TOKENS)], dtype=torch.int32)
         return {"sequence": sequence, "pooled": sequence.sum(0), LENGTH: length}

@@ -72,9 +72,9 @@ class Store:
         """
         if not len(self._prefixes):
             return np.full(len(keys), -1, np.int64)
-        wanted = prefixes_of(keys)
-        places = np.minimum(np.searchsorted(self._prefixes, wanted), len(self._prefixes) - 1)
-        return np.where(self._prefixes[places] == wanted, self._numbers[places], np.int64(-1))
+        prefixes = prefixes_of(keys)
+        places = np.minimum(np.searchsorted(self._prefixes, prefixes), len(self._prefixes) - 1)
+        return np.where(self._prefixes[places] == prefixes, self._numbers[places], np.int64(-1))
 
     def get(self, key: bytes) -> dict[str, Tensor]:
         """Returns the tensors of one entry on the CPU. They are views of the mapped file and must not be written to.

@@ -96,12 +96,12 @@ class CachePlan:
 def max_cache_bytes(family: ModelFamily, tables: Sequence[ExampleTable], settings: CacheSettings) -> int:
     """Returns an upper bound of the size of all entries a run reads: duplicates are counted each time."""
     total = 0
-    kept = family.latent.channels * (2 if settings.posterior else 1)
+    channels = family.latent.channels * (2 if settings.posterior else 1)
     for table in tables:
         has_mask, has_control = bool(len(table.masks.paths)), bool(len(table.controls.paths))
         flips = np.array([2 if directory.may_flip else 1 for directory in table.directories], np.int64)
         pixels = np.array([bucket.width * bucket.height for bucket in table.buckets], np.int64)[table.rows[:, 2]]
-        latents = int((pixels * flips[table.images.directory[table.rows[:, 0]]]).sum()) * kept * (1 + has_control)
+        latents = int((pixels * flips[table.images.directory[table.rows[:, 0]]]).sum()) * channels * (1 + has_control)
         total += (latents + int(pixels.sum()) * has_mask) * _FLOAT_BYTES // family.latent.downscale**2
         num_captions = sum(
             int(np.diff(table.images.first_caption)[chosen].sum())
@@ -124,8 +124,8 @@ def make_plan(
     """Finds the missing entries. Images whose hash is unknown are skipped. Raises OSError for an unreadable encoder file."""
     files = FileIndex(settings.folder)
 
-    def folder_of(encoder: FrozenEncoder, kept: str) -> Path:
-        return settings.folder / f"{encoder.name}-{_identity(encoder, kept, files).hex()[:16]}"
+    def folder_of(encoder: FrozenEncoder, stored: str) -> Path:
+        return settings.folder / f"{encoder.name}-{_identity(encoder, stored, files).hex()[:16]}"
 
     folders = CacheFolders(
         settings.folder,
@@ -135,11 +135,11 @@ def make_plan(
     )
     files.save()
     per_pixel = _FLOAT_BYTES / family.latent.downscale**2
-    kept = family.latent.channels * (2 if settings.posterior else 1)
+    channels = family.latent.channels * (2 if settings.posterior else 1)
     captions = required_captions(tables, texts)
     return CachePlan(
         folders,
-        _images_work(folders.latents, required_latents(tables), tables, per_pixel * kept),
+        _images_work(folders.latents, required_latents(tables), tables, per_pixel * channels),
         _images_work(folders.masks, required_masks(tables), tables, per_pixel),
         {
             encoder.name: _captions_work(folders.texts[encoder.name], captions, encoder, settings)
@@ -148,10 +148,13 @@ def make_plan(
     )
 
 
-def _identity(encoder: FrozenEncoder, kept: str, files: FileIndex) -> bytes:
-    """Returns the hash of everything that an encoder's entries depend on, except the input."""
+def _identity(encoder: FrozenEncoder, stored: str, files: FileIndex) -> bytes:
+    """Returns the hash of everything that an encoder's entries depend on, except the input.
+
+    stored: which of the encoder's tensors are stored, or their dtype.
+    """
     settings = [f"{key}={value}" for key, value in sorted(encoder.settings.items())]
-    return content_key(encoder.name, kept, *settings, *(f"{path.name}:{files.hash_of(path)}" for path in encoder.files))
+    return content_key(encoder.name, stored, *settings, *(f"{path.name}:{files.hash_of(path)}" for path in encoder.files))
 
 
 # --- missing entries ---------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ def test_images_that_break_after_the_scan_are_reported_and_the_rest_is_encoded(c
     examples = caching.examples(resolutions=[32, 64])
     broken = caching.images / "image_001.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    gone = caching.images / "image_002.png"
-    gone.unlink()
+    missing = caching.images / "image_002.png"
+    missing.unlink()
     cached = cache_alone(FakeFamily(caching.folder), [examples], [""], caching.settings)
-    assert bad_paths(cached) == [broken, gone]
+    assert bad_paths(cached) == [broken, missing]
     assert all(bad.reason for bad in cached.unusable.bad_files)
     assert unusable_keys(cached) == [[f"0/image_00{index}.png@{size}" for index in (1, 2) for size in (32, 64)]]
     usable = cached.tables[0].where(~cached.unusable.examples[0])
@@ -43,7 +43,9 @@ def test_an_image_that_changes_before_it_is_read_is_not_cached_under_its_old_has
     with monkeypatch.context() as changing:
         changing.setattr(precompute, "make_plan", change_image)
         cached = caching.run(FakeFamily(caching.folder))
-    assert [str(bad) for bad in cached.unusable.bad_files] == [f"{path}: has changed since the run started; start the run again"]
+    assert [str(bad) for bad in cached.unusable.bad_files] == [
+        f"{path}: has changed since the run started; start the run again"
+    ]
     assert unusable_keys(cached) == [["0/image_001.png@32"]]
     assert caching.encode() == (1, 0, 0)
     path.write_bytes(before)
@@ -60,11 +62,11 @@ def test_evaluation_images_that_are_copies_of_training_images_are_reported(
         (other / name).with_suffix(".txt").write_text("a copy")
     write_image(other, 9)
     tables = [caching.examples(), caching.scan(directory=[{"path": other}]).examples]
-    gone = [caching.images / "image_000.png", other / "image_009.png"]
-    for path in gone:
+    missing = [caching.images / "image_000.png", other / "image_009.png"]
+    for path in missing:
         path.unlink()
     cached = cache_alone(FakeFamily(caching.folder), tables, [], caching.settings)
-    assert bad_paths(cached) == sorted(gone), "unread files do not count as copies of each other"
+    assert bad_paths(cached) == sorted(missing), "unread files do not count as copies of each other"
     assert "note: 2 images of evaluation sets are copies of training images" in capsys.readouterr().out
     cache_alone(FakeFamily(caching.folder), tables[:1], [], caching.settings)
     assert "note: " not in capsys.readouterr().out
@@ -105,7 +107,7 @@ def test_a_bad_file_is_read_again_and_used_once_it_is_fixed(caching: CachingSetu
 def test_nan_outputs_are_never_cached(caching: CachingSetup) -> None:
     caption = caching.examples()[1].caption()
     family = FakeFamily(caching.folder)
-    family.clip.poison = caption
+    family.clip.nan_input = caption
     cached = caching.run(family, resolutions=[32, 64])
     (bad,) = cached.unusable.bad_files
     assert bad.path == caching.images / "image_001.png"
@@ -120,9 +122,9 @@ def test_nan_outputs_are_never_cached(caching: CachingSetup) -> None:
 
 def test_all_images_of_a_caption_with_nan_output_are_unusable(caching: CachingSetup) -> None:
     for index in (0, 2):
-        (caching.images / f"image_{index:03d}.txt").write_text("poison")
+        (caching.images / f"image_{index:03d}.txt").write_text("NaN")
     family = FakeFamily(caching.folder)
-    family.t5.poison = "poison"
+    family.t5.nan_input = "NaN"
     cached = caching.run(family)
     assert unusable_keys(cached) == [["0/image_000.png@32", "0/image_002.png@32"]]
     assert [path.name for path in bad_paths(cached)] == ["image_000.png", "image_002.png"]
@@ -130,7 +132,7 @@ def test_all_images_of_a_caption_with_nan_output_are_unusable(caching: CachingSe
 
 def test_a_prompt_with_nan_output_raises_an_error(caching: CachingSetup) -> None:
     family = FakeFamily(caching.folder)
-    family.clip.poison = "a prompt of no image"
+    family.clip.nan_input = "a prompt of no image"
     with pytest.raises(CachingError, match="'a prompt of no image' is encoded to NaN or Inf by clip_l"):
         cache_alone(family, [caching.examples()], ["", "a prompt of no image"], caching.settings)
 

@@ -53,7 +53,7 @@ def test_an_image_in_training_and_evaluation_is_encoded_once(caching: CachingSet
 def test_an_image_that_fails_in_both_variants_is_reported_once(caching: CachingSetup) -> None:
     examples = caching.examples(resolutions=[32, 64], **caching.flipped())
     damaged = damage_image(caching.images / "image_001.png")
-    gone = caching.images / "image_002.png"
-    gone.unlink()
+    missing = caching.images / "image_002.png"
+    missing.unlink()
     cached = cache_alone(FakeFamily(caching.folder), [examples], [""], caching.settings)
-    assert bad_paths(cached) == [damaged, gone]
+    assert bad_paths(cached) == [damaged, missing]

@@ -121,14 +121,14 @@ def test_images_with_bad_masks_are_reported_and_the_rest_is_encoded(caching: Cac
     for index in (0, 3):  # of the same size
         save(Image.new("L", read_size(masks / f"image_00{index}.png"), 0), masks / f"image_00{index}.png")
     examples = caching.examples(**masked)
-    gone = masks / "image_001.png"
-    gone.unlink()
+    missing = masks / "image_001.png"
+    missing.unlink()
     cached = cache_alone(FakeFamily(caching.folder), [examples], [""], caching.settings)
     black = "is black everywhere: no pixel of the image would be trained on"
     assert {bad.path: bad.reason for bad in cached.unusable.bad_files} == {
         images / "image_000.png": f"its mask {masks / 'image_000.png'} {black}",
         images / "image_003.png": f"its mask {masks / 'image_003.png'} {black}",
-        gone: "cannot be read: No such file or directory",
+        missing: "cannot be read: No such file or directory",
     }
     assert cached.unusable.examples[0].tolist() == [True, True, False, True]
     assert cached.data.mask(cached.tables[0][2]) is not None
