@@ -18,6 +18,7 @@ lint: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m utils.config.document > docs/configuration.md
 	$(BIN)/python -m docs.draw_plots
+	$(BIN)/python -m docs.list_files
 
 # diffsynth is there for one thing, the three tokenizers of SD3 that it ships; nothing of it is run, so none of what it
 # depends on is installed. DeepSpeed's own launcher script does not start where the path of the checkout has spaces.
