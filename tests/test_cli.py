@@ -36,7 +36,7 @@ class Refusal:
     @property
     def errors(self) -> list[str]:
         """One each, without the line that counts them, and without the lines of keys (tests/utils/config/test_lines.py)."""
-        lines = [line for line in self.error.splitlines() if line and not line.startswith("This run cannot start")]
+        lines = [line for line in self.error.splitlines() if line and not line.startswith("Cannot start: ")]
         return [re.sub(r"(\.toml), line \d+: ", r"\1: ", line) for line in lines]
 
 
@@ -74,7 +74,7 @@ class Bench:
         remembered = {str(path) for path in (memory, *memory.parents, *memory.glob("*.safetensors"), bad_files)}
         assert set(tree(self.folder)) - remembered == set(before) - remembered
         count = len(refusal.errors)
-        assert f"This run cannot start; {count} error{'s' if count > 1 else ''}:" in refusal.error
+        assert f"Cannot start: {count} error{'s' if count > 1 else ''}:" in refusal.error
         return refusal.errors
 
     def only_error(self, experiment: Path, *arguments: str, world_size: int = 1) -> str:
@@ -403,8 +403,8 @@ def test_empty_dataset_folder_is_named(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_bad_file", ["error", "skip"])
 def test_missing_dataset_folder_is_refused_whatever_bad_files_do(bench: Bench, tmp_path: Path, on_bad_file: str) -> None:
     experiment = bench.experiment(images=tmp_path / "none", dataset_file={"on_bad_file": on_bad_file})
-    message = f"{experiment.with_name('dataset.toml')}: directory[0].path: {tmp_path / 'none'} is not a folder, "
-    message += "and no .tar or .parquet file"
+    message = f"{experiment.with_name('dataset.toml')}: directory[0].path: {tmp_path / 'none'} "
+    message += "is neither a folder nor a .tar or .parquet file"
     assert bench.only_error(experiment) == message
 
 

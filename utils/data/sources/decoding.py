@@ -81,7 +81,7 @@ def read_size(file: ImageFile) -> tuple[int, int]:
         tail = _tail(content)
         if not _has_end_marker(tail, image.format) or any(key in tail for key in _LATE_ROTATION):
             image.load()
-        # getexif of a PNG file decodes all pixels to find data behind them; the image was loaded above if there is any.
+        # getexif of a PNG file decodes all pixels to find data after them; the image was loaded above if there is any.
         rotated = image.format != "PNG" or any(key in image.info for key in _ROTATION_KEYS)
         exif = image.getexif() if rotated else {}
         sideways = exif.get(_EXIF_ORIENTATION) in _SIDEWAYS
@@ -222,7 +222,7 @@ def _too_large(num_pixels: int | None) -> str:
 
 
 def _tail(content: BinaryIO) -> bytes:
-    """Reads the end of a file: the end marker and, for PNG, chunks behind the pixels. Restores the file position."""
+    """Reads the end of a file: the end marker and, for PNG, chunks after the pixels. Restores the file position."""
     position = content.tell()
     content.seek(max(0, content.seek(0, os.SEEK_END) - _TAIL_BYTES))
     tail = content.read()

@@ -69,13 +69,8 @@ def receive_into(channel: socket.socket, buffer: memoryview) -> None:
 
 
 def pack_file(file: ImageFile) -> list[Any]:
-    """Converts a file to JSON values."""
-    return [
-        os.path.abspath(file.path),
-        file.member,
-        file.start,
-        file.length,
-    ]  # the other process has its own working directory
+    """Converts a file to JSON values. The path is absolute: the other process has its own working directory."""
+    return [os.path.abspath(file.path), file.member, file.start, file.length]
 
 
 def pack_box(box: CropBox) -> list[Any]:
