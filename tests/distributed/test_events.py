@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -43,3 +44,24 @@ def test_curves_and_report_show_the_density_in_force_and_every_evaluation(lab: L
     assert "mode by sampling" in page
     assert "objective        " in run.output and "loss weight mode by sampling" in run.output
     assert "evaluation on holdout" in run.output
+
+
+def test_lost_evaluations_do_not_make_a_worse_step_the_best(lab: Lab) -> None:
+    """The best loss is in the checkpoint too: without evaluations.jsonl, a resumed run still compares with it."""
+    changes = {
+        "eval": {"holdout_images": 3, "every_n_steps": 2, "keep_best": True},
+        "optimizer.learning_rate": 1e-3,
+        "save.checkpoint_every_n_steps": 2,
+    }
+    run = lab.run(1, lab.experiment(changes), "--set", "max_steps=2")
+    (state,) = (run.folder / "checkpoints").glob("step_000002/state.json")
+    saved = json.loads(state.read_text(encoding="utf-8"))
+    assert saved["events"]["log"]["minutes"] > 0
+    best = saved["events"]["evaluate"]
+    recorded = read_evaluations(run.folder / EVALUATIONS)
+    assert best["loss"] == min(result.loss for result in recorded)
+    saved["events"]["evaluate"]["loss"] = 0.0  # no later loss is lower
+    state.write_text(json.dumps(saved), encoding="utf-8")
+    (run.folder / EVALUATIONS).unlink()
+    resumed = lab.run(1, run.experiment, "--resume", "--set", "max_steps=4")
+    assert not [path for path in (resumed.folder / "best").glob("*") if path.name > "step_000002"]

@@ -1,0 +1,65 @@
+"""Parameter groups in whole runs: own learning rates and weight decays, in any layout, in the logs and after a resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.lab import Lab
+from tests.distributed.test_layouts import assert_same_run
+
+pytestmark = pytest.mark.distributed
+
+GROUPS: dict[str, Any] = {
+    "optimizer": {
+        "learning_rate": 1e-3,
+        "args": {"weight_decay": 0.1},
+        "groups": [
+            {"name": "blocks", "pattern": r"joint_blocks\..*", "learning_rate": 2e-3, "weight_decay": 0.0},
+            {"name": "norms", "pattern": r".*ln_[qk]\.weight", "learning_rate": 1e-30, "weight_decay": 0.0},
+        ],
+    }
+}
+
+
+def test_two_stages_equal_one_bitwise(lab: Lab) -> None:
+    one, two = lab.shared_run(1, GROUPS), lab.shared_run(2, GROUPS)
+    assert max(line["grad_norm"] for line in one.metrics) > 1.0, "the clipping must bite"
+    assert_same_run(one, two)
+
+
+def test_each_group_has_its_learning_rate_in_the_metrics(lab: Lab) -> None:
+    for line in lab.shared_run(1, GROUPS).metrics:
+        assert (line["learning_rate"], line["learning_rate_blocks"], line["learning_rate_norms"]) == (1e-3, 2e-3, 1e-30)
+
+
+def test_last_matching_group_applies(lab: Lab) -> None:
+    """The norms are in the blocks, but their own group comes later: with its learning rate nothing moves."""
+    run, start = lab.shared_run(1, GROUPS), load_file(lab.model / "mmdit.safetensors")
+    norms = [name for name in start if name.endswith(("ln_q.weight", "ln_k.weight"))]
+    assert norms and all(torch.equal(run.weights[name], start[name]) for name in norms)
+    assert not torch.equal(
+        run.weights["joint_blocks.0.x_block.attn.qkv.weight"], start["joint_blocks.0.x_block.attn.qkv.weight"]
+    )
+
+
+def test_resumed_run_equals_uninterrupted_one(lab: Lab) -> None:
+    half = lab.run(2, lab.experiment(GROUPS), "--set", "max_steps=4")
+    assert_same_run(lab.shared_run(2, GROUPS), lab.run(2, half.experiment, "--resume"))
+
+
+def test_other_groups_are_another_training(lab: Lab) -> None:
+    half = lab.run(1, lab.experiment(GROUPS), "--set", "max_steps=2")
+    refused = lab.finish(1, half.experiment, "--resume", "--set", 'optimizer.groups=[{name="blocks", pattern=".*"}]')
+    assert refused.exit_code == 1
+    assert "optimizer.groups was" in refused.output
+
+
+def test_group_that_matches_nothing_is_an_error(lab: Lab) -> None:
+    changes = {"optimizer": {"learning_rate": 1e-3, "groups": [{"name": "none", "pattern": "joint_blocks"}]}}
+    refused = lab.finish(1, lab.experiment(changes))
+    assert refused.exit_code == 1
+    assert "optimizer.groups[0].pattern: = 'joint_blocks': matches no trained parameter" in refused.output
