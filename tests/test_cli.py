@@ -353,7 +353,7 @@ def test_missing_weights_and_missing_images_are_told_at_once(bench: Bench) -> No
     experiment = bench.experiment(images=bench.folder / "none", **{"model.mmdit": str(bench.folder / "no.safetensors")})
     told = bench.main("--config", str(experiment)).errors
     assert any("no.safetensors does not exist" in line for line in told)
-    assert any("none is not a folder" in line for line in told)
+    assert any("none is neither a folder" in line for line in told)
 
 
 @pytest.mark.parametrize("stages", ["auto", 6])
