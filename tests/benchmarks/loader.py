@@ -1,7 +1,7 @@
-"""Does training wait for its data?  python -m tests.benchmarks.loader [--steps 60]   (after `make quickstart`)
+"""Measures how long training waits for data:  python -m tests.benchmarks.loader [--steps 60]   (after `make quickstart`)
 
-Two stages train the quickstart's model from its full cache; told is, for each rank, how much of a step's time the network
-waited for micro-batches that were not ready.
+Two stages train the quickstart's model from a complete cache. Printed is, for each rank, the fraction of a step's time in
+which the network waits for micro-batches that are not ready.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RANKS = 2
 PLACE = "BENCHMARK_FOLDER"
 CONFIG = "examples/quickstart.toml"
 FIRST_STEPS = 5
-"""Not counted: what is slow once."""
+"""Steps that are not counted, because the first ones are slower."""
 
 _waits: list[float] = []
 _moments: list[float] = []
@@ -47,7 +47,7 @@ def _timed_prefetch(items: Iterable[Any], depth: int) -> Generator[Any, None, No
 
 
 def main() -> None:
-    """Of a rank."""
+    """Runs one rank."""
     feed.prefetch = _timed_prefetch
     finish = group.finish
 
@@ -74,7 +74,7 @@ def measure(num_steps: int) -> None:
             waited, spent = sum(facts["waits"][first:]), facts["moments"][-1] - facts["moments"][first]
             steps = num_steps - FIRST_STEPS
             each, of_it = 1e3 * spent / steps, 1e3 * waited / steps
-            print(f"rank {rank}: {each:.1f} ms a step, waiting {of_it:.3f} ms: {waited / spent:.2%}")
+            print(f"rank {rank}: {each:.1f} ms per step, of which {of_it:.3f} ms waiting: {waited / spent:.2%}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a dataset's size costs while training:  python -m tests.benchmarks.scale [--images 1000 10000 100000 1000000]
+"""Measures time and memory by size of the dataset:  python -m tests.benchmarks.scale [--images 1000 10000 100000 1000000]
 
-For each number of made-up images (names of 30 letters, captions of 90, real shards with tiny tensors of four encoders) a
-fresh process opens what a rank opens, and is asked for the batches of 300 steps of 32 and for their latents and text: time a
-step, without the first of an epoch, that first step, and resident memory against the smallest dataset's. What rank 0 takes
-at its highest while it lists and plans is told too.
+For each number of invented images (names of 30 letters, captions of 90, shards with tiny tensors of four encoders) a new
+process opens what a rank opens, and reads the latents and text of 300 steps of 32 examples. Printed are the time of a step
+other than the first of an epoch, the time of that first step, the resident memory relative to the smallest dataset, and the
+peak memory of rank 0 while it scans and plans.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 
 
 class MadeUp(DirectoryIndexer):
-    """Lists images that are nowhere."""
+    """Indexes images that do not exist."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -62,7 +62,7 @@ class MadeUp(DirectoryIndexer):
 
 
 def make(folder: Path, count: int) -> dict[str, object]:
-    """The table's file and a full cache; returns what the other process must know."""
+    """Writes the table of examples and a complete cache; returns what the measuring process needs."""
     config = DatasetConfig.model_validate({"resolutions": [1024], "directory": [{"path": str(folder)}]})
     began = time.monotonic()
     table = scan(config, 16, MadeUp(count)).examples
@@ -80,8 +80,8 @@ def make(folder: Path, count: int) -> dict[str, object]:
 
 
 def resident_bytes(table: Path) -> dict[str, float]:
-    """Own memory, and pages of the table's file. Those of shards, of which more are mapped the more is read, are no part of
-    it: like the table's they are shared between processes, and given back when memory is short."""
+    """Own memory, and mapped pages of the table's file. Mapped pages of shards are not counted: they are shared between
+    processes, and released when memory is short."""
     gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     mapped, is_table = 0.0, False
@@ -94,7 +94,7 @@ def resident_bytes(table: Path) -> dict[str, float]:
 
 
 def train(file: Path, folder: Path) -> dict[str, float]:
-    """What a rank does with it."""
+    """Reads the steps as a rank does."""
     folders = CacheFolders(folder, folder / "vae", folder / "masks", {name: folder / name for name in ENCODERS})
     began = time.monotonic()
     table, data = ExampleTable.open(file), EncodedData(folders)

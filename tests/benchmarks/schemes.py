@@ -1,11 +1,11 @@
-"""Does each scheme learn? Trains the quickstart's model for some steps with each and evaluates on images held out.
+"""Tests that each objective learns: trains the quickstart's model with each, and evaluates it on held-out images.
 
     python -m examples.quickstart.make_model --out runs/quickstart/model
     python -m examples.quickstart.make_dataset --out runs/quickstart/dataset
     python -m tests.benchmarks.schemes [--steps 300]
 
-Prints, for each, the velocity's mean squared error at the start and at the end and the paired difference with its 95%
-interval, the same images, noise and times for all; exits with 1 if one did not learn significantly. LOG.md has results.
+Prints the mean squared error of the velocity at the start and at the end, and the paired difference with its 95% interval.
+Images, noise and t are the same for all. Exits with 1 if one did not learn significantly. LOG.md has results.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SCHEMES = {
 
 
 def train(name: str, keys: list[str], num_steps: int, folder: Path) -> Path:
-    """One run over two stages; returns its folder."""
+    """Trains one run over two stages; returns its folder."""
     settings = ["objective.timestep_sampling=sigma", *(f"objective.{key}" for key in keys)]
     settings += [f"output_dir={folder}", f"max_steps={num_steps}", "save.checkpoint_every_n_steps=100000"]
     settings += [

@@ -4,7 +4,7 @@
 
 The file has SD3.5-large's width (2432) in bfloat16 and fewer blocks than its 38: the whole network takes 16 GB, and a rank's
 memory depends on its own blocks only. The file is sparse: its weights are zeros, which take memory once they are read but no
-disk space. By default nothing is trained, so that the optimizer is not measured; with --trained everything is trained, and the
+disk space. By default nothing is trained, so that the optimizer is not measured; with --trained everything is, and the
 result is what exporting adds. Resident memory is VmHWM of /proc (Linux), reset before each phase, shared libraries included.
 """
 

@@ -1,9 +1,8 @@
-"""How long a run takes to start when everything is cached:  python -m tests.benchmarks.start [--images 100000]
+"""Measures the start of a run with a complete cache:  python -m tests.benchmarks.start [--images 100000]
 
-Makes that many images and captions, all different, and a complete cache of made-up tensors of the right shapes; then
-times `train.py --cache-only`, the whole command: imports, listing, planning, opening the cache. The first start reads every
-header, caption and byte; the second finds that nothing has changed. What such a command costs with 12 images is told
-beside it.
+Makes that many different images and captions, and a complete cache of tensors with the right shapes; then measures the whole
+command `train.py --cache-only`: imports, directory scan, planning, opening the cache. The first start reads every header,
+caption and byte; the second one detects that nothing has changed. The same command with 12 images serves as a baseline.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from utils.distributed.world import World
 from utils.run.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES_A_FOLDER = 10_000
+IMAGES_PER_FOLDER = 10_000
 
 
 def make_images(folder: Path, count: int) -> None:
-    """Images of 16 x 16, no two alike, in folders of ten thousand, with captions."""
+    """Writes different images of 16 x 16 pixels with captions into folders of ten thousand."""
     for index in range(count):
-        inner = folder / f"{index // IMAGES_A_FOLDER:03d}"
-        if index % IMAGES_A_FOLDER == 0:
+        inner = folder / f"{index // IMAGES_PER_FOLDER:03d}"
+        if index % IMAGES_PER_FOLDER == 0:
             inner.mkdir(parents=True)
         colour = (index % 256, index // 256 % 256, index // 65536)
         Image.new("RGB", (16, 16), colour).save(inner / f"{index:07d}.png")
@@ -44,20 +43,20 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def fill_cache(experiment_path: Path) -> None:
-    """Entries of zeros for all that a run would encode. The second start has hashed the images."""
+    """Fills the cache with zeros for all entries that a run would encode. An earlier start has hashed the images."""
     experiment = prepare(experiment_path, [], None, World(0, 0, 1, 1))
-    config, adapter = experiment.config.experiment, experiment.family
+    config, family = experiment.config.experiment, experiment.family
     settings = CacheSettings(config.cache_folder, False, None)
     newest = max((config.cache_folder / "datasets").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     table = ExampleTable.open(newest)
-    plan = make_plan(adapter, [table], [""], settings)
+    plan = make_plan(family, [table], [""], settings)
     writer = ShardWriter(plan.latents.folder, "benchmark", max_seconds=1e9)
     for _, row, _ in plan.latents.items.tolist():
         example = table[row]
-        latents = torch.zeros(adapter.latent.channels, example.bucket.height // 8, example.bucket.width // 8)
+        latents = torch.zeros(family.latent.channels, example.bucket.height // 8, example.bucket.width // 8)
         writer.add(str(example.bucket), latents_key(example.content, example.box.key()), {"latents": latents})
     writer.flush()
-    for encoder in adapter.text_encoders:
+    for encoder in family.text_encoders:
         writer = ShardWriter(plan.texts[encoder.name].folder, "benchmark", max_seconds=1e9)
         entry: dict[str, Tensor] = {name: torch.zeros(shape, dtype=encoder.dtype) for name, shape in encoder.shapes.items()}
         entry["length"] = torch.tensor([5, 5], dtype=torch.int32)
@@ -67,7 +66,7 @@ def fill_cache(experiment_path: Path) -> None:
 
 
 def seconds_of(experiment: Path, *arguments: str, stop_at: str = "") -> float:
-    """Of the whole command; or until it says something."""
+    """The duration of the whole command, or until it prints `stop_at`."""
     began = time.monotonic()
     command = [sys.executable, "train.py", "--config", str(experiment), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -96,9 +95,9 @@ def measure(folder: Path, count: int) -> None:
     changes = {"resolutions": [16], "directory": [{"path": str(folder / "images"), "recursive": True}]}
     many = write_experiment(folder / "many", model, folder / "images", dataset_file=changes)
     first = seconds_of(many, "--cache-only", stop_at="cache: to encode")
-    print(f"{count:,} images, first start, until encoding begins (headers, captions, hashes): {first:.2f} s")
+    print(f"{count:,} images, first start, until encoding starts (headers, captions, hashes): {first:.2f} s")
     fill_cache(many)
-    print(f"{count:,} images, complete cache, with the page on the dataset: {seconds_of(many, '--cache-only'):.2f} s")
+    print(f"{count:,} images, complete cache, with the dataset report: {seconds_of(many, '--cache-only'):.2f} s")
     print(f"{count:,} images, complete cache: {min(seconds_of(many, '--cache-only') for _ in range(3)):.2f} s")
 
 

@@ -38,7 +38,7 @@ from utils.pipeline.stage import MicroBatch, StagePlan
 
 BOUNDS = {1: [0, 5], 2: [0, 2, 5], 3: [0, 1, 3, 5]}
 BATCH, NUM_MICRO_BATCHES = 2, 4
-"""Of all replicas together."""
+"""Over all replicas together."""
 CLIP = 0.1
 STOP, NUM_STEPS = 2, 5
 EMA_DECAY = 0.75

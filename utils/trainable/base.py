@@ -76,7 +76,7 @@ class ExportFile:
     """A public file, or a folder of shards."""
 
     name: str
-    """Of the file or folder."""
+    """Name of the file or folder."""
     tensors: Callable[[PipelineLayer, nn.Module, ReadTensor], Iterator[ExportTensor]]
     """(layer, its module, reader of its tensors) -> the file's tensors of that layer."""
     metadata: Mapping[str, str] = field(default_factory=dict)
