@@ -595,7 +595,7 @@ def test_a_cache_without_room_refuses_the_run_by_name(lab: Lab) -> None:
     log = experiment.parent / "log.txt"
     finished = start_ranks(2, ["--config", str(experiment)], log, "tests.distributed.full_disk_ranks").wait()
     assert finished.exit_code == 1
-    assert finished.output.count("what is to be encoded takes") == 1
+    assert finished.output.count("of free disk space and caching takes") == 1
     assert f"{experiment}, line" in finished.output or f"{experiment}: cache_dir: " in finished.output
     assert "Traceback" not in finished.output
     assert not shards(experiment.parent / "output" / "cache")
