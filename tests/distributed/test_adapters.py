@@ -43,7 +43,7 @@ def test_a_run_starts_from_the_file_of_another(lab: Lab, kind: str) -> None:
     name = "lokr.safetensors" if kind == "lokr" else "lora.safetensors"
     file = first.folder / "weights" / "step_000006" / name
     again = lab.run(2, lab.experiment(changes(kind, init_from=str(file))), "--set", "optimizer.learning_rate=1e-20")
-    assert f"starting from {file}" in again.output
+    assert f"initial weights from {file}" in again.output
     assert again.weights.keys() == first.weights.keys()
     for key, tensor in first.weights.items():
         torch.testing.assert_close(again.weights[key], tensor, rtol=1e-6, atol=1e-7)

@@ -221,7 +221,7 @@ def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         prepare_resume(lab.shared_run(2, LORA).experiment, "", f"model.mmdit={tmp_path / 'other.safetensors'}")
     (error,) = caught.value.errors
-    assert error.message.startswith("the network's weights file is another than the one ")
+    assert error.message.startswith("the weights file of the network is not the one ")
 
 
 def test_resume_tells_what_has_changed_since_the_run_began(lab: Lab) -> None:
