@@ -13,18 +13,18 @@ from utils.data.sources.readers import Readers
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny model. Read only: tests that change files copy it."""
+    """Folder of the tiny model; read-only: tests that change files copy it."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of twelve captioned images. Read only: tests that change files write their own."""
+    """Folder of twelve captioned images; read-only: tests that change files write their own."""
     return make_tiny_dataset(tmp_path_factory.mktemp("tiny_dataset"))
 
 
 @pytest.fixture(scope="session")
 def readers() -> Iterator[Readers]:
-    """One process that reads images, started when it is first asked for one."""
+    """One reader process, started at its first use."""
     with Readers(1) as started:
         yield started

@@ -1,4 +1,4 @@
-"""The runs that tests of this folder share."""
+"""Runs that the tests of this folder share."""
 
 from __future__ import annotations
 

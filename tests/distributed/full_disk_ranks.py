@@ -1,4 +1,4 @@
-"""train.py, on a disk that has no room: what each rank does for test_cli.py."""
+"""train.py on a full disk: the ranks of a test of the command line."""
 
 from __future__ import annotations
 

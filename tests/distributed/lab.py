@@ -1,4 +1,4 @@
-"""Experiments on the tiny model and their runs, each made once for all tests that look at it."""
+"""Experiments on the tiny model and their runs, each made once for all tests that use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_model import write_experiment
 
 @dataclass(frozen=True)
 class Run:
-    """A run that ended well."""
+    """A run that ended with exit code 0."""
 
     experiment: Path
     folder: Path
@@ -33,7 +33,7 @@ class Run:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """Exported tensors of the last step, of whichever files there are."""
+        """Exported tensors of the last step, from all files."""
         folder = self.folder / "weights" / f"step_{self.last_step:06d}"
         tensors: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -50,7 +50,7 @@ class Lab:
         self._num_experiments = 0
 
     def experiment(self, changes: Mapping[str, Any], dataset: Path | None = None) -> Path:
-        """A fresh folder's experiment.toml: four micro-batches of one image a step, six steps, clipping that bites."""
+        """experiment.toml in a new folder: six steps of four micro-batches of one image, with clipping that bites."""
         self._num_experiments += 1
         settings = {
             "max_steps": 6,
@@ -69,17 +69,17 @@ class Lab:
         return start_ranks(num_processes, ["--config", str(experiment), *arguments], log)
 
     def finish(self, num_processes: int, experiment: Path, *arguments: str) -> Finished:
-        """Start and wait for the end, whatever it is."""
+        """Starts a run and waits for its end, whatever the exit code."""
         return self.start(num_processes, experiment, *arguments).wait()
 
     def run(self, num_processes: int, experiment: Path, *arguments: str) -> Run:
-        """Start, wait, and expect a good end."""
+        """Starts a run, waits for its end and asserts exit code 0."""
         finished = self.finish(num_processes, experiment, *arguments)
         assert finished.exit_code == 0, finished.output
         return Run(experiment, newest_run(experiment.parent / "output"), finished.output)
 
     def shared_run(self, num_processes: int, changes: Mapping[str, Any]) -> Run:
-        """A run of these changes; made at the first call, for reading only."""
+        """A run with these changes, made at the first call; for reading only."""
         key = json.dumps([num_processes, changes], sort_keys=True)
         if key not in self._runs:
             self._runs[key] = self.run(num_processes, self.experiment(changes))

@@ -1,4 +1,4 @@
-"""Start train.py as users start it, and read what a run leaves behind.
+"""Starts train.py as users do, and reads the files of a run.
 
 `run_alone`, `run_torchrun` and `run_deepspeed` are the real commands. Each costs seconds of imports in every process, so
 most tests use `start_ranks` instead: processes forked from one that has done the imports, with the environment that
@@ -37,14 +37,14 @@ _SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(RO
 
 
 def child_environment(on_cpu: bool = True) -> dict[str, str]:
-    """This process's, without what a launcher may have put there, with one thread; on the CPU even beside accelerators."""
+    """This process's environment without a launcher's variables, with one thread, on the CPU unless `on_cpu` is false."""
     dropped = (*_LAUNCHER_VARIABLES, "DS_ACCELERATOR")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, **_SETTINGS, **({"DS_ACCELERATOR": "cpu"} if on_cpu else {})}
 
 
 def free_port() -> int:
-    """A port nobody listens on, below those that the system hands out to others by itself."""
+    """An unused port below the range of ephemeral ports."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe:
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has ended."""
+    """A finished run."""
 
     exit_code: int
     output: str
@@ -107,7 +107,7 @@ def _run(command: Sequence[str], limit_seconds: float, on_cpu: bool) -> Finished
 
 
 class Ranks:
-    """Processes of one run."""
+    """The processes of one run."""
 
     def __init__(self, processes: Sequence[BaseProcess], log: Path) -> None:
         self._processes = list(processes)
@@ -115,7 +115,7 @@ class Ranks:
         self._began = time.monotonic()
 
     def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Finished:
-        """Until all have ended; as launchers do, end the others when one has failed."""
+        """Waits until all have ended; when one fails, ends the others as launchers do."""
         deadline = self._began + limit_seconds
         exit_code = 0
         while any(process.is_alive() for process in self._processes):
@@ -136,7 +136,7 @@ class Ranks:
         return Finished(exit_code, output, time.monotonic() - self._began)
 
     def kill(self) -> None:
-        """SIGKILL to every rank at once."""
+        """Sends SIGKILL to every rank."""
         for process in self._processes:
             if process.is_alive():  # the number of one that has ended may be another's by now
                 process.kill()
@@ -144,7 +144,7 @@ class Ranks:
             process.join()
 
     def kill_when(self, condition: Callable[[], bool], limit_seconds: float = LIMIT_SECONDS) -> None:
-        """SIGKILL to every rank as soon as the condition holds; it must hold while all are running."""
+        """Sends SIGKILL to every rank as soon as the condition holds, which must be while all are running."""
         while not condition():
             running = all(process.is_alive() for process in self._processes)
             assert running and time.monotonic() < self._began + limit_seconds, f"no chance to kill:\n{self.output()}"
@@ -163,7 +163,7 @@ def start_ranks(
     module: str = "train",
     environment: Mapping[str, str] | None = None,
 ) -> Ranks:
-    """Forked ranks of `train.py ARGUMENTS`, or of another module's `main()`, with their output in `log`."""
+    """Forks ranks of `train.py ARGUMENTS`, or of another module's `main()`, with their output in `log`."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     size = {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
     processes: list[BaseProcess] = []
@@ -182,7 +182,7 @@ _FORKS.set_forkserver_preload(["tests.distributed.preload"])
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """os.environ for a moment; the process that ranks are forked from takes it over when the first is started."""
+    """Replaces os.environ temporarily; the fork server takes it over when the first rank is started."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(values)
@@ -208,12 +208,12 @@ def _be_rank(module: str, arguments: list[str], place: dict[str, str], log: str)
 
 
 def newest_run(output_dir: Path) -> Path:
-    """The run folder started last."""
+    """The newest run folder."""
     return sorted(path.parent for path in output_dir.glob("*/config.toml"))[-1]
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without values that depend on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 

@@ -1,4 +1,4 @@
-"""Everything a run imports sooner or later, for the process that ranks are forked from."""
+"""Imports everything a run needs, for the fork server of the ranks."""
 
 from __future__ import annotations
 

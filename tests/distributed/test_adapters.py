@@ -1,4 +1,4 @@
-"""Every kind of adapter through whole runs: over stages, and from the file of an earlier run."""
+"""Every kind of adapter in whole runs: over stages, with initial weights from a file, and resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def changes(kind: str, **adapter: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_stages_train_the_same_adapter_as_one(lab: Lab, kind: str) -> None:
-    """To the bit; the patch embedding, a convolution, among them."""
+    """The runs are bitwise equal; the patch embedding, a convolution, is among the targets."""
     one, two = lab.shared_run(1, changes(kind)), lab.shared_run(2, changes(kind))
     assert "stage 2 of 2" in two.output
     assert one.metrics == two.metrics
@@ -37,8 +37,8 @@ def test_two_stages_train_the_same_adapter_as_one(lab: Lab, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_starts_from_the_file_of_another(lab: Lab, kind: str) -> None:
-    """With a learning rate of next to nothing it ends where that one ended."""
+def test_run_continues_from_the_file_of_another(lab: Lab, kind: str) -> None:
+    """With a learning rate close to 0 its weights remain those of the file."""
     first = lab.shared_run(2, changes(kind))
     name = "lokr.safetensors" if kind == "lokr" else "lora.safetensors"
     file = first.folder / "weights" / "step_000006" / name
@@ -49,8 +49,8 @@ def test_a_run_starts_from_the_file_of_another(lab: Lab, kind: str) -> None:
         torch.testing.assert_close(again.weights[key], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_a_start_is_not_rounded_to_the_training_s_precision(lab: Lab) -> None:
-    """In bfloat16 the optimizer's float32 weights are the file's, to the bit."""
+def test_initial_weights_are_not_rounded_to_the_training_precision(lab: Lab) -> None:
+    """In bfloat16 training the optimizer's float32 weights equal the file's bitwise."""
     first = lab.shared_run(2, changes("rslora"))
     file = first.folder / "weights" / "step_000006" / "lora.safetensors"
     settings = {**changes("rslora", init_from=str(file)), "model.dtype": "bfloat16", "max_steps": 1}
@@ -60,7 +60,7 @@ def test_a_start_is_not_rounded_to_the_training_s_precision(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])
-def test_a_resumed_run_is_one_that_never_stopped(lab: Lab, kind: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(lab: Lab, kind: str) -> None:
     straight = lab.shared_run(2, changes(kind))
     stopped = lab.run(2, lab.experiment(changes(kind)), "--set", "max_steps=4")
     resumed = lab.run(2, stopped.experiment, "--resume")

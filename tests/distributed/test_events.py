@@ -1,4 +1,4 @@
-"""What a run shows of itself: the objective in force, evaluations, the report."""
+"""Events of a run: density of t in TensorBoard, evaluations, run page, state in checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 OBJECTIVE: dict[str, Any] = {"weighting_scheme": "mode", "mode_mean": 0.3, "discrete_flow_shift": 2.0}
 
 
-def test_curves_and_report_show_the_density_in_force_and_every_evaluation(lab: Lab) -> None:
+def test_curves_and_run_page_have_the_density_and_every_evaluation(lab: Lab) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     changes = {

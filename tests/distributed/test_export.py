@@ -45,7 +45,7 @@ def exported_file(run: Run, name: str) -> Path:
 
 
 def checkpointed(run: Run) -> dict[int, dict[str, Tensor]]:
-    """Layer index -> parameter name -> float32 weights, as the checkpoint of the last step has them."""
+    """Layer index -> parameter name -> float32 weights in the checkpoint of the last step."""
     layers = {}
     for path in sorted((run.folder / "checkpoints" / f"step_{run.last_step:06d}").glob("layer_*.safetensors")):
         masters = {name.split("//")[0]: tensor for name, tensor in load_file(path).items() if name.endswith("//master")}
@@ -104,7 +104,7 @@ ALL_FORMATS: dict[str, Any] = {"save.formats": ["native", "complete", "diffusers
 
 @pytest.mark.parametrize("changes", [FULL, BFLOAT16], ids=["float32", "bfloat16"])
 def test_full_export_is_one_native_file_of_the_trained_weights(lab: Lab, changes: dict[str, Any]) -> None:
-    """Also in bfloat16 training: of the optimizer's float32 weights."""
+    """In bfloat16 training too, the export has the optimizer's float32 weights."""
     run = lab.shared_run(1, changes)
     assert [path.name for path in exported_file(run, "").iterdir()] == ["mmdit.safetensors"]
     exported = load_file(exported_file(run, "mmdit.safetensors"))
@@ -135,8 +135,8 @@ def test_header_says_what_the_weights_are_and_where_from(lab: Lab) -> None:
     assert "modelspec.prediction_type" not in metadata
 
 
-def test_header_tells_nothing_of_folders_or_people(lab: Lab) -> None:
-    """Only what made the weights; no path but its last part, no table that could hold a secret."""
+def test_header_has_no_folders_and_no_secrets(lab: Lab) -> None:
+    """Only the settings of the training: paths are reduced to their last part, and no table can hold a secret."""
     with safe_open(exported_file(lab.shared_run(1, FULL), "mmdit.safetensors"), "pt") as file:
         metadata = file.metadata()
     assert str(lab.folder) not in json.dumps(metadata)
@@ -146,7 +146,7 @@ def test_header_tells_nothing_of_folders_or_people(lab: Lab) -> None:
 
 
 def test_native_file_gives_the_trained_velocity_in_diffusers(lab: Lab) -> None:
-    """Read by diffusers' own loader of single files."""
+    """The file is read by diffusers' own loader of single files."""
     from diffusers import SD3Transformer2DModel
 
     run = lab.shared_run(2, ALL_FORMATS)
@@ -162,7 +162,7 @@ def test_native_file_gives_the_trained_velocity_in_diffusers(lab: Lab) -> None:
 
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_diffusers_folder_gives_the_trained_velocity(lab: Lab, num_stages: int) -> None:
-    """Read by from_pretrained, from one shard a stage."""
+    """The folder is read by from_pretrained, from one shard per stage."""
     from diffusers import SD3Transformer2DModel
 
     run = lab.shared_run(num_stages, ALL_FORMATS)
@@ -174,7 +174,7 @@ def test_diffusers_folder_gives_the_trained_velocity(lab: Lab, num_stages: int) 
 
 
 def test_complete_file_is_read_by_diffusers(lab: Lab) -> None:
-    """Network, autoencoder and text encoders, by diffusers' own loader; only tokenizers and settings come from a folder."""
+    """diffusers loads network, autoencoder and text encoders; only tokenizers and settings come from a folder."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
     from diffusers.loaders.single_file_utils import (
         convert_ldm_vae_checkpoint,
@@ -205,8 +205,8 @@ def test_complete_file_is_read_by_diffusers(lab: Lab) -> None:
         assert all(torch.equal(found[key], before[key]) for key in found)
 
 
-def test_complete_file_trains_on_alone(lab: Lab) -> None:
-    """Given as the only file, it holds all that the run before it had: its first previews are that run's last."""
+def test_complete_file_alone_continues_training(lab: Lab) -> None:
+    """As the only model file it has everything: the first previews equal the last ones of the earlier run."""
     before = lab.shared_run(2, {**PREVIEWS, **ALL_FORMATS})
     tokenizers = {f"model.{name}_tokenizer": str(lab.model / folder) for name, folder in TOKENIZERS.items()}
     alone = {"model.vae": None, "model.clip_l": None, "model.clip_g": None, "model.t5xxl": None}
@@ -219,7 +219,7 @@ TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenize
 
 
 def assert_starts_where_it_ended(after: Run, before: Run) -> None:
-    """The previews before the first step are, bit for bit, the ones after the other run's last."""
+    """The previews before the first step equal those after the other run's last step bitwise."""
     last, first = images(before), images(after)
     for index in range(3):
         ended = last[f"step_{before.last_step:06d}/{index:03d}.png"]
@@ -247,8 +247,8 @@ def test_export_in_low_precision_is_the_rounded_weights_every_so_often(lab: Lab,
 
 
 @pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
-def test_averaged_weights_are_exported_beside(lab: Lab, changes: dict[str, Any]) -> None:
-    """In every format, from the checkpoint's averages; and they are not the weights themselves."""
+def test_averaged_weights_are_exported_too(lab: Lab, changes: dict[str, Any]) -> None:
+    """Every format has the averages of the checkpoint, which differ from the weights."""
     formats = {} if "adapter" in changes else ALL_FORMATS
     run = lab.shared_run(2, {**changes, **formats, "ema": {"decay": 0.9}})
     folder = exported_file(run, "")
@@ -316,7 +316,7 @@ def test_native_lora_has_the_names_alpha_and_metadata_of_sd_scripts(lab: Lab) ->
 
 
 def merged_by_hand(weights: dict[str, Tensor], adapters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As sd-scripts (LoRA) and ComfyUI (DoRA, LoKr) apply a native file, written down from what those programs do."""
+    """Applies a native file as sd-scripts (LoRA) and ComfyUI (DoRA, LoKr) do."""
     merged = dict(weights)
     for name, weight in weights.items():
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
@@ -369,7 +369,7 @@ def test_diffusers_lora_gives_the_trained_velocity(lab: Lab, kind: str, loader: 
 
 
 def test_alpha_is_exact_in_low_precision(lab: Lab) -> None:
-    """A rank-stabilized alpha is no round number; in bfloat16 it would be off by up to 0.4%."""
+    """A rank-stabilized alpha is not a round number; bfloat16 would change it by up to 0.4%."""
     run = lab.run(1, lab.experiment({**KINDS["rslora"], "save.dtype": "bfloat16", "max_steps": 1}))
     tensors = load_file(exported_file(run, "lora.safetensors"))
     alphas = {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}
@@ -379,8 +379,8 @@ def test_alpha_is_exact_in_low_precision(lab: Lab) -> None:
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora_diffusers.safetensors"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_training_goes_on_from_an_exported_adapter(lab: Lab, kind: str, name: str) -> None:
-    """From either file, to float tolerance: the next run's first loss on a sample is what this run's network gives."""
+def test_training_continues_from_an_exported_adapter(lab: Lab, kind: str, name: str) -> None:
+    """From either file: the next run's first loss on a sample is that of this run's network, to float tolerance."""
     before = lab.shared_run(1, KINDS[kind])
     changes = {**KINDS[kind], "adapter": {**KINDS[kind]["adapter"], "init_from": str(exported_file(before, name))}}
     after = lab.run(2, lab.experiment({**changes, "max_steps": 1, "optimizer.learning_rate": 1e-12}))
@@ -388,7 +388,7 @@ def test_training_goes_on_from_an_exported_adapter(lab: Lab, kind: str, name: st
 
 
 @pytest.mark.parametrize(("kind", "name"), [("lora", "lora_diffusers"), ("dora", "lora"), ("lokr", "lokr")])
-def test_a_merged_adapter_is_what_training_starts_from(lab: Lab, kind: str, name: str) -> None:
+def test_training_starts_from_the_merged_adapter(lab: Lab, kind: str, name: str) -> None:
     before = lab.shared_run(1, KINDS[kind])
     merge = [{"path": str(exported_file(before, f"{name}.safetensors"))}]
     after = lab.run(2, lab.experiment({"model.merge_adapters": merge, "max_steps": 1, "optimizer.learning_rate": 1e-12}))

@@ -1,4 +1,4 @@
-"""Going on equals never having stopped, however the run ended; and what cannot be gone on from is refused."""
+"""A resumed run equals an uninterrupted one, however it ended; a run that cannot be resumed is refused."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def assert_each_step_once(run: Run) -> None:
 
 
 def stopped(lab: Lab, changes: dict[str, Any]) -> Run:
-    """A two-stage run that ended after step STOP; a fresh one, to go on in."""
+    """A new two-stage run that ended after step STOP, to be resumed."""
     return lab.run(2, lab.experiment(changes), "--set", f"max_steps={STOP}")
 
 
 def copy_of(run: Run, folder: Path) -> Path:
-    """The experiment file of a copy of the run's whole folder, which tests may spoil; it still reads the same dataset."""
+    """The experiment file of a copy of the run's folder, which tests may damage; it reads the same dataset."""
     shutil.copytree(run.experiment.parent, folder)
     text = (folder / "experiment.toml").read_text().replace(str(run.experiment.parent / "output"), str(folder / "output"))
     (folder / "experiment.toml").write_text(text)
@@ -66,13 +66,13 @@ def test_resumed_run_equals_uninterrupted_run(lab: Lab, changes: dict[str, Any])
     assert_same_run(lab.shared_run(2, changes), resumed)
 
 
-def test_two_stage_run_goes_on_in_one_stage_exactly(lab: Lab) -> None:
+def test_two_stage_run_resumes_in_one_stage_exactly(lab: Lab) -> None:
     run = stopped(lab, FULL)
     assert_same_run(lab.shared_run(2, FULL), lab.run(1, run.experiment, "--resume"))
 
 
-def test_run_goes_on_with_other_replicas_to_reduction_order(lab: Lab) -> None:
-    """From two stages to two replicas, and back on the replicas' own checkpoint."""
+def test_run_resumes_with_other_replicas_to_reduction_order(lab: Lab) -> None:
+    """From two stages to two replicas, and back from the checkpoint of the replicas."""
     replicas = ("--set", "pipeline.pipeline_stages=1", "--set", "pipeline.gradient_accumulation_steps=2")
     run = stopped(lab, {**FULL, "save.checkpoint_every_n_steps": 1})
     on_replicas = lab.run(2, run.experiment, "--resume", "--set", f"max_steps={STOP + 1}", *replicas)
@@ -82,14 +82,14 @@ def test_run_goes_on_with_other_replicas_to_reduction_order(lab: Lab) -> None:
     assert_close_run(lab.shared_run(2, FULL), back, REPLICA_TOLERANCE)
 
 
-def test_bfloat16_run_goes_on_exactly(lab: Lab) -> None:
-    """The checkpoint holds the float32 weights; the working ones follow from them."""
+def test_bfloat16_run_resumes_exactly(lab: Lab) -> None:
+    """The checkpoint has the float32 weights; the working weights are rounded from them."""
     changes = {"model.dtype": "bfloat16"}
     assert_same_run(lab.shared_run(2, changes), lab.run(2, stopped(lab, changes).experiment, "--resume"))
 
 
 def test_run_can_be_named(lab: Lab, tmp_path: Path) -> None:
-    """--resume RUN goes on in that run though a newer one stands beside it."""
+    """--resume RUN resumes that run although there is a newer one."""
     experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
     run = newest_run(experiment.parent / "output")
     newer = run.with_name("9999-12-31_23-59-59")
@@ -102,7 +102,7 @@ def test_run_can_be_named(lab: Lab, tmp_path: Path) -> None:
 # --- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_run_goes_on_as_if_nothing_had_happened(lab: Lab) -> None:
+def test_killed_run_resumes_exactly(lab: Lab) -> None:
     experiment = lab.experiment(LONG)
     output = experiment.parent / "output"
 
@@ -122,7 +122,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(lab: Lab) -> None:
 
 
 def cached(cache: Path) -> dict[str, Tensor]:
-    """Everything in the cache: encoder/size/key/name -> tensor. An entry may stand in one shard only."""
+    """Everything in the cache: encoder/size/key/name -> tensor. An entry may be in one shard only."""
     tensors: dict[str, Tensor] = {}
     for shard in cache.glob("*/*/*.safetensors"):
         stacked = load_file(shard)
@@ -134,8 +134,8 @@ def cached(cache: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def test_killed_caching_pass_goes_on_as_if_nothing_had_happened(lab: Lab, tmp_path: Path) -> None:
-    """Killed twice: as the first encoder begins, and in another's turn when its first shard stands."""
+def test_killed_caching_continues_to_the_same_cache(lab: Lab, tmp_path: Path) -> None:
+    """Killed twice: when the first encoder starts, and after the first shard of a later one."""
     dataset = make_tiny_dataset(tmp_path / "images", num_images=40)
     own_cache = {**FULL, "cache_dir": None}
     experiment = lab.experiment(own_cache, dataset)
@@ -153,7 +153,7 @@ def test_killed_caching_pass_goes_on_as_if_nothing_had_happened(lab: Lab, tmp_pa
     assert all(torch.equal(whole[name], pieced[name]) for name in whole)
 
 
-def test_run_that_died_before_its_first_checkpoint_starts_again_in_its_folder(lab: Lab, tmp_path: Path) -> None:
+def test_run_without_a_checkpoint_restarts_in_its_folder(lab: Lab, tmp_path: Path) -> None:
     experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
     run = newest_run(experiment.parent / "output")
     shutil.rmtree(run / "checkpoints")
@@ -166,7 +166,7 @@ def test_run_that_died_before_its_first_checkpoint_starts_again_in_its_folder(la
 # --- what counts as a checkpoint ---------------------------------------------------------------------------------------
 
 
-def test_half_written_checkpoint_is_ignored(lab: Lab, tmp_path: Path) -> None:
+def test_partial_checkpoint_is_ignored(lab: Lab, tmp_path: Path) -> None:
     experiment = copy_of(stopped_one_process(lab), tmp_path / "copy")
     checkpoints = newest_run(experiment.parent / "output") / "checkpoints"
     unnamed = checkpoints / ".step_000006.tmp"
@@ -224,7 +224,7 @@ def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:
     assert error.message.startswith("the weights file of the network is not the one ")
 
 
-def test_resume_tells_what_has_changed_since_the_run_began(lab: Lab) -> None:
+def test_resume_lists_changed_keys(lab: Lab) -> None:
     experiment = lab.shared_run(2, LORA).experiment
     assert prepare_resume(experiment, "").changed_keys == []
     assert prepare_resume(experiment, "", "optimizer.learning_rate=0.5", "sampling.cfg=2.0").changed_keys == [
@@ -265,6 +265,6 @@ def test_resume_of_a_finished_run_does_nothing(lab: Lab, tmp_path: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/[cw]*/**/*") if path.is_file()} == kept
 
 
-def test_changed_length_of_a_run_is_no_other_training(lab: Lab) -> None:
-    """More steps than planned at first: the way to train a finished run further."""
+def test_length_of_a_run_may_change(lab: Lab) -> None:
+    """A larger max_steps trains a finished run further."""
     assert prepare_resume(lab.shared_run(2, FULL).experiment, "", "max_steps=100").resume_from is not None

@@ -1,4 +1,4 @@
-"""The dataset file: what is said at its top holds in every [[directory]] that does not say otherwise."""
+"""The dataset file: directories inherit top-level keys that they do not set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import toml
 
 from tests.tiny_model import write_experiment
-from tests.utils.config.test_load import NOWHERE, load, only_error, write
+from tests.utils.config.loading import NOWHERE, load, only_error, write
 from utils.config.load import ConfigError, dump_toml, load_config
 from utils.config.schema.dataset import DatasetConfig, ImageConfig
 
@@ -33,21 +33,21 @@ OTHER: dict[str, Any] = {
     "keep_tokens": 2,
     "on_bad_file": "skip",
 }
-"""Another value than the default for every key that may be at both places."""
+"""A value other than the default for every key that is allowed in both places."""
 
 
 def dataset_of(**table: Any) -> DatasetConfig:
     return DatasetConfig.model_validate({"resolutions": [32], **table})
 
 
-def test_every_key_that_is_handed_down_is_tested() -> None:
+def test_every_inherited_key_is_tested() -> None:
     fields = ImageConfig.model_fields
     assert OTHER.keys() == fields.keys()
     assert all(OTHER[name] != field.get_default(call_default_factory=True) for name, field in fields.items())
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_a_key_at_the_top_holds_in_directories_that_do_not_say_otherwise(key: str) -> None:
+def test_top_level_key_applies_to_directories_that_do_not_set_it(key: str) -> None:
     default = ImageConfig.model_fields[key].get_default(call_default_factory=True)
     own = [32] if key == "resolutions" else default
     dataset = dataset_of(**{key: OTHER[key]}, directory=[{"path": "a"}, {"path": "b", key: own}])
@@ -58,13 +58,13 @@ def test_a_key_at_the_top_holds_in_directories_that_do_not_say_otherwise(key: st
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_a_key_of_a_directory_holds_in_it_alone(key: str) -> None:
+def test_key_of_a_directory_applies_to_it_only(key: str) -> None:
     first, second = dataset_of(directory=[{"path": "a", key: OTHER[key]}, {"path": "b"}]).directory
     default = [32] if key == "resolutions" else ImageConfig.model_fields[key].default
     assert (getattr(first, key), getattr(second, key)) == (OTHER[key], default)
 
 
-def test_the_resolved_copy_has_what_was_handed_down(tmp_path: Path) -> None:
+def test_resolved_copy_has_inherited_keys(tmp_path: Path) -> None:
     directories = [{"path": "a"}, {"path": "b", **OTHER, "num_repeats": 1}]
     config = load(tmp_path, dataset_file={**OTHER, "directory": directories}).dataset
     again = DatasetConfig.model_validate(toml.loads(dump_toml(config)))
@@ -84,7 +84,7 @@ MISSING = "resolutions is missing; set it at the top level, or in every [[direct
         {"directory": [{"path": "a", "resolutions": []}]},
     ],
 )
-def test_resolutions_must_be_somewhere(tmp_path: Path, table: dict[str, Any]) -> None:
+def test_resolutions_are_required(tmp_path: Path, table: dict[str, Any]) -> None:
     assert only_error(write(tmp_path, dataset_file=table)) == ("dataset.toml", "", MISSING)
 
 
@@ -110,13 +110,13 @@ def test_resolutions_of_every_directory_are_enough(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_lower_bound_above_the_upper_one_is_named_where_it_is(
+def test_minimum_above_maximum_is_an_error_at_its_place(
     tmp_path: Path, table: dict[str, Any], key: str, message: str
 ) -> None:
     assert only_error(write(tmp_path, dataset_file=table)) == ("dataset.toml", key, message)
 
 
-def test_bounds_that_hold_in_no_directory_are_no_mistake(tmp_path: Path) -> None:
+def test_bounds_that_apply_to_no_directory_are_allowed(tmp_path: Path) -> None:
     table = {"min_pixels": 9, "max_pixels": 8, "directory": [{"path": "a", "max_pixels": 10}]}
     assert load(tmp_path, dataset_file=table).dataset.directory[0].max_pixels == 10
 
@@ -125,7 +125,7 @@ def test_bounds_that_hold_in_no_directory_are_no_mistake(tmp_path: Path) -> None
 
 
 def eval_set_error(folder: Path, **table: Any) -> tuple[str, str]:
-    """(Key, message) of the one error of a dataset file that is an evaluation set's."""
+    """(key, message) of the only error of an evaluation set's dataset file."""
     other = folder / "other.toml"
     other.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": "a"}], **table}))
     path = write_experiment(folder, NOWHERE, NOWHERE, eval={"sets": [{"name": "other", "dataset": str(other)}]})
@@ -137,7 +137,7 @@ def eval_set_error(folder: Path, **table: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("number", [2.5, 0.5])
-def test_fractional_repeats_are_refused_in_an_evaluation_set(tmp_path: Path, number: float) -> None:
+def test_fractional_repeats_are_an_error_in_an_evaluation_set(tmp_path: Path, number: float) -> None:
     message = f"= {number}: must be a whole number in an evaluation set"
     assert eval_set_error(tmp_path, num_repeats=number) == ("directory[0].num_repeats", message)
     directories = [{"path": "a"}, {"path": "b", "num_repeats": number}]
@@ -145,12 +145,12 @@ def test_fractional_repeats_are_refused_in_an_evaluation_set(tmp_path: Path, num
 
 
 @pytest.mark.parametrize("key", ["horizontal_flip", "loss_weight", "cache_shuffle_num"])
-def test_what_only_training_reads_is_refused_in_an_evaluation_set(tmp_path: Path, key: str) -> None:
+def test_keys_of_training_are_errors_in_an_evaluation_set(tmp_path: Path, key: str) -> None:
     found, message = eval_set_error(tmp_path, **{key: OTHER[key]})
     assert (found, message.partition(",")[0]) == (f"directory[0].{key}", "cannot be used in an evaluation set")
 
 
-def test_whole_repeats_and_the_rest_are_allowed_in_an_evaluation_set(tmp_path: Path) -> None:
+def test_other_keys_are_allowed_in_an_evaluation_set(tmp_path: Path) -> None:
     rest = {key: value for key, value in OTHER.items() if key not in ("horizontal_flip", "loss_weight", "cache_shuffle_num")}
     other = tmp_path / "other.toml"
     other.write_text(toml.dumps({**rest, "num_repeats": 3, "directory": [{"path": "a"}]}))

@@ -1,4 +1,4 @@
-"""The generated page of every key."""
+"""The generated page of all keys."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from utils.config.schema.model import experiment_class
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
 
 
-def test_the_page_is_what_the_schema_says() -> None:
-    """`make docs` writes it anew."""
+def test_page_is_generated_from_the_current_schema() -> None:
+    """`make docs` updates the page."""
     assert PAGE.read_text(encoding="utf-8") == document()
 
 
-def test_every_key_has_a_line_with_a_sentence() -> None:
+def test_every_key_has_a_description() -> None:
     page = document()
     for table in (experiment_class("sd3"), DatasetConfig):
         for key, places in known_keys(table).items():

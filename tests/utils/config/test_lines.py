@@ -1,4 +1,4 @@
-"""The lines that messages name."""
+"""Line numbers in error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.utils.config.test_load import errors_of, write
+from tests.utils.config.loading import errors_of, write
 from utils.config.lines import key_lines, line_of
 
 TEXT = '''# a comment = 3
@@ -29,7 +29,7 @@ path = "b"
 '''
 
 
-def test_keys_have_their_lines_and_strings_have_none() -> None:
+def test_keys_have_lines_and_text_in_strings_has_none() -> None:
     assert key_lines(TEXT) == {
         "seed": 2,
         "sampling": 4,
@@ -55,26 +55,26 @@ def test_keys_have_their_lines_and_strings_have_none() -> None:
         ("", None),
     ],
 )
-def test_what_is_missing_is_shown_at_what_is_around_it(tmp_path: Path, key: str, line: int | None) -> None:
+def test_missing_key_has_the_line_of_the_table_around_it(tmp_path: Path, key: str, line: int | None) -> None:
     file = tmp_path / "a.toml"
     file.write_text(TEXT)
     assert line_of(file, key) == line
 
 
-def test_headers_of_another_form_and_comments_lead_nowhere_wrong() -> None:
+def test_unusual_headers_and_comments_give_no_wrong_lines() -> None:
     text = 'a = 1  # not """ a string\n# """\n[ b ]\nx = 1\n[c."d"]\nx = 2\n[e]\nx = 3\n'
     lines = key_lines(text)
     assert {key: lines.get(key) for key in ("a", "b.x", "e.x")} == {"a": 1, "b.x": 4, "e.x": 8}
     assert 6 not in {number for key, number in lines.items() if key in ("b.x", "c.x", "c.d.x")}
 
 
-def test_a_file_that_cannot_be_read_has_no_lines(tmp_path: Path) -> None:
+def test_unreadable_file_has_no_lines(tmp_path: Path) -> None:
     assert line_of(tmp_path / "none.toml", "seed") is None
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     assert line_of(tmp_path / "binary.toml", "seed") is None
 
 
-def test_messages_name_the_line_and_not_that_of_a_key_given_by_set(tmp_path: Path) -> None:
+def test_messages_have_the_line_unless_the_key_comes_from_set(tmp_path: Path) -> None:
     path = write(tmp_path, objective={"mode_s_n": 0.0, "logit_std": 1.0})
     lines = path.read_text().splitlines()
     (error,) = errors_of(path)

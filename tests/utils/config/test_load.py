@@ -1,4 +1,4 @@
-"""TOML files to configuration: every mistake is found, all at once, and answered with what to do."""
+"""Loading TOML files: all errors are reported at once, with what to change."""
 
 from __future__ import annotations
 
@@ -9,39 +9,13 @@ from typing import Any
 import pytest
 import toml
 
-from tests.tiny_model import write_experiment
-from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml, load_config, parse_override
+from tests.utils.config.loading import errors_of, load, only_error, write
+from utils.config.load import ConfigError, dump_toml, load_config
 from utils.config.schema.dataset import DatasetConfig
 from utils.config.schema.optimizer import EmaConfig
-from utils.config.schema.sampling import SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
-NOWHERE = Path("nowhere")
-
-
-def write(folder: Path, **changes: Any) -> Path:
-    """An experiment whose model files need not exist: the configuration does not open them."""
-    return write_experiment(folder, NOWHERE, NOWHERE, **changes)
-
-
-def errors_of(path: Path, *overrides: str) -> list[ErrorDetail]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    assert str(caught.value).splitlines() == [str(error) for error in caught.value.errors]
-    return caught.value.errors
-
-
-def only_error(path: Path, *overrides: str) -> tuple[str, str, str]:
-    """(file name, key, message) of the one error."""
-    errors = errors_of(path, *overrides)
-    assert len(errors) == 1, errors
-    (error,) = errors
-    return error.file.name, error.key, error.message
-
-
-def load(folder: Path, *overrides: str, **changes: Any) -> Config:
-    return load_config(write(folder, **changes), overrides)
 
 
 # --- values ------------------------------------------------------------------------------------------------------------
@@ -59,12 +33,12 @@ def test_values_and_defaults_reach_the_tables(tmp_path: Path) -> None:
     assert config.dataset_path == tmp_path / "dataset.toml"
 
 
-def test_the_cache_is_in_the_output_folder_unless_said_otherwise(tmp_path: Path) -> None:
+def test_cache_is_in_the_output_folder_by_default(tmp_path: Path) -> None:
     assert load(tmp_path).experiment.cache_folder == tmp_path / "output" / "cache"
     assert load(tmp_path, cache_dir="elsewhere").experiment.cache_folder == Path("elsewhere")
 
 
-def test_an_average_is_kept_when_its_table_is_there(tmp_path: Path) -> None:
+def test_average_is_kept_if_its_table_exists(tmp_path: Path) -> None:
     assert load(tmp_path).experiment.ema is None
     path = write(tmp_path)
     path.write_text(path.read_text() + "\n[ema]\n")
@@ -84,7 +58,7 @@ def test_targets_are_strings_or_tables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", ['["attn", "mlp"]', MIXED_TARGETS.partition("=")[2]])
 def test_targets_survive_the_resolved_copy(tmp_path: Path, targets: str) -> None:
-    """In TOML either all of a list's entries are tables or none: the library that writes it cannot mix them."""
+    """The toml package cannot write a list that mixes strings and tables."""
     config = load(tmp_path, "adapter.type=lora", f"adapter.targets={targets}")
     copy = tmp_path / "copy.toml"
     copy.write_text(dump_toml(config.experiment), encoding="utf-8")
@@ -102,7 +76,7 @@ def test_targets_survive_the_resolved_copy(tmp_path: Path, targets: str) -> None
         ('[{ pattern = "mlp", rnk = 4 }]', "adapter.targets[0].rnk", "unknown key; did you mean `rank`?"),
     ],
 )
-def test_a_wrong_target_is_named_by_its_place(tmp_path: Path, targets: str, key: str, message: str) -> None:
+def test_error_of_a_target_has_its_index(tmp_path: Path, targets: str, key: str, message: str) -> None:
     path = write(tmp_path, adapter={"type": "lora"})
     _, found_key, text = only_error(path, f"adapter.targets={targets}")
     assert found_key == key
@@ -110,7 +84,7 @@ def test_a_wrong_target_is_named_by_its_place(tmp_path: Path, targets: str, key:
 
 
 @pytest.mark.parametrize("key", ["dora", "rank_stabilized"])
-def test_what_only_low_rank_has_is_refused_for_lokr(tmp_path: Path, key: str) -> None:
+def test_keys_of_low_rank_adapters_are_errors_for_lokr(tmp_path: Path, key: str) -> None:
     message = '= True: is for type = "lora" only; remove the key, or change the type'
     assert only_error(write(tmp_path, adapter={"type": "lokr", key: True}))[1:] == (f"adapter.{key}", message)
     load(tmp_path, adapter={"type": "lora", key: True})
@@ -125,7 +99,7 @@ def test_tables_are_read_only(tmp_path: Path) -> None:
 # --- unknown keys ------------------------------------------------------------------------------------------------------
 
 
-def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
+def test_misspelt_key_has_a_suggestion(tmp_path: Path) -> None:
     path = write(tmp_path, **{"optimizer.lr_warmup_step": 3})
     assert only_error(path) == (
         "experiment.toml",
@@ -134,19 +108,19 @@ def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
     )
 
 
-def test_a_misspelt_key_of_the_family_s_table_is_answered_with_the_right_one(tmp_path: Path) -> None:
+def test_misspelt_key_of_the_model_table_has_a_suggestion(tmp_path: Path) -> None:
     path = write(tmp_path, **{"model.t5xxl_max_token_lenght": 3})
     assert only_error(path)[2] == "unknown key; did you mean `t5xxl_max_token_length`?"
 
 
-def test_a_misspelt_table_is_answered_with_the_right_one(tmp_path: Path) -> None:
+def test_misspelt_table_has_a_suggestion(tmp_path: Path) -> None:
     assert only_error(write(tmp_path, monitorin={"tensorboard": True}))[1:] == (
         "monitorin",
         "unknown key; did you mean `monitoring`?",
     )
 
 
-def test_a_key_of_another_table_is_told_its_place(tmp_path: Path) -> None:
+def test_key_of_another_table_is_an_error_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, **{"objective.gradient_clipping": 1.0, "optimizer.max_steps": 3})
     assert {(error.key, error.message) for error in errors_of(path)} == {
         ("objective.gradient_clipping", "unknown key here; it belongs in [optimizer]"),
@@ -154,12 +128,12 @@ def test_a_key_of_another_table_is_told_its_place(tmp_path: Path) -> None:
     }
 
 
-def test_a_misspelt_key_of_another_table_is_told_name_and_place(tmp_path: Path) -> None:
+def test_misspelt_key_of_another_table_has_name_and_place(tmp_path: Path) -> None:
     path = write(tmp_path, gradient_cliping=1.0)
     assert only_error(path)[1:] == ("gradient_cliping", "unknown key; did you mean `gradient_clipping`, in [optimizer]?")
 
 
-def test_a_key_of_the_dataset_file_is_told_so(tmp_path: Path) -> None:
+def test_key_of_the_dataset_file_is_an_error_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, resolutions=[512])
     assert only_error(path) == (
         "experiment.toml",
@@ -171,7 +145,7 @@ def test_a_key_of_the_dataset_file_is_told_so(tmp_path: Path) -> None:
     )
 
 
-def test_a_key_of_the_experiment_file_is_told_so(tmp_path: Path) -> None:
+def test_key_of_the_experiment_file_is_an_error_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, dataset_file={"micro_batch_size_per_gpu": 2})
     assert only_error(path) == (
         "dataset.toml",
@@ -180,7 +154,7 @@ def test_a_key_of_the_experiment_file_is_told_so(tmp_path: Path) -> None:
     )
 
 
-def test_a_misspelt_key_of_a_directory_names_the_directory(tmp_path: Path) -> None:
+def test_misspelt_key_of_a_directory_has_its_index(tmp_path: Path) -> None:
     directories = [{"path": "a"}, {"path": "b", "num_repeat": 2}]
     assert only_error(write(tmp_path, dataset_file={"directory": directories})) == (
         "dataset.toml",
@@ -189,7 +163,7 @@ def test_a_misspelt_key_of_a_directory_names_the_directory(tmp_path: Path) -> No
     )
 
 
-def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_unknown_key_without_similar_ones_lists_all_keys(tmp_path: Path) -> None:
     _, key, message = only_error(write(tmp_path, **{"monitoring.xyzzy": 1}))
     assert key == "monitoring.xyzzy"
     assert message == "unknown key; this table has tensorboard"
@@ -222,7 +196,7 @@ def test_a_key_like_no_other_is_answered_with_those_there_are(tmp_path: Path) ->
         ("save.dtype", "float8", "'float32', 'bfloat16' or 'float16'"),
     ],
 )
-def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path: Path, key: str, value: Any, message: str) -> None:
+def test_error_of_a_value_shows_it_and_what_is_allowed(tmp_path: Path, key: str, value: Any, message: str) -> None:
     file, named, text = only_error(write(tmp_path, **{key: value}))
     assert (file, named) == ("experiment.toml", key)
     assert text.startswith(f"= {value!r}: ")
@@ -251,7 +225,7 @@ def test_a_wrong_value_is_shown_with_what_is_allowed(tmp_path: Path, key: str, v
         ("recursive", "yes", "recursive"),
     ],
 )
-def test_a_wrong_value_of_the_dataset_file_names_its_key(tmp_path: Path, key: str, value: Any, named: str) -> None:
+def test_error_of_a_dataset_value_has_its_key(tmp_path: Path, key: str, value: Any, named: str) -> None:
     assert only_error(write(tmp_path, dataset_file={key: value}))[:2] == ("dataset.toml", named)
 
 
@@ -272,14 +246,14 @@ def test_a_wrong_value_of_the_dataset_file_names_its_key(tmp_path: Path, key: st
     ],
 )
 @pytest.mark.parametrize("value", [True, "3"])
-def test_neither_true_nor_text_is_a_number(tmp_path: Path, key: str, value: Any) -> None:
+def test_booleans_and_strings_are_not_numbers(tmp_path: Path, key: str, value: Any) -> None:
     errors = errors_of(write(tmp_path, **{key: value}))
     assert {error.key for error in errors} == {key}
     assert re.match(f"= {value!r}: must be a valid (integer|number)$", errors[0].message)
 
 
 @pytest.mark.parametrize("value", [1, 0, "true", "no"])
-def test_neither_a_number_nor_text_is_true_or_false(tmp_path: Path, value: Any) -> None:
+def test_numbers_and_strings_are_not_booleans(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path, **{"monitoring.tensorboard": value}, dataset_file={"enable_ar_bucket": value})
     assert [(error.key, error.message) for error in errors_of(path)] == [
         ("monitoring.tensorboard", f"= {value!r}: must be a valid boolean"),
@@ -287,13 +261,13 @@ def test_neither_a_number_nor_text_is_true_or_false(tmp_path: Path, value: Any) 
     ]
 
 
-def test_a_number_with_a_point_may_be_written_without(tmp_path: Path) -> None:
+def test_floats_may_be_written_as_integers(tmp_path: Path) -> None:
     config = load(tmp_path, **{"optimizer.gradient_clipping": 1, "objective.discrete_flow_shift": 3})
     assert config.experiment.optimizer.gradient_clipping == 1.0
     assert isinstance(config.experiment.objective.discrete_flow_shift, float)
 
 
-def test_a_wrong_number_of_stages_is_told_both_things_allowed(tmp_path: Path) -> None:
+def test_error_of_pipeline_stages_shows_both_allowed_types(tmp_path: Path) -> None:
     errors = errors_of(write(tmp_path, **{"pipeline.pipeline_stages": "aut"}))
     assert {error.key for error in errors} == {"pipeline.pipeline_stages"}
     text = "\n".join(error.message for error in errors)
@@ -302,22 +276,22 @@ def test_a_wrong_number_of_stages_is_told_both_things_allowed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("key", ["output_dir", "optimizer.learning_rate", "model.mmdit", "model", "optimizer", "dataset"])
-def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+def test_missing_key_is_an_error(tmp_path: Path, key: str) -> None:
     assert only_error(write(tmp_path, **{key: None})) == ("experiment.toml", key, "is missing")
 
 
-def test_a_missing_key_of_the_dataset_file_is_named(tmp_path: Path) -> None:
+def test_missing_key_of_the_dataset_file_is_an_error(tmp_path: Path) -> None:
     assert only_error(write(tmp_path, dataset_file={"directory": None})) == ("dataset.toml", "directory", "is missing")
 
 
-def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
+def test_run_without_an_end_is_an_error(tmp_path: Path) -> None:
     _, key, message = only_error(write(tmp_path, max_steps=None))
     assert key == "max_steps"
     assert "`max_steps`, `epochs` or both" in message
     assert load(tmp_path, max_steps=None, epochs=2).experiment.epochs == 2
 
 
-def test_a_lower_bound_above_the_upper_one_is_refused(tmp_path: Path) -> None:
+def test_minimum_above_maximum_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, dataset_file={"min_ar": 2.0, "max_ar": 0.5})
     assert only_error(path) == ("dataset.toml", "min_ar", "= 2.0: must not exceed max_ar, which is 0.5")
 
@@ -325,7 +299,7 @@ def test_a_lower_bound_above_the_upper_one_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"), [("flux", "= 'flux': unknown model type; known: 'sd3'"), (None, "is missing")]
 )
-def test_an_unknown_model_type_is_answered_with_those_known(tmp_path: Path, value: str | None, message: str) -> None:
+def test_unknown_model_type_lists_the_known_ones(tmp_path: Path, value: str | None, message: str) -> None:
     _, key, text = only_error(write(tmp_path, **{"model.type": value}))
     assert key == "model.type"
     assert text.startswith(message)
@@ -333,14 +307,14 @@ def test_an_unknown_model_type_is_answered_with_those_known(tmp_path: Path, valu
 
 
 @pytest.mark.parametrize("value", ["sd3", 3, ["sd3"]])
-def test_a_model_that_is_no_table_is_refused(tmp_path: Path, value: Any) -> None:
+def test_model_that_is_not_a_table_is_an_error(tmp_path: Path, value: Any) -> None:
     assert only_error(write(tmp_path, model=value))[1].startswith("model")
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_mistake_of_both_files_is_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_of_both_files_are_reported_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         seeed=1,
@@ -362,7 +336,7 @@ def test_every_mistake_of_both_files_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_errors_with_their_paths(tmp_path: Path) -> None:
     assert only_error(tmp_path / "none.toml") == ("none.toml", "", "does not exist")
     path = write(tmp_path)
     (tmp_path / "dataset.toml").unlink()
@@ -370,164 +344,33 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["a = = 1", "[table", "a = 1\na = 2", 'a = "open', "a = [1,"])
-def test_what_is_not_toml_is_said_to_be_so(tmp_path: Path, content: str) -> None:
+def test_invalid_toml_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "experiment.toml"
     path.write_text(content)
     assert only_error(path)[2].startswith("is not valid TOML: ")
 
 
-def test_a_file_in_another_encoding_cannot_be_read(tmp_path: Path) -> None:
+def test_file_in_another_encoding_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "experiment.toml"
     path.write_bytes('output_dir = "Füchse"'.encode("latin-1"))
     assert "utf-8" in only_error(path)[2]
 
 
-def test_a_folder_in_place_of_a_file_cannot_be_read(tmp_path: Path) -> None:
+def test_folder_in_place_of_a_file_is_an_error(tmp_path: Path) -> None:
     assert only_error(tmp_path)[2].startswith("cannot be read: ")
 
 
-def test_numbers_with_and_without_a_point_may_share_a_list(tmp_path: Path) -> None:
+def test_lists_may_mix_integers_and_floats(tmp_path: Path) -> None:
     path = write(tmp_path, **{"optimizer.args.betas": [0.5, 0.99]})
     path.write_text(path.read_text().replace("0.5", "0"))
     assert load_config(path).experiment.optimizer.args == {"betas": [0, 0.99]}
-
-
-# --- overrides ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("a=1", 1),
-        ("a=1e-4", 1e-4),
-        ("a=true", True),
-        ("a=[1, 2]", [1, 2]),
-        ('a="1"', "1"),
-        ("a=auto", "auto"),
-        ("a=runs/of today", "runs/of today"),
-        ("a=b=c", "b=c"),
-        ("a=", ""),
-    ],
-)
-def test_an_override_is_read_as_toml_and_else_as_text(text: str, value: Any) -> None:
-    keys, parsed = parse_override(text)
-    assert keys == ["a"]
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-def test_overrides_win_over_the_file_and_may_add_tables(tmp_path: Path) -> None:
-    config = load(
-        tmp_path,
-        "max_steps=9",
-        "optimizer.learning_rate=2e-5",
-        "optimizer.args.betas=[0.8, 0.9]",
-        "adapter.type=lora",
-        "adapter.rank=8",
-        "pipeline.pipeline_stages=auto",
-        "monitoring.tensorboard=true",
-        "objective.discrete_flow_shift=1",
-    )
-    experiment = config.experiment
-    assert experiment.max_steps == 9
-    assert experiment.optimizer.learning_rate == 2e-5
-    assert experiment.optimizer.args == {"betas": [0.8, 0.9]}
-    assert experiment.adapter is not None
-    assert experiment.adapter.rank == 8
-    assert experiment.pipeline.pipeline_stages == "auto"
-    assert experiment.monitoring.tensorboard is True
-    assert experiment.objective.discrete_flow_shift == 1.0
-
-
-def test_the_later_of_two_overrides_wins(tmp_path: Path) -> None:
-    assert load(tmp_path, "max_steps=5", "max_steps=6").experiment.max_steps == 6
-
-
-def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    assert only_error(path, "max_step=3")[2] == "unknown key; did you mean `max_steps`?"
-    assert only_error(path, "max_steps=often")[2].startswith("= 'often': ")
-    assert only_error(path, "seed=true")[1] == "seed"
-
-
-@pytest.mark.parametrize("text", ["max_steps", "=3", " =3"])
-def test_an_override_without_key_or_value_shows_how_it_goes(tmp_path: Path, text: str) -> None:
-    message = only_error(write(tmp_path), text)[2]
-    assert message.startswith(f"--set {text}: must be KEY=VALUE")
-
-
-def test_an_override_inside_a_value_is_refused(tmp_path: Path) -> None:
-    _, key, message = only_error(write(tmp_path), "seed.extra=3")
-    assert key == "seed.extra"
-    assert message == "seed is not a table, so it cannot have the key extra"
-
-
-def test_the_dataset_can_be_overridden(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    (tmp_path / "dataset.toml").rename(tmp_path / "other.toml")
-    assert load_config(path, [f"dataset={tmp_path / 'other.toml'}"]).dataset.resolutions == [32]
-
-
-# --- the resolved copy -------------------------------------------------------------------------------------------------
-
-AWKWARD = [
-    "plain",
-    "",
-    'quotes " and \' and """',
-    "back\\slash \\d+ \\u0041 \\",
-    "back\\slash before x: \\x41",
-    "new\nline\ttab",
-    "Füchse 狐狸 🦊",
-    "# no comment",
-    "[table] = 3",
-    " spaces ",
-    "non-breaking\xa0space,\xa0twice",
-    "\x7f\x01",
-]
-
-
-def test_the_resolved_copy_loads_to_an_equal_configuration(tmp_path: Path) -> None:
-    config = load(
-        tmp_path,
-        cache_dir="somewhere",
-        epochs=3,
-        adapter={
-            "type": "lora",
-            "rank": 8,
-            "targets": [r"joint_blocks\.\d+\.(x_block|context_block)\.attn\.qkv", "final.*"],
-        },
-        optimizer={"learning_rate": 1e-7, "args": {"betas": [0.9, 0.95], "eps": 1e-08, "weight_decay": 0}},
-        sampling={"prompts": ["a fox", 'a "quoted" owl'], "every_n_steps": 2},
-        seed=2**63 - 1,
-        dataset_file={"directory": [{"path": "a"}, {"path": "b", "num_repeats": 3}]},
-    )
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    (copy / "config.toml").write_text(dump_toml(config.experiment), encoding="utf-8")
-    (copy / "other.toml").write_text(dump_toml(config.dataset), encoding="utf-8")
-    again = load_config(copy / "config.toml")
-    assert again.experiment.model_dump() == config.experiment.model_dump()
-    assert again.dataset == config.dataset
-    assert DatasetConfig.model_validate(toml.loads((copy / "other.toml").read_text())) == config.dataset
-
-
-@pytest.mark.parametrize("text", AWKWARD)
-def test_any_text_survives_the_resolved_copy(text: str) -> None:
-    table = SamplingConfig(prompts=[text], negative_prompt=text)
-    assert SamplingConfig(**toml.loads(dump_toml(table))) == table
-
-
-@pytest.mark.parametrize("number", [1e-7, 1e-05, 0.1, 3.0, 1e22, 1 / 3])
-def test_any_number_survives_the_resolved_copy(number: float) -> None:
-    table = SamplingConfig(cfg=1 + number)
-    assert SamplingConfig(**toml.loads(dump_toml(table))) == table
 
 
 # --- examples ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_an_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     content = toml.loads(path.read_text(encoding="utf-8"))
     if "directory" in content:
@@ -536,12 +379,12 @@ def test_an_example_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert load_config(path).experiment.model.type == "sd3"
 
 
-def test_a_key_of_the_model_in_the_dataset_file_is_told_its_place(tmp_path: Path) -> None:
+def test_model_key_in_the_dataset_file_is_an_error_with_its_place(tmp_path: Path) -> None:
     (error,) = errors_of(write(tmp_path, dataset_file={"clip_l": "somewhere"}))
     assert (error.file.name, error.key) == ("dataset.toml", "clip_l")
     assert "in the experiment file, in [model]" in error.message
 
 
-def test_what_is_no_path_is_refused_in_plain_words(tmp_path: Path) -> None:
+def test_error_of_a_path_is_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.mmdit: = 5: must be a path"):
         load(tmp_path, "model.mmdit=5")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import toml
 
-from tests.utils.config.test_load import load, only_error, write
+from tests.utils.config.loading import load, only_error, write
 from utils.config.load import dump_toml
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.registry import optimizer_errors
@@ -47,7 +47,7 @@ def test_groups_survive_the_resolved_copy(tmp_path: Path) -> None:
         ({"lr": 1e-4}, "lr", "unknown key"),
     ],
 )
-def test_a_wrong_group_is_refused_with_its_index(tmp_path: Path, changes: dict[str, Any], key: str, message: str) -> None:
+def test_error_of_a_group_has_its_index(tmp_path: Path, changes: dict[str, Any], key: str, message: str) -> None:
     path = write(tmp_path, **{"optimizer.groups": [ATTENTION, {**BIASES, **changes}]})
     _, found_key, text = only_error(path)
     assert found_key == f"optimizer.groups[1].{key}"

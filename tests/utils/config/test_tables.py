@@ -1,4 +1,4 @@
-"""The tables of objective, evaluation and previews: what is refused, and that the answer says what is allowed."""
+"""Errors of the tables of objective, evaluation and previews, and what they say is allowed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import toml
 
-from tests.utils.config.test_load import errors_of, load, only_error, write
+from tests.utils.config.loading import errors_of, load, only_error, write
 from utils.config.load import dump_toml
 from utils.config.schema.dataset import DatasetConfig
 from utils.config.schema.evaluation import EvalConfig
@@ -63,11 +63,11 @@ from utils.config.schema.sampling import SamplingConfig
         ),
     ],
 )
-def test_a_wrong_objective_is_refused(tmp_path: Path, changes: dict[str, Any], key: str, message: str) -> None:
+def test_invalid_objective_is_an_error(tmp_path: Path, changes: dict[str, Any], key: str, message: str) -> None:
     assert only_error(write(tmp_path, objective=changes)) == ("experiment.toml", key, message)
 
 
-def test_every_mistake_of_the_objective_is_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_of_the_objective_are_reported_at_once(tmp_path: Path) -> None:
     wrong = {"weighting_scheme": "sech", "mode_s_n": 0.0, "discrete_flow_shft": 3.0, "min_t": 0.5, "max_t": 0.25}
     sets = [{"name": "gone", "dataset": str(tmp_path / "gone.toml")}]
     errors = errors_of(write(tmp_path, objective=wrong, eval={"sets": sets}))
@@ -77,7 +77,7 @@ def test_every_mistake_of_the_objective_is_told_at_once(tmp_path: Path) -> None:
     assert "did you mean `discrete_flow_shift`?" in found["objective.discrete_flow_shft"]
 
 
-def test_a_written_key_wins_over_its_preset_on_the_command_line_too(tmp_path: Path) -> None:
+def test_explicit_key_takes_precedence_over_its_preset_on_the_command_line_too(tmp_path: Path) -> None:
     config = load(tmp_path, "objective.discrete_flow_shift=1.5", objective={"preset": "diffusers"})
     objective = config.experiment.objective
     assert objective.discrete_flow_shift == 1.5
@@ -93,20 +93,20 @@ def test_a_written_key_wins_over_its_preset_on_the_command_line_too(tmp_path: Pa
         ({"holdout_images": 2, "weights": "best"}, "eval.weights", "= 'best': must be 'last' or 'ema'"),
     ],
 )
-def test_a_wrong_evaluation_is_refused(tmp_path: Path, table: dict[str, Any], key: str, message: str) -> None:
+def test_invalid_evaluation_is_an_error(tmp_path: Path, table: dict[str, Any], key: str, message: str) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + "\n[eval]\n" + toml.dumps(table))
     assert only_error(path) == ("experiment.toml", key, message)
 
 
-def test_sets_have_names_of_their_own(tmp_path: Path) -> None:
+def test_names_of_evaluation_sets_are_unique(tmp_path: Path) -> None:
     other = str(tmp_path / "dataset.toml")
     for names in (["a", "a"], ["holdout"]):
         sets = [{"name": name, "dataset": other} for name in names]
         assert "each set needs a unique name" in only_error(write(tmp_path, eval={"sets": sets}))[2]
 
 
-def test_mistakes_of_an_evaluation_set_s_file_are_told_with_the_others(tmp_path: Path) -> None:
+def test_errors_of_an_evaluation_set_are_reported_with_the_others(tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text('resolutions = [32]\n[[directory]]\npath = "x"\nhorizontal_flip = true\nloss_weight = 2.0\n')
     sets = [{"name": "other", "dataset": str(other)}, {"name": "gone", "dataset": str(tmp_path / "gone.toml")}]
@@ -135,13 +135,13 @@ def test_prompts_are_strings_with_flags_or_tables(tmp_path: Path) -> None:
         ("a fox --d -1", "sampling.prompts[0].seed", "must be greater than or equal to 0"),
     ],
 )
-def test_a_wrong_prompt_is_refused(tmp_path: Path, prompt: str, key: str, part: str) -> None:
+def test_invalid_prompt_is_an_error(tmp_path: Path, prompt: str, key: str, part: str) -> None:
     file, found, message = only_error(write(tmp_path, **{"sampling.prompts": [prompt]}))
     assert (file, found) == ("experiment.toml", key)
     assert part in message
 
 
-def test_the_new_tables_survive_the_resolved_copy(tmp_path: Path) -> None:
+def test_resolved_copy_preserves_evaluation_and_sampling(tmp_path: Path) -> None:
     sampling = {
         "prompts": ["a fox --w 512 --n blur", "an owl"],
         "skip_layer_guidance": {"scale": 2.8},
