@@ -1,4 +1,4 @@
-"""What is found of a run's datasets before it starts: what refuses it, what is left out, and who looks."""
+"""Datasets before a run: errors, skipped files, and which rank opens them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from utils.run.prepare import prepare
 ALONE = World(0, 0, 1, 1)
 
 
-class Desk:
-    """Writes experiments on images of the test's own, and checks them."""
+class DatasetChecks:
+    """Writes experiments on the test's own images, and prepares them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self._model = folder, model
@@ -38,16 +38,16 @@ class Desk:
         return prepare(file, [], None, world, check_only=check_only)
 
     def errors(self, **changes: Any) -> list[tuple[str, str, str]]:
-        """(Name of the file, key, message) of each."""
+        """(name of the file, key, message) of each error."""
         with pytest.raises(ConfigError) as caught:
             self.prepare(**changes)
         return [(error.file.name, error.key, error.message) for error in caught.value.errors]
 
 
 @pytest.fixture
-def desk(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> Desk:
+def checks(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> DatasetChecks:
     monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # one for all tests
-    return Desk(tmp_path, tiny_model)
+    return DatasetChecks(tmp_path, tiny_model)
 
 
 def spoil(folder: Path, index: int = 0) -> Path:
@@ -60,45 +60,45 @@ def spoil(folder: Path, index: int = 0) -> Path:
 
 
 @pytest.mark.parametrize(("spoiled", "is_refused"), [("images", False), ("other", True)])
-def test_bad_files_are_left_out_of_the_directories_that_say_so(desk: Desk, spoiled: str, is_refused: bool) -> None:
-    other = make_tiny_dataset(desk.folder / "other", 6)
-    path = spoil(desk.folder / spoiled)
-    directories = [{"path": str(desk.images), "on_bad_file": "skip"}, {"path": str(other)}]
+def test_bad_files_are_skipped_in_directories_configured_so(checks: DatasetChecks, spoiled: str, is_refused: bool) -> None:
+    other = make_tiny_dataset(checks.folder / "other", 6)
+    path = spoil(checks.folder / spoiled)
+    directories = [{"path": str(checks.images), "on_bad_file": "skip"}, {"path": str(other)}]
     if is_refused:
-        (name, _, _), *_, advice = desk.errors(dataset_file={"directory": directories})
+        (name, _, _), *_, advice = checks.errors(dataset_file={"directory": directories})
         assert name == path.name
         assert advice == ("dataset.toml", "on_bad_file", BAD_FILE_ADVICE)
     else:
-        dataset = desk.prepare(dataset_file={"directory": directories}).dataset
+        dataset = checks.prepare(dataset_file={"directory": directories}).dataset
         assert ([bad.path for bad in dataset.bad_files], dataset.num_images) == ([path], 11)
 
 
 @pytest.mark.parametrize("inner", ["error", "skip"])
-def test_what_a_directory_inside_another_says_counts_for_its_own_files(desk: Desk, inner: str) -> None:
+def test_settings_of_an_inner_directory_apply_to_its_files(checks: DatasetChecks, inner: str) -> None:
     outer = "skip" if inner == "error" else "error"
-    inside = make_tiny_dataset(desk.images / "inside", 3)
+    inside = make_tiny_dataset(checks.images / "inside", 3)
     spoil(inside)
-    directories = [{"path": str(desk.images), "on_bad_file": outer}, {"path": str(inside), "on_bad_file": inner}]
+    directories = [{"path": str(checks.images), "on_bad_file": outer}, {"path": str(inside), "on_bad_file": inner}]
     if inner == "skip":
-        assert desk.prepare(dataset_file={"directory": directories}).dataset.num_images == 6 + 2
+        assert checks.prepare(dataset_file={"directory": directories}).dataset.num_images == 6 + 2
     else:
-        assert desk.errors(dataset_file={"directory": directories})[-1][1] == "on_bad_file"
+        assert checks.errors(dataset_file={"directory": directories})[-1][1] == "on_bad_file"
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])
-def test_bad_masks_and_control_images_go_by_their_directory(desk: Desk, key: str) -> None:
-    paired_images = make_tiny_dataset(desk.folder / "companions", 6)
+def test_bad_masks_and_control_images_follow_their_directory(checks: DatasetChecks, key: str) -> None:
+    paired_images = make_tiny_dataset(checks.folder / "paired", 6)
     spoil(paired_images)
-    directory = {"path": str(desk.images), key: str(paired_images)}
-    assert desk.errors(dataset_file={"directory": [directory]})[-1][1] == "on_bad_file"
-    dataset = desk.prepare(dataset_file={"directory": [{**directory, "on_bad_file": "skip"}]}).dataset
+    directory = {"path": str(checks.images), key: str(paired_images)}
+    assert checks.errors(dataset_file={"directory": [directory]})[-1][1] == "on_bad_file"
+    dataset = checks.prepare(dataset_file={"directory": [{**directory, "on_bad_file": "skip"}]}).dataset
     assert (dataset.num_images, [bad.path.parent for bad in dataset.bad_files]) == (5, [paired_images])
 
 
-def test_many_bad_files_are_shown_shortened(desk: Desk) -> None:
+def test_long_lists_of_bad_files_are_shortened(checks: DatasetChecks) -> None:
     for index in range(10, 13 + MAX_BAD_FILES_SHOWN):
-        spoil(desk.images, index)
-    errors = desk.errors()
+        spoil(checks.images, index)
+    errors = checks.errors()
     assert len(errors) == MAX_BAD_FILES_SHOWN + 2
     assert errors[-2:] == [
         ("dataset.toml", "", "3 more files cannot be used"),
@@ -106,60 +106,60 @@ def test_many_bad_files_are_shown_shortened(desk: Desk) -> None:
     ]
 
 
-def test_a_refused_run_lists_every_bad_file(desk: Desk) -> None:
-    paths = [spoil(desk.images, index) for index in range(10, 13 + MAX_BAD_FILES_SHOWN)]
-    desk.errors()
-    lines = (desk.folder / "experiment" / "output" / BAD_FILES).read_text().splitlines()
+def test_refused_run_lists_every_bad_file(checks: DatasetChecks) -> None:
+    paths = [spoil(checks.images, index) for index in range(10, 13 + MAX_BAD_FILES_SHOWN)]
+    checks.errors()
+    lines = (checks.folder / "experiment" / "output" / BAD_FILES).read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == list(map(str, paths))
 
 
 @pytest.mark.parametrize("num_bad", [1, MAX_SHOWN_IN_LOG, MAX_SHOWN_IN_LOG + 3])
-def test_the_banner_shows_the_first_of_the_files_left_out(desk: Desk, num_bad: int) -> None:
+def test_banner_shows_the_first_skipped_files(checks: DatasetChecks, num_bad: int) -> None:
     for index in range(10, 10 + num_bad):
-        spoil(desk.images, index)
-    experiment = desk.prepare(dataset_file={"on_bad_file": "skip"})
+        spoil(checks.images, index)
+    experiment = checks.prepare(dataset_file={"on_bad_file": "skip"})
     order = BatchOrder(experiment.dataset.examples, experiment.global_batch, 0)
     lines = [line.strip() for line in describe(experiment, order, "nowhere").splitlines() if "skipped: " in line]
-    assert lines[0] == f"skipped: {desk.images / 'image_010.png'}: is not an image Pillow can read"
+    assert lines[0] == f"skipped: {checks.images / 'image_010.png'}: is not an image Pillow can read"
     assert len(lines) == min(num_bad, MAX_SHOWN_IN_LOG + 1)
-    rest = f"skipped: 3 more files; a run lists all of them in {desk.folder / 'experiment' / 'output' / BAD_FILES}"
+    rest = f"skipped: 3 more files; a run lists all of them in {checks.folder / 'experiment' / 'output' / BAD_FILES}"
     assert (lines[-1] == rest) == (num_bad > MAX_SHOWN_IN_LOG)
 
 
-def test_a_check_that_finds_bad_files_writes_nothing(desk: Desk) -> None:
-    spoil(desk.images)
-    desk.errors(check_only=True)
-    assert not (desk.folder / "experiment" / "output").exists()
+def test_check_with_bad_files_writes_nothing(checks: DatasetChecks) -> None:
+    spoil(checks.images)
+    checks.errors(check_only=True)
+    assert not (checks.folder / "experiment" / "output").exists()
 
 
-def test_files_left_out_of_an_evaluation_set_are_among_those_of_the_run(desk: Desk) -> None:
-    other = make_tiny_dataset(desk.folder / "other", 3)
+def test_skipped_files_of_an_evaluation_set_are_reported(checks: DatasetChecks) -> None:
+    other = make_tiny_dataset(checks.folder / "other", 3)
     bad = spoil(other)
     Image.new("RGB", (300, 300)).save(other / "image_001.png")
-    file = desk.folder / "other.toml"
+    file = checks.folder / "other.toml"
     table = {"resolutions": [32], "on_bad_file": "skip", "max_pixels": 80000, "directory": [{"path": str(other)}]}
     file.write_text(toml.dumps(table))
-    dataset = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
+    dataset = checks.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
     assert [one.path for one in dataset.bad_files] == [bad]
     assert [one.path.name for one in dataset.skipped] == ["image_001.png"]
 
 
-def test_bad_files_of_an_evaluation_set_are_told_with_its_file(desk: Desk) -> None:
-    other = make_tiny_dataset(desk.folder / "other", 2)
+def test_bad_files_of_an_evaluation_set_are_errors_with_its_file(checks: DatasetChecks) -> None:
+    other = make_tiny_dataset(checks.folder / "other", 2)
     spoil(other)
-    file = desk.folder / "other.toml"
+    file = checks.folder / "other.toml"
     file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(other)}]}))
-    errors = desk.errors(eval={"sets": [{"name": "other", "dataset": str(file)}]})
+    errors = checks.errors(eval={"sets": [{"name": "other", "dataset": str(file)}]})
     assert [(name, key) for name, key, _ in errors] == [("image_000.png", ""), ("other.toml", "on_bad_file")]
 
 
 # --- small images ----------------------------------------------------------------------------------------------------
 
 
-def test_small_images_refuse_a_run_that_says_so_and_no_other(desk: Desk) -> None:
+def test_small_images_are_errors_only_if_configured(checks: DatasetChecks) -> None:
     size = {"resolutions": [64]}
-    Image.new("RGB", (100, 100)).save(desk.images / "image_005.png")
-    errors = desk.errors(dataset_file={**size, "upscale": "error", "on_bad_file": "skip"})
+    Image.new("RGB", (100, 100)).save(checks.images / "image_005.png")
+    errors = checks.errors(dataset_file={**size, "upscale": "error", "on_bad_file": "skip"})
     assert len(errors) == 5 + 1
     assert errors[0] == (
         "image_000.png",
@@ -167,47 +167,47 @@ def test_small_images_refuse_a_run_that_says_so_and_no_other(desk: Desk) -> None
         'is 40x40 pixels, smaller than its bucket 64x64; upscale = "error"',
     )
     assert errors[-1] == ("dataset.toml", "upscale", SMALL_IMAGE_ADVICE)
-    assert any("enlarged" in text for text in desk.prepare(dataset_file=size).dataset.warnings)
+    assert any("enlarged" in text for text in checks.prepare(dataset_file=size).dataset.warnings)
 
 
-def test_a_dataset_of_which_everything_is_left_out_is_refused(desk: Desk) -> None:
-    (error,) = desk.errors(dataset_file={"resolutions": [64], "upscale": "never"})
+def test_dataset_without_usable_images_is_an_error(checks: DatasetChecks) -> None:
+    (error,) = checks.errors(dataset_file={"resolutions": [64], "upscale": "never"})
     assert error[:2] == ("dataset.toml", "directory")
-    (error,) = desk.errors(dataset_file={"max_pixels": 9})
-    assert error == ("dataset.toml", "directory", f"no usable image with a caption in {desk.images}")
+    (error,) = checks.errors(dataset_file={"max_pixels": 9})
+    assert error == ("dataset.toml", "directory", f"no usable image with a caption in {checks.images}")
 
 
 # --- who looks ---------------------------------------------------------------------------------------------------------
 
 
-def test_other_ranks_do_not_look_at_images(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "Readers", lambda *_: pytest.fail("a rank other than 0 was to read images"))
-    experiment = desk.prepare(World(1, 1, 2, 2), pipeline={"pipeline_stages": 1})
+def test_other_ranks_open_no_images(checks: DatasetChecks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "Readers", lambda *_: pytest.fail("a rank other than 0 reads images"))
+    experiment = checks.prepare(World(1, 1, 2, 2), pipeline={"pipeline_stages": 1})
     assert (len(experiment.dataset.examples), experiment.stored_hashes) == (0, [])
 
 
-def test_a_second_start_opens_no_image(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = desk.prepare().dataset
+def test_second_start_opens_no_image(checks: DatasetChecks, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = checks.prepare().dataset
     monkeypatch.setattr(Readers, "sizes", lambda *_: pytest.fail("an image was opened"))
-    second = desk.prepare().dataset
+    second = checks.prepare().dataset
     assert list(first.examples) == list(second.examples)
 
 
-def test_a_check_writes_nothing(desk: Desk) -> None:
-    desk.prepare(check_only=True)
-    assert {path.name for path in (desk.folder / "experiment").iterdir()} == {"experiment.toml", "dataset.toml"}
+def test_check_writes_nothing(checks: DatasetChecks) -> None:
+    checks.prepare(check_only=True)
+    assert {path.name for path in (checks.folder / "experiment").iterdir()} == {"experiment.toml", "dataset.toml"}
 
 
-def test_a_run_refused_for_its_settings_writes_nothing(desk: Desk) -> None:
+def test_run_refused_for_its_settings_writes_nothing(checks: DatasetChecks) -> None:
     changes: dict[str, Any] = {"adapter": {"type": "lora", "targets": ["no"]}, "sampling": {"prompts": ["a"], "width": 40}}
-    desk.errors(**changes)
-    assert not (desk.folder / "experiment" / "output").exists()
+    checks.errors(**changes)
+    assert not (checks.folder / "experiment" / "output").exists()
 
 
-def test_images_in_training_and_evaluation_are_warned_of(desk: Desk) -> None:
-    file = desk.folder / "other.toml"
-    file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(desk.images), "max_pixels": 1600}]}))
-    experiment = desk.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}], "holdout_images": 1})
+def test_images_in_training_and_evaluation_give_a_warning(checks: DatasetChecks) -> None:
+    file = checks.folder / "other.toml"
+    file.write_text(toml.dumps({"resolutions": [32], "directory": [{"path": str(checks.images), "max_pixels": 1600}]}))
+    experiment = checks.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}], "holdout_images": 1})
     shared = {example.image for example in experiment.dataset.examples}
     num_both = len(shared & {example.image for example in experiment.eval_sets["other"]})
     assert f"{num_both} images of the evaluation set 'other' are also in the training set" in experiment.dataset.warnings
