@@ -1,4 +1,4 @@
-"""Folders to read from and to write: where a package keeps its files, and how to make a folder all at once.
+"""Folders of the quickstart: data files of installed packages, and output folders that appear when complete.
 
 A folder made here is either complete or not there, and making it again does nothing. The contents are written to a
 temporary folder beside the target and renamed when complete, with a marker file that holds the arguments they were
@@ -21,7 +21,7 @@ HOW_TO_INSTALL = {
 
 
 def package_folder(name: str) -> Path:
-    """Return where an installed package lies, without importing it: of these packages only data files are wanted."""
+    """Returns the folder of an installed package without importing it; only its data files are used."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"the package {name} is missing: pip install {HOW_TO_INSTALL.get(name, name)}")
@@ -29,7 +29,7 @@ def package_folder(name: str) -> Path:
 
 
 def is_complete(out: Path, arguments: Mapping[str, object]) -> bool:
-    """Return whether `out` was already made with `arguments`; exits if something else stands there."""
+    """Returns whether `out` was made with `arguments` before; exits if it is something else."""
     marker = out / MARKER
     if marker.is_file():
         made_with = json.loads(marker.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def is_complete(out: Path, arguments: Mapping[str, object]) -> bool:
 
 
 def make_folder(out: Path, arguments: Mapping[str, object], fill: Callable[[Path], None]) -> bool:
-    """Let `fill` write into a temporary folder and rename it to `out`; return False if `out` was complete already."""
+    """Lets `fill` write into a temporary folder and renames it to `out`; returns False if `out` was complete before."""
     if is_complete(out, arguments):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The quickstart's little world: a coloured shape on a coloured background, how to draw it and how to read it back.
+"""The quickstart's images: a coloured shape on a coloured background, its drawing and its detection.
 
 `draw` makes an image from (shape, colour, background); `read` goes the other way and says what an image shows, so
 that "does the trained model paint what the caption says?" becomes a number. Colours are read as the nearest palette
@@ -40,7 +40,7 @@ MAX_READ_OFFSET = 4.0  # a model may miss the middle by more, and `read` still f
 
 
 class Combination(NamedTuple):
-    """What one image shows."""
+    """The content of one image."""
 
     shape: str
     colour: str
@@ -64,17 +64,17 @@ HELD_OUT = (
 
 
 def combinations(colours: tuple[str, ...] = tuple(PALETTE)) -> list[Combination]:
-    """Return every shape in every one of `colours` on every other palette colour, held-out ones included."""
+    """Returns every shape in every one of `colours` on every other palette colour, held-out ones included."""
     return [Combination(s, c, b) for s in SHAPES for c in colours for b in PALETTE if c != b]
 
 
 def training_combinations() -> list[Combination]:
-    """Return the 82 combinations of the six palette colours that are not held out."""
+    """Returns the 82 combinations of the six palette colours that are not held out."""
     return [combination for combination in combinations() if combination not in HELD_OUT]
 
 
 def parse(caption: str) -> Combination | None:
-    """Return what a caption of the form "a red circle on a blue background" asks for; None for any other text."""
+    """Returns the content described by "a red circle on a blue background"; None for other texts."""
     match = re.fullmatch(r"a (\w+) (\w+) on a (\w+) background", caption.strip().lower())
     if match is None:
         return None
@@ -84,7 +84,7 @@ def parse(caption: str) -> Combination | None:
 
 
 def _outline(shape: str, radius: float, x: float, y: float) -> list[tuple[float, float]]:
-    """Return the corners of a square or an upright triangle; the sizes make all three shapes look equally large."""
+    """Returns the corners of a square or an upright triangle; the sizes make all three shapes look equally large."""
     if shape == "square":
         half = 0.88 * radius
         return [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]
@@ -93,7 +93,7 @@ def _outline(shape: str, radius: float, x: float, y: float) -> list[tuple[float,
 
 
 def _coverage(shape: str, radius: float, dx: float, dy: float, size: int) -> Image.Image:
-    """Return an 'L' image of how much of each pixel the shape covers; lengths are those of a 64-pixel image."""
+    """Returns an 'L' image of how much of each pixel the shape covers; lengths are those of a 64-pixel image."""
     scale = size * OVERSAMPLING / SIZE_PIXELS
     x, y, radius = (SIZE_PIXELS / 2 + dx) * scale, (SIZE_PIXELS / 2 + dy) * scale, radius * scale
     mask = Image.new("L", (size * OVERSAMPLING,) * 2)
@@ -113,7 +113,7 @@ def draw(
     size: int = SIZE_PIXELS,
     max_offset: float = MAX_OFFSET,
 ) -> Image.Image:
-    """Return an RGB image of the shape, a little larger or smaller and a little off the middle each time."""
+    """Returns an RGB image of the shape with a random size and position near the centre."""
     radius = rng.uniform(*RADII)
     dx, dy = rng.uniform(-max_offset, max_offset, 2)
     image = Image.new("RGB", (size, size), COLOURS[background])
@@ -123,7 +123,7 @@ def draw(
 
 @functools.cache
 def _templates() -> tuple[list[str], FloatArray]:
-    """Return the shape's name and the flat coverage in [0, 1] of each template, (T,) and (T, 64 * 64)."""
+    """Returns the shape's name and the flat coverage in [0, 1] of each template, (T,) and (T, 64 * 64)."""
     offsets = np.linspace(-MAX_READ_OFFSET, MAX_READ_OFFSET, 5)
     radii = np.linspace(*RADII, 4)
     keys = [(s, r, dx, dy) for s in SHAPES for r in radii for dx in offsets for dy in offsets]
@@ -137,7 +137,7 @@ def _nearest_colour(rgb: FloatArray) -> str:
 
 
 def _best_shape(pixels: FloatArray, inside: FloatArray, outside: FloatArray) -> str:
-    """Return the shape whose template has the best intersection over union with the pixels that look like `inside`."""
+    """Returns the shape whose template has the best intersection over union with the pixels of colour `inside`."""
     axis = inside - outside
     along = (pixels - outside) @ axis / max(float(axis @ axis), 1.0)  # 0 at the background's colour, 1 at the shape's
     seen = np.clip(along, 0, 1).reshape(-1)  # (64 * 64,)
@@ -148,7 +148,7 @@ def _best_shape(pixels: FloatArray, inside: FloatArray, outside: FloatArray) -> 
 
 
 def read(image: Image.Image) -> Combination:
-    """Return what an image seems to show; images of another size or mode are brought to 64 pixels and RGB first."""
+    """Returns the detected content of an image; other sizes and modes are converted to 64 pixels and RGB first."""
     small = image.convert("RGB").resize((SIZE_PIXELS, SIZE_PIXELS), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.float32)  # (64, 64, 3)
     middle = slice(SIZE_PIXELS // 2 - 3, SIZE_PIXELS // 2 + 3)

@@ -48,12 +48,12 @@ PHOTOGRAPHS = {
 
 
 def photographs() -> list[tuple[Path, str]]:
-    """Return (file, caption) of each photograph, in a fixed order."""
+    """Returns (file, caption) of each photograph, in a fixed order."""
     return [(package_folder(package) / path, caption) for (package, path), caption in PHOTOGRAPHS.items()]
 
 
 def write_drawings(folder: Path, combinations: Sequence[Combination], stream: int) -> None:
-    """Draw one image per combination; image i depends on (SEED, stream, i) only."""
+    """Draws one image per combination; image i depends on (SEED, stream, i) only."""
     folder.mkdir(exist_ok=True)
     for i, combination in enumerate(combinations):
         rng = np.random.default_rng([SEED, stream, i])
@@ -62,12 +62,12 @@ def write_drawings(folder: Path, combinations: Sequence[Combination], stream: in
 
 
 def cycled(combinations: Sequence[Combination], count: int) -> list[Combination]:
-    """Return `count` combinations, each as often as every other give or take one."""
+    """Returns `count` combinations in numbers that differ by one at most."""
     return [combinations[i % len(combinations)] for i in range(count)]
 
 
 def write_photographs(folder: Path) -> None:
-    """Copy the photographs byte for byte, so that their sizes and modes stay what they are."""
+    """Copies the photographs byte for byte, with their sizes and modes."""
     folder.mkdir()
     for source, caption in photographs():
         shutil.copyfile(source, folder / source.name)

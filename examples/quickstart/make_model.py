@@ -49,7 +49,7 @@ NETWORK = MMDiTConfig(
 
 
 def position_table(size: int, width: int) -> Tensor:
-    """Return (1, size * size, width): sines and cosines of column and row, which count 0, 1, 2, ... (a step of 1).
+    """Returns (1, size * size, width): sines and cosines of column and row, which count 0, 1, 2, ... (a step of 1).
 
     The first half of the width is the column's, the second the row's; in each half the sines come first.
     """
@@ -63,7 +63,7 @@ def position_table(size: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def new_network() -> MMDiT:
-    """Return the untrained network; the random numbers are torch's global ones."""
+    """Returns the untrained network; the random numbers are torch's global ones."""
     network = MMDiT(NETWORK)
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -1,4 +1,4 @@
-"""Looks at a finished run's newest previews and says how often they show what their captions ask for.
+"""Measures how often the newest previews of a run show what their prompts describe.
 
 Reads RUN_DIR/samples/step_NNNNNN/ (000.png, ... and prompts.json), prints a table of how many foreground colours,
 backgrounds and shapes are right, for combinations that were in the training set and for those held out of it, draws
@@ -30,7 +30,7 @@ WRONG_COLOUR = (200, 0, 0)
 
 @dataclass(frozen=True)
 class Preview:
-    """A prompt, its image, what the prompt asks for (None: not measured) and what the image shows."""
+    """A prompt, its image, the described shape (None: not measured) and the detected one."""
 
     prompt: str
     image: Image.Image
@@ -48,7 +48,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of `count` previews have each part right."""
+    """The number of previews, of `count`, with the right colours and shape."""
 
     count: int
     colour: int
@@ -57,10 +57,10 @@ class Score:
 
 
 def newest_samples(run_dir: Path) -> Path:
-    """Return the samples folder of the highest step that has a prompts.json."""
+    """Returns the samples folder of the highest step that has a prompts.json."""
     folders = {int(path.parent.name[5:]): path.parent for path in run_dir.glob("samples/step_*/prompts.json")}
     if not folders:
-        raise SystemExit(f"{run_dir}: no samples/step_*/prompts.json; has the run drawn previews yet?")
+        raise SystemExit(f"{run_dir}: no samples/step_*/prompts.json; has the run generated previews yet?")
     return folders[max(folders)]
 
 
@@ -74,7 +74,7 @@ def load_previews(folder: Path) -> list[Preview]:
 
 
 def score(previews: Sequence[Preview]) -> Score:
-    """Count what is right among the previews that can be measured."""
+    """Counts the right parts of all measured previews."""
     pairs = [(preview.asked, preview.shown) for preview in previews if preview.asked is not None]
     return Score(
         count=len(pairs),
@@ -87,8 +87,8 @@ def score(previews: Sequence[Preview]) -> Score:
 def table_row(name: str, result: Score) -> str:
     if not result.count:
         return f"{name:<10}{0:>8}{'-':>12}{'-':>12}{'-':>12}"
-    shares = (result.colour, result.background, result.shape)
-    return f"{name:<10}{result.count:>8}" + "".join(f"{100 * share / result.count:>11.1f}%" for share in shares)
+    numbers = (result.colour, result.background, result.shape)
+    return f"{name:<10}{result.count:>8}" + "".join(f"{100 * number / result.count:>11.1f}%" for number in numbers)
 
 
 def table(previews: Sequence[Preview]) -> str:
@@ -102,7 +102,7 @@ def table(previews: Sequence[Preview]) -> str:
 
 
 def draw_cell(preview: Preview) -> Image.Image:
-    """Return one preview with its prompt below; a wrong one gets a frame and says what it was taken for."""
+    """Returns one preview with its prompt below; a wrong one has a frame and the detected shape."""
     width, height = IMAGE_PIXELS + 2 * MARGIN_PIXELS, IMAGE_PIXELS + 2 * MARGIN_PIXELS + LABEL_PIXELS
     cell = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(cell)
@@ -134,11 +134,11 @@ def draw_grid(previews: Sequence[Preview]) -> Image.Image:
 
 
 def shortfalls(result: Score, min_colours: float, min_shapes: float) -> list[str]:
-    """Return one line for each part that is right less often than asked."""
+    """Returns one line for each part below its minimum."""
     wanted = {"foreground": (result.colour, min_colours), "background": (result.background, min_colours)}
     wanted["shape"] = (result.shape, min_shapes)
     return [
-        f"{name} right in {right} of {result.count} previews, wanted {minimum:.0%}"
+        f"{name} right in {right} of {result.count} previews, at least {minimum:.0%} required"
         for name, (right, minimum) in wanted.items()
         if right < minimum * result.count
     ]

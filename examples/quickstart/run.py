@@ -1,4 +1,4 @@
-"""The quickstart, from nothing to images: what `make quickstart` runs.
+"""The quickstart: creates a model and a dataset, trains, and checks the previews. `make quickstart` runs it.
 
 Makes a small model and a dataset, trains the model from scratch over two pipeline stages with the program itself, then a
 LoRA on top of it, looks at the previews of both and says how many are right. Everything lands in runs/quickstart.
@@ -21,12 +21,12 @@ LORA_CONFIG = "examples/quickstart_lora.toml"
 
 
 def num_processes() -> int:
-    """Two pipeline stages on a CPU or on several accelerators, one stage on a single accelerator."""
+    """Number of processes, and so of stages: two on a CPU or on several accelerators, one on a single accelerator."""
     return min(2, torch.accelerator.device_count()) if torch.accelerator.is_available() else 2
 
 
 def run(title: str, command: list[str]) -> None:
-    """Run one step, or leave with its exit code."""
+    """Runs one command; exits with its code if it fails."""
     print(f"\n=== {title}\n    {' '.join(command)}\n", flush=True)
     began = time.monotonic()
     environment = dict(os.environ)
@@ -39,7 +39,7 @@ def run(title: str, command: list[str]) -> None:
 
 
 def train(title: str, config: str) -> Path:
-    """Train with the program, as a user would; returns the run's folder."""
+    """Trains as a user would; returns the run folder."""
     launcher = ["-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", str(num_processes())]
     run(title, [*launcher, "train.py", "--config", config])
     output_dir = RUNS / ("full" if config == FULL_CONFIG else "lora")
@@ -58,37 +58,40 @@ def main() -> None:
     shutil.copyfile(newest("weights/*/mmdit.safetensors", full), RUNS / "trained.safetensors")
     measure = ["-m", "examples.quickstart.measure"]
     thresholds = ["--min-colours", "0.95", "--min-shapes", "0.80"]
-    run("How many previews are right", [*measure, str(full), "--out", str(RUNS / "grid.png"), *thresholds])
+    run("Previews that match their prompts", [*measure, str(full), "--out", str(RUNS / "grid.png"), *thresholds])
     lora = train('A LoRA that learns the word "pink"', LORA_CONFIG)
-    # Of 15 previews one that is wrong is 7%.
+    # One wrong preview of 15 is 7%.
     lora_thresholds = ["--min-colours", "0.90", "--min-shapes", "0.80"]
-    run("How many pink ones are right", [*measure, str(lora), "--out", str(RUNS / "grid_lora.png"), *lora_thresholds])
-    print(closing_words(full, lora, time.monotonic() - began))
+    run(
+        "Pink previews that match their prompts",
+        [*measure, str(lora), "--out", str(RUNS / "grid_lora.png"), *lora_thresholds],
+    )
+    print(summary(full, lora, time.monotonic() - began))
 
 
-def closing_words(full: Path, lora: Path, seconds: float) -> str:
+def summary(full: Path, lora: Path, seconds: float) -> str:
     return f"""
-Done in {seconds / 60:.1f} minutes. What you have now:
+Done in {seconds / 60:.1f} minutes. Files:
 
-  {RUNS / "grid.png"}        every preview with its prompt; the first 16 are of combinations no caption had
+  {RUNS / "grid.png"}        all previews with their prompts; the first 16 are combinations that no training caption has
   {RUNS / "grid_lora.png"}   the same for the LoRA
   {full / "report.html"}
-                                    the run on one page: objective, curves, evaluations, images beside those of the start
-  {RUNS / "full" / "dataset_report.html"}   the dataset as it was trained: crops, buckets, captions and what is cut of them
+                                    the run page: objective, curves, evaluations, previews beside those of step 0
+  {RUNS / "full" / "dataset_report.html"}   the dataset report: crops, buckets, truncated captions
   {newest("weights/*/mmdit.safetensors", full)}
-                                    the trained network: one file with native keys
+                                    the trained network in one file with native keys
   {newest("weights/*/lora.safetensors", lora)}
-                                    the LoRA for ComfyUI and sd-scripts; lora_diffusers.safetensors beside it for diffusers
+                                    the LoRA for ComfyUI and sd-scripts; lora_diffusers.safetensors is for diffusers
   {full / "metrics.jsonl"}   and TensorBoard events: .venv/bin/tensorboard --logdir {RUNS}
 
-What to run next:
+Next steps:
 
   .venv/bin/python train.py --config {LORA_CONFIG} --check
-      says what a run would do, without starting it
+      prints what a run would do, without starting it
   .venv/bin/deepspeed --num_gpus {num_processes()} train.py --config {LORA_CONFIG} --set max_steps=300
       the same training, longer; add --resume after an interruption
   examples/sd35_medium_lora.toml
-      a commented start for the real model: say where it is
+      a commented configuration for the real model: set its path
 """
 
 

@@ -54,7 +54,7 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the training: so many steps on crops of this size."""
+    """One phase of the training: a number of steps on crops of one size."""
 
     crop_pixels: int
     batch_size: int
@@ -62,7 +62,7 @@ class Stage:
 
 
 def drawings(count: int, seed: int) -> Tensor:
-    """Return drawn images of all combinations, pink included, in turn: (count, 3, 64, 64) bytes."""
+    """Returns generated images of all combinations in turn, pink included: (count, 3, 64, 64) bytes."""
     todo = images.combinations(tuple(images.COLOURS))
     order = np.random.default_rng([seed, 0]).permutation(len(todo))
     chosen = [todo[int(order[i % len(todo)])] for i in range(count)]
@@ -72,7 +72,7 @@ def drawings(count: int, seed: int) -> Tensor:
 
 
 def photograph_sizes() -> list[Tensor]:
-    """Return each photograph at its shorter side 96, 160 and 256 pixels, as bytes (3, h, w)."""
+    """Returns each photograph at its shorter side 96, 160 and 256 pixels, as bytes (3, h, w)."""
     result = []
     for path, _ in photographs():
         with Image.open(path) as opened:
@@ -89,18 +89,18 @@ def to_bytes(image: Image.Image) -> Tensor:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """Return bytes 0..255 as the [-1, 1] that the autoencoder sees."""
+    """Converts bytes 0..255 to the autoencoder's range [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Return (3, h, w) in [-1, 1] as an image."""
+    """Returns (3, h, w) in [-1, 1] as an image."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
     return Image.fromarray(array)
 
 
 def crop(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Return a random size x size part of (3, h, w), flipped half the time."""
+    """Returns a random size x size part of (3, h, w), flipped half the time."""
     top = int(torch.randint(pixels.shape[1] - size + 1, (), generator=generator))
     left = int(torch.randint(pixels.shape[2] - size + 1, (), generator=generator))
     part = pixels[:, top : top + size, left : left + size]
@@ -108,7 +108,7 @@ def crop(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def batch(drawn: Tensor, photos: list[Tensor], stage: Stage, generator: torch.Generator) -> Tensor:
-    """Return (B, 3, crop, crop) in [-1, 1], the photographs last."""
+    """Returns (B, 3, crop, crop) in [-1, 1], the photographs last."""
     num_photos = round(stage.batch_size * PHOTO_SHARE)
     which_drawn = torch.randint(len(drawn), (stage.batch_size - num_photos,), generator=generator)
     which_photo = torch.randint(len(photos), (num_photos,), generator=generator)
@@ -124,7 +124,7 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def loss_of(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return (training loss, mean squared error) of one batch."""
+    """Returns (training loss, mean squared error) of one batch."""
     with torch.autocast("cpu", torch.bfloat16):  # twice as fast, and the weights stay float32
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
@@ -134,12 +134,12 @@ def loss_of(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> t
 
 
 def decibels(squared_error: float) -> float:
-    """Return the peak signal-to-noise ratio of pixels in [-1, 1]."""
+    """Returns the peak signal-to-noise ratio of pixels in [-1, 1]."""
     return 10 * math.log10(4 / squared_error)
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Return a constant rate with a short rise at the start and a cosine fall over the last 40%."""
+    """Returns a constant rate with a short rise at the start and a cosine fall over the last 40%."""
     fall = max(0.0, (step / num_steps - 0.6) / 0.4)
     return LEARNING_RATE * min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
 
@@ -166,13 +166,13 @@ def train(vae: AutoencoderKL, stages: list[Stage], seed: int) -> None:
 
 
 def there_and_back(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Return (N, 3, h, w) in [-1, 1] encoded and decoded, in parts that need little memory."""
+    """Returns (N, 3, h, w) in [-1, 1] encoded and decoded, in parts that need little memory."""
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(32)]).clamp(-1, 1)
 
 
 @torch.no_grad()
 def set_latent_statistics(vae: AutoencoderKL, seed: int) -> None:
-    """Store the shift and scale that bring the latents of drawn images to mean 0 and standard deviation 1."""
+    """Stores the shift and scale that bring the latents of drawn images to mean 0 and standard deviation 1."""
     parts = to_float(drawings(NUM_DRAWINGS // 4, seed)).split(32)
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])  # (N, 16, 8, 8)
     mean, std = latents.mean().item(), latents.std().item()
@@ -183,7 +183,7 @@ def set_latent_statistics(vae: AutoencoderKL, seed: int) -> None:
 
 @torch.no_grad()
 def report(vae: AutoencoderKL, seed: int) -> None:
-    """Print how well images that were not trained on, and crops of the photographs, survive encoding and decoding."""
+    """Prints the reconstruction error of images that were not trained on and of crops of the photographs."""
     unseen = drawings(NUM_DRAWINGS // 4, seed)
     decoded = there_and_back(vae, to_float(unseen))
     squared_error = (decoded - to_float(unseen)).square().mean().item()
