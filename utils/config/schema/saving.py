@@ -23,8 +23,8 @@ class SaveConfig(Table):
     formats: list[ExportFormat] | None = Field(
         None,
         min_length=1,
-        description="Files of each export. `native`: one file with the original keys (ComfyUI; for adapters sd-scripts too). "
-        "`diffusers`: a folder for `from_pretrained`; for an adapter, a file for `load_lora_weights`. `complete`: one "
+        description="Files of each export. `native`: one file with the original keys (ComfyUI; for adapters sd-scripts "
+        "too). `diffusers`: a folder for `from_pretrained`; for an adapter, a file for `load_lora_weights`. `complete`: one "
         "native file that includes the autoencoder and the text encoders; for full training only. Default: `native`, for a "
         "LoRA also `diffusers`.",
     )
