@@ -24,7 +24,7 @@ def package_folder(name: str) -> Path:
     """Returns the folder of an installed package without importing it; only its data files are used."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"the package {name} is missing: pip install {HOW_TO_INSTALL.get(name, name)}")
+        raise SystemExit(f"the package {name} is missing; run: pip install {HOW_TO_INSTALL.get(name, name)}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -48,7 +48,7 @@ def make_folder(out: Path, arguments: Mapping[str, object], fill: Callable[[Path
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp's folder is private to its owner, which a data set need not be
+        temporary.chmod(0o755)  # only the owner can read a folder of mkdtemp; others may read a dataset
         fill(temporary)
         (temporary / MARKER).write_text(json.dumps(dict(arguments)) + "\n", encoding="utf-8")
         temporary.replace(out)

@@ -33,10 +33,10 @@ COLOURS: dict[str, RGB] = {**PALETTE, EXTRA_COLOUR: (248, 128, 192)}
 SHAPES = ("circle", "square", "triangle")
 
 SIZE_PIXELS = 64
-OVERSAMPLING = 4  # drawn this much larger and averaged down: PIL itself draws hard edges
+OVERSAMPLING = 4  # factor by which shapes are drawn larger and then averaged, because PIL does not antialias
 RADII = (17.0, 21.0)  # smallest and largest, in pixels of a 64-pixel image
-MAX_OFFSET = 2.0  # of the shape's middle from the image's, both ways, same pixels; more makes shapes slow to learn
-MAX_READ_OFFSET = 4.0  # a model may miss the middle by more, and `read` still finds the shape
+MAX_OFFSET = 2.0  # of the shape's centre from the image's, along x and y, same unit; with more, shapes are learned slowly
+MAX_READ_OFFSET = 4.0  # larger, so that `read` recognises shapes that a model places farther from the centre
 
 
 class Combination(NamedTuple):
@@ -139,7 +139,7 @@ def _nearest_colour(rgb: FloatArray) -> str:
 def _best_shape(pixels: FloatArray, inside: FloatArray, outside: FloatArray) -> str:
     """Returns the shape whose template has the best intersection over union with the pixels of colour `inside`."""
     axis = inside - outside
-    along = (pixels - outside) @ axis / max(float(axis @ axis), 1.0)  # 0 at the background's colour, 1 at the shape's
+    along = (pixels - outside) @ axis / max(float(axis @ axis), 1.0)  # 0: colour of the background, 1: of the shape
     seen = np.clip(along, 0, 1).reshape(-1)  # (64 * 64,)
     names, templates = _templates()
     shared = templates @ seen

@@ -1,11 +1,11 @@
 """Makes the quickstart's training images, each with a caption in a text file of the same name:
 
-    OUT/shapes/   drawn 64-pixel images of all captions but the held-out ones, evenly
-    OUT/pink/     for the LoRA lesson: shapes in a colour that OUT/shapes lacks, and a fifth ordinary ones as reminders
-    OUT/photos/   real photographs as scikit-image and scikit-learn ship them: many sizes, JPEG and PNG, RGB, grey, RGBA
+    OUT/shapes/   drawn 64-pixel images of all captions but the held-out ones, equally many of each
+    OUT/pink/     for the LoRA: shapes in a colour that OUT/shapes lacks; a fifth are ordinary ones, against forgetting
+    OUT/photos/   photographs from scikit-image and scikit-learn, unchanged: many sizes, JPEG and PNG, RGB, grey, RGBA
 
-The drawn images teach a tiny model to follow captions within minutes; the photographs are there because real data
-sets have awkward sizes and modes. The same arguments always give the same files, and a second run does nothing.
+From the drawn images a tiny model learns to follow captions within minutes. The photographs add the various sizes and modes
+of real datasets. The same arguments always give the same files, and a second run does nothing.
 
     python -m examples.quickstart.make_dataset --out data/quickstart
 """
@@ -23,9 +23,9 @@ from examples.quickstart.images import Combination
 
 SEED = 20240305
 PINK_IMAGES = 200
-REMINDER_IMAGES = 50  # ordinary images among the pink ones
+REMINDER_IMAGES = 50  # ordinary images in OUT/pink
 
-# Only files inside the wheels: neither package is asked to download anything.
+# These files are inside the wheels of both packages, so nothing is downloaded.
 PHOTOGRAPHS = {
     ("skimage", "data/astronaut.png"): "a photograph of an astronaut",
     ("skimage", "data/brick.png"): "a photograph of a brick wall",
@@ -86,7 +86,7 @@ def write_dataset(folder: Path, num_images: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist or be empty")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be empty or not exist")
     parser.add_argument("--images", type=int, default=1500, help="drawn images in OUT/shapes (default: 1500)")
     options = parser.parse_args()
     arguments = {"images": options.images, "seed": SEED, "max_offset": images.MAX_OFFSET}

@@ -1,14 +1,14 @@
-"""Makes a small untrained model of SD3.5-medium's shape, in the file formats in which the real one is published:
+"""Makes a small untrained model with SD3.5-medium's architecture, in the published file formats of SD3.5:
 
     OUT/mmdit.safetensors    the network, 5 million parameters, native key names, float32
-    OUT/vae/                 the small autoencoder that `train_vae.py` made (diffusers folder)
+    OUT/vae/                 the small autoencoder from `train_vae.py` (diffusers folder)
     OUT/text_encoder{,_2,_3}/  CLIP-L, CLIP-G and T5 (transformers folders): small, random, with a fixed seed
-    OUT/tokenizer{,_2,_3}/   SD3's own tokenizers, copied from the package diffsynth
+    OUT/tokenizer{,_2,_3}/   the tokenizers of SD3, copied from the package diffsynth
 
-The text encoders know nothing, but they give every word a vector of its own and never change, which is all that a
-network trained from scratch needs. The network starts as the SD3 paper's does: every block is the identity (adaLN zero)
-and the output is zero. Its position table has 8 x 8 places, one apart: a 64-pixel image is 4 x 4 patches, and places
-as close as SD3's (a quarter apart, for 64 x 64 patches) could not be told from each other.
+The text encoders are untrained, but they map each word to a distinct and constant vector, which is sufficient for a network
+trained from scratch. The network is initialised as in the SD3 paper: every block is the identity (adaLN zero) and the output
+is zero. Its position table has 8 x 8 positions with a distance of 1: a 64-pixel image has 4 x 4 patches, and embeddings with
+SD3's distance of 1/4 (for 64 x 64 patches) would be too similar for the network to distinguish.
 
     python -m examples.quickstart.make_model --out data/quickstart-model
 """
@@ -33,7 +33,7 @@ VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 TOKENIZERS = {"tokenizer": "tokenizer_1", "tokenizer_2": "tokenizer_2", "tokenizer_3": "tokenizer_3"}
 CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH = 32, 64, 128
 TOKEN_STD, POSITION_STD = 1.0, 0.5
-CONDITION_STD = 0.02  # of the timestep's and the pooled text's embedders
+CONDITION_STD = 0.02  # of the weights of the embedders of the timestep and the pooled text
 
 NETWORK = MMDiTConfig(
     patch_size=2,
@@ -120,7 +120,7 @@ def new_t5() -> T5EncoderModel:
 
 def write_text_encoders(folder: Path) -> None:
     clip_l = new_clip(CLIP_L_WIDTH, "quick_gelu")
-    # SD3 reads CLIP-L's pooled row unprojected; with the identity, programs that do project it agree.
+    # SD3 uses CLIP-L's pooled output unprojected; with an identity projection, programs that project it give the same.
     nn.init.eye_(clip_l.text_projection.weight)
     clip_l.save_pretrained(folder / "text_encoder")
     new_clip(CLIP_G_WIDTH, "gelu").save_pretrained(folder / "text_encoder_2")
@@ -142,7 +142,7 @@ def write_model(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist or be empty")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must be empty or not exist")
     options = parser.parse_args()
     made = make_folder(options.out, {"seed": SEED}, write_model)
     print(f"{options.out}: {'made' if made else 'already complete, nothing to do'}")

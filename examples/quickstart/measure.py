@@ -1,9 +1,9 @@
 """Measures how often the newest previews of a run show what their prompts describe.
 
-Reads RUN_DIR/samples/step_NNNNNN/ (000.png, ... and prompts.json), prints a table of how many foreground colours,
-backgrounds and shapes are right, for combinations that were in the training set and for those held out of it, draws
-all previews with their prompts into one image, and fails if too few are right. Prompts of another form ("a
-photograph of a cat") are drawn but not measured.
+Reads RUN_DIR/samples/step_NNNNNN/ (000.png, ... and prompts.json) and prints the percentages of right foreground colours,
+backgrounds and shapes, separately for combinations in the training set and for those held out of it. Writes all previews
+with their prompts into one image, and fails if too few are right. Prompts of another form ("a photograph of a cat") are in
+the image but are not measured.
 
     python -m examples.quickstart.measure runs/quickstart --out grid.png --min-colours 0.95 --min-shapes 0.80
 """
@@ -30,20 +30,20 @@ WRONG_COLOUR = (200, 0, 0)
 
 @dataclass(frozen=True)
 class Preview:
-    """A prompt, its image, the described shape (None: not measured) and the detected one."""
+    """A prompt, its image, the requested combination (None: not measured) and the one detected in the image."""
 
     prompt: str
     image: Image.Image
-    asked: Combination | None
+    requested: Combination | None
     shown: Combination
 
     @property
     def wrong(self) -> bool:
-        return self.asked is not None and self.asked != self.shown
+        return self.requested is not None and self.requested != self.shown
 
     @property
     def held_out(self) -> bool:
-        return self.asked in images.HELD_OUT
+        return self.requested in images.HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ def load_previews(folder: Path) -> list[Preview]:
 
 def score(previews: Sequence[Preview]) -> Score:
     """Counts the right parts of all measured previews."""
-    pairs = [(preview.asked, preview.shown) for preview in previews if preview.asked is not None]
+    pairs = [(preview.requested, preview.shown) for preview in previews if preview.requested is not None]
     return Score(
         count=len(pairs),
-        colour=sum(asked.colour == shown.colour for asked, shown in pairs),
-        background=sum(asked.background == shown.background for asked, shown in pairs),
-        shape=sum(asked.shape == shown.shape for asked, shown in pairs),
+        colour=sum(requested.colour == shown.colour for requested, shown in pairs),
+        background=sum(requested.background == shown.background for requested, shown in pairs),
+        shape=sum(requested.shape == shown.shape for requested, shown in pairs),
     )
 
 
@@ -93,7 +93,7 @@ def table_row(name: str, result: Score) -> str:
 
 def table(previews: Sequence[Preview]) -> str:
     groups = {
-        "seen": [preview for preview in previews if not preview.held_out],
+        "trained": [preview for preview in previews if not preview.held_out],
         "held out": [preview for preview in previews if preview.held_out],
         "all": list(previews),
     }
@@ -102,7 +102,7 @@ def table(previews: Sequence[Preview]) -> str:
 
 
 def draw_cell(preview: Preview) -> Image.Image:
-    """Returns one preview with its prompt below; a wrong one has a frame and the detected shape."""
+    """Returns one preview with its prompt below; a wrong one has a red frame and the detected combination."""
     width, height = IMAGE_PIXELS + 2 * MARGIN_PIXELS, IMAGE_PIXELS + 2 * MARGIN_PIXELS + LABEL_PIXELS
     cell = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(cell)
@@ -135,21 +135,21 @@ def draw_grid(previews: Sequence[Preview]) -> Image.Image:
 
 def shortfalls(result: Score, min_colours: float, min_shapes: float) -> list[str]:
     """Returns one line for each part below its minimum."""
-    wanted = {"foreground": (result.colour, min_colours), "background": (result.background, min_colours)}
-    wanted["shape"] = (result.shape, min_shapes)
+    required = {"foreground": (result.colour, min_colours), "background": (result.background, min_colours)}
+    required["shape"] = (result.shape, min_shapes)
     return [
-        f"{name} right in {right} of {result.count} previews, at least {minimum:.0%} required"
-        for name, (right, minimum) in wanted.items()
-        if right < minimum * result.count
+        f"{name} right in {correct} of {result.count} previews, at least {minimum:.0%} required"
+        for name, (correct, minimum) in required.items()
+        if correct < minimum * result.count
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, help="folder of a run that has drawn previews")
-    parser.add_argument("--out", type=Path, help="draw all previews with their prompts into this PNG")
-    parser.add_argument("--min-colours", type=float, default=0.0, help="fail below this share, 0 to 1 (default: 0)")
-    parser.add_argument("--min-shapes", type=float, default=0.0, help="fail below this share, 0 to 1 (default: 0)")
+    parser.add_argument("run_dir", type=Path, help="folder of a run with previews")
+    parser.add_argument("--out", type=Path, help="write all previews with their prompts into this PNG")
+    parser.add_argument("--min-colours", type=float, default=0.0, help="fail below this fraction (default: 0)")
+    parser.add_argument("--min-shapes", type=float, default=0.0, help="fail below this fraction (default: 0)")
     options = parser.parse_args()
     folder = newest_samples(options.run_dir)
     previews = load_previews(folder)

@@ -1,7 +1,7 @@
 """The quickstart: creates a model and a dataset, trains, and checks the previews. `make quickstart` runs it.
 
-Makes a small model and a dataset, trains the model from scratch over two pipeline stages with the program itself, then a
-LoRA on top of it, looks at the previews of both and says how many are right. Everything lands in runs/quickstart.
+Makes a small model and a dataset, trains the model from scratch over two pipeline stages with train.py, then a LoRA on
+top of it, and measures how many previews of both are right. Writes everything to runs/quickstart.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(title: str, command: list[str]) -> None:
     began = time.monotonic()
     environment = dict(os.environ)
     if not torch.accelerator.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"  # else the launcher warns that it found no GPU
+        environment["DS_ACCELERATOR"] = "cpu"  # without it, the launcher warns that it found no GPU
     code = subprocess.run([sys.executable, *command], env=environment).returncode
     if code:
         sys.exit(code)
@@ -77,7 +77,7 @@ Done in {seconds / 60:.1f} minutes. Files:
   {RUNS / "grid_lora.png"}   the same for the LoRA
   {full / "report.html"}
                                     the run page: objective, curves, evaluations, previews beside those of step 0
-  {RUNS / "full" / "dataset_report.html"}   the dataset report: crops, buckets, truncated captions
+  {RUNS / "full" / "dataset_report.html"}   the dataset report: crops, buckets, captions and which are truncated
   {newest("weights/*/mmdit.safetensors", full)}
                                     the trained network in one file with native keys
   {newest("weights/*/lora.safetensors", lora)}
@@ -89,7 +89,7 @@ Next steps:
   .venv/bin/python train.py --config {LORA_CONFIG} --check
       prints what a run would do, without starting it
   .venv/bin/deepspeed --num_gpus {num_processes()} train.py --config {LORA_CONFIG} --set max_steps=300
-      the same training, longer; add --resume after an interruption
+      trains twice as many steps; add --resume after an interruption
   examples/sd35_medium_lora.toml
       a commented configuration for the real model: set its path
 """

@@ -1,16 +1,16 @@
-"""Trains the quickstart's small autoencoder: 64-pixel images to 16 x 8 x 8 latents and back, as SD3's VAE does.
+"""Trains the quickstart's small autoencoder: 64-pixel images to 16 x 8 x 8 latents and back, like SD3's VAE.
 
-Its weights are shipped in `vae/` because this is the slow part (about eleven minutes on two cores); the script is here to
-show where they come from. It learns from drawn shapes (all captions and pink) and from random crops of the
-photographs. What made it learn quickly:
+Its weights are shipped in `vae/` because this training is slow (about eleven minutes on two cores); the script documents
+how they were made. It trains on drawn shapes (all captions, and pink) and on random crops of the photographs. These choices
+make the training fast:
 
     32-pixel crops first (a quarter of the work per image), then whole 64-pixel images
-    Adam at 1e-3; at 2e-3 it stalls
-    the encoder's log-variance starts at -6, so that the first latents are not drowned in noise; KL weight 1e-5
-    32 channels everywhere: at 16 the group normalisation wipes out flat colours and it never learns them
+    Adam with learning rate 1e-3; with 2e-3 the training stalls
+    the encoder's log-variance starts at -6, so that noise does not dominate the first latents; KL weight 1e-5
+    32 channels everywhere: with 16 the group normalisation removes flat colours, which are then never learned
 
 At the end it measures the latents of drawn images and stores `shift_factor` and `scaling_factor` such that
-(z - shift) * scale has mean 0 and standard deviation 1 over them, which is what a diffusion model wants to see.
+(z - shift) * scale has mean 0 and standard deviation 1 over them, as a diffusion model requires.
 
     python -m examples.quickstart.train_vae --out examples/quickstart/vae
 """
@@ -34,9 +34,9 @@ from examples.quickstart.make_dataset import photographs
 KL_WEIGHT = 1e-5
 LEARNING_RATE = 1e-3
 INITIAL_LOGVAR = -6.0
-NUM_DRAWINGS = 4032  # 37 of each combination; drawn once and kept as bytes
-MAX_OFFSET = 4.0  # more than in the data set: the decoder is to know an edge wherever a model puts one
-PHOTO_SHARE = 0.25  # of every batch
+NUM_DRAWINGS = 4032  # 37 of each combination; drawn once and held in memory as bytes
+MAX_OFFSET = 4.0  # in pixels; more than in the dataset, so that the decoder learns edges wherever a model may place them
+PHOTO_FRACTION = 0.25  # of every batch
 CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -48,7 +48,7 @@ CONFIG = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
     "mid_block_add_attention": False,
-    "force_upcast": False,  # float16 shows the same images here
+    "force_upcast": False,  # float16 gives the same images here
 }
 
 
@@ -109,7 +109,7 @@ def crop(pixels: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 def batch(drawn: Tensor, photos: list[Tensor], stage: Stage, generator: torch.Generator) -> Tensor:
     """Returns (B, 3, crop, crop) in [-1, 1], the photographs last."""
-    num_photos = round(stage.batch_size * PHOTO_SHARE)
+    num_photos = round(stage.batch_size * PHOTO_FRACTION)
     which_drawn = torch.randint(len(drawn), (stage.batch_size - num_photos,), generator=generator)
     which_photo = torch.randint(len(photos), (num_photos,), generator=generator)
     chosen = [drawn[i] for i in which_drawn] + [photos[i] for i in which_photo]
@@ -125,7 +125,7 @@ def new_autoencoder() -> AutoencoderKL:
 
 def loss_of(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Returns (training loss, mean squared error) of one batch."""
-    with torch.autocast("cpu", torch.bfloat16):  # twice as fast, and the weights stay float32
+    with torch.autocast("cpu", torch.bfloat16):  # twice as fast; the weights remain float32
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
     squared_error = (decoded.float() - pixels).square().mean()
@@ -165,7 +165,7 @@ def train(vae: AutoencoderKL, stages: list[Stage], seed: int) -> None:
             recent_errors.clear()
 
 
-def there_and_back(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Returns (N, 3, h, w) in [-1, 1] encoded and decoded, in parts that need little memory."""
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(32)]).clamp(-1, 1)
 
@@ -185,20 +185,20 @@ def set_latent_statistics(vae: AutoencoderKL, seed: int) -> None:
 def report(vae: AutoencoderKL, seed: int) -> None:
     """Prints the reconstruction error of images that were not trained on and of crops of the photographs."""
     unseen = drawings(NUM_DRAWINGS // 4, seed)
-    decoded = there_and_back(vae, to_float(unseen))
+    decoded = reconstruct(vae, to_float(unseen))
     squared_error = (decoded - to_float(unseen)).square().mean().item()
     before = [images.read(to_image(pixels)) for pixels in to_float(unseen)]
     after = [images.read(to_image(pixels)) for pixels in decoded]
     same = np.mean([a == b for a, b in zip(before, after, strict=True)])
-    print(f"unseen drawings: {decibels(squared_error):.2f} dB, read back the same: {100 * same:.1f}%")
+    print(f"drawings not trained on: {decibels(squared_error):.2f} dB, recognised as before: {100 * same:.1f}%")
     generator = torch.Generator().manual_seed(seed)
     crops = to_float(torch.stack([crop(p, 64, generator) for p in photograph_sizes() for _ in range(8)]))
-    print(f"crops of photographs: {decibels((there_and_back(vae, crops) - crops).square().mean().item()):.2f} dB")
+    print(f"crops of photographs: {decibels((reconstruct(vae, crops) - crops).square().mean().item()):.2f} dB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for config.json and the weights, overwritten")
+    parser.add_argument("--out", type=Path, required=True, help="folder for config.json and the weights; overwritten")
     parser.add_argument("--crop-steps", type=int, default=1200, help="steps on 32-pixel crops (default: 1200)")
     parser.add_argument("--steps", type=int, default=1900, help="steps on 64-pixel images after that (default: 1900)")
     parser.add_argument("--seed", type=int, default=0)
@@ -211,7 +211,7 @@ def main() -> None:
     set_latent_statistics(vae, options.seed + 1)
     vae.half().save_pretrained(options.out)
     print(f"saved {options.out} ({os.path.getsize(options.out / 'diffusion_pytorch_model.safetensors'):,} bytes)")
-    report(vae.float(), options.seed + 2)  # of the weights as saved: rounded to float16
+    report(vae.float(), options.seed + 2)  # the saved weights, which are rounded to float16
 
 
 if __name__ == "__main__":
