@@ -1,8 +1,8 @@
 """Folders of the quickstart: data files of installed packages, and output folders that appear when complete.
 
-A folder made here is either complete or not there, and making it again does nothing. The contents are written to a
-temporary folder beside the target and renamed when complete, with a marker file that holds the arguments they were
-made with. A run that was interrupted leaves nothing that looks finished.
+An output folder is either complete or absent, and creating it again does nothing. The contents are written to a temporary
+folder beside the target, with a marker file that holds the arguments they were made with, and the folder is renamed once it
+is complete. An interrupted run therefore never leaves an incomplete folder under the final name.
 """
 
 import importlib.util

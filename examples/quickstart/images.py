@@ -1,12 +1,13 @@
 """The quickstart's images: a coloured shape on a coloured background, its drawing and its detection.
 
-`draw` makes an image from (shape, colour, background); `read` goes the other way and says what an image shows, so
-that "does the trained model paint what the caption says?" becomes a number. Colours are read as the nearest palette
-colour of the centre and of the corners, the shape as the template (over a few sizes and places) that overlaps best.
-Everything is drawn so that the centre patch always lies inside the shape and the corner patches always outside.
+`draw` makes an image from (shape, colour, background). `read` recognises these three in an image, which measures how often
+the trained model follows its captions. The two colours are the palette colours nearest to those of the centre and of the
+corners; the shape is that of the template (in several sizes and positions) with the best overlap. Images are drawn so that
+the centre is always inside the shape and the corners are always outside.
 
-Eight combinations are held out of every training set. Each shape, colour and background in them still occurs elsewhere,
-so a model that has learned to combine draws them too. "pink" is in no training set but the one of the LoRA lesson.
+Eight combinations are held out of every training set. Each shape, colour and background in them still occurs in other
+combinations, so a model that has learned to combine them generates the held-out ones too. Only the training set of the LoRA
+has "pink".
 """
 
 import functools
