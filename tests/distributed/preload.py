@@ -10,3 +10,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 import models.sd3.family  # noqa: F401
 import train  # noqa: F401
+from utils.report import plots
+
+plots.as_svg("warm-up", lambda: plots.loss_figure([1], [1.0], [1.0]))  # matplotlib finds its fonts at the first plot

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -56,6 +57,11 @@ def render(folder: Path, summary: Rows, objective_rows: Rows, objective: Objecti
 
 
 def _objective_section(rows: Rows, objective: Objective) -> str:
+    return f'<div class="side">{table_of(rows)}{_objective_plot(objective)}</div>'
+
+
+@lru_cache(maxsize=1)  # a run writes its page several times, and its objective does not change
+def _objective_plot(objective: Objective) -> str:
     def draw() -> Figure:
         from utils.report import plots
 
@@ -65,8 +71,7 @@ def _objective_section(rows: Rows, objective: Objective) -> str:
         title = f"Loss weight: {config.weighting_scheme}"
         return plots.objective_figure(t, density, config.discrete_flow_shift, weight, title)
 
-    plot = plot_figure("objective", _objective_caption(objective), draw)
-    return f'<div class="side">{table_of(rows)}{plot}</div>'
+    return plot_figure("objective", _objective_caption(objective), draw)
 
 
 def _objective_caption(objective: Objective) -> str:
