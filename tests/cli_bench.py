@@ -1,4 +1,4 @@
-"""The bench of the command-line tests: experiments, main() with its exit caught, and images that are damaged."""
+"""Helpers of the command-line tests: write experiments, call main() and catch its exit, damage images and captions."""
 
 from __future__ import annotations
 

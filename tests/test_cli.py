@@ -344,7 +344,7 @@ def test_check_decodes_no_pixels(bench: Bench, images: Path) -> None:
     assert refusal.exit_code == 0, refusal.error
 
 
-# --- as real processes -------------------------------------------------------------------------------------------------
+# --- check only --------------------------------------------------------------------------------------------------------
 
 
 def test_check_of_an_invalid_experiment_exits_with_1(bench: Bench) -> None:

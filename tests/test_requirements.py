@@ -1,4 +1,4 @@
-"""requirements.txt pins what setup.cfg allows, and nothing is imported that neither names."""
+"""requirements.txt pins versions within the ranges of setup.cfg, and every imported package is in both files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-OURS = {"models", "utils", "examples", "tests", "train", "docs"}
-BROUGHT_BY_OTHERS = {"pydantic_core", "packaging", "psutil"}
+OWN_PACKAGES = {"models", "utils", "examples", "tests", "train", "docs"}
+TRANSITIVE = {"pydantic_core", "packaging", "psutil"}
 
 
 def pins() -> dict[str, str]:
@@ -29,7 +29,7 @@ def ranges() -> dict[str, Requirement]:
 
 
 def imported(*places: str) -> set[str]:
-    """Top-level names of every package that is imported."""
+    """Names of the third-party packages that these files and folders import directly."""
     names: set[str] = set()
     for place in places:
         files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
@@ -38,7 +38,7 @@ def imported(*places: str) -> set[str]:
                 names.update(alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - OURS - BROUGHT_BY_OTHERS
+    return names - set(sys.stdlib_module_names) - OWN_PACKAGES - TRANSITIVE
 
 
 def test_every_pinned_version_is_in_its_range() -> None:

@@ -1,4 +1,4 @@
-"""Experiments on the tiny model and their runs, each made once for all tests that use it."""
+"""Experiments on the tiny model and their runs; runs with equal settings are shared between tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Run:
 
 
 class Lab:
-    """Writes experiments on the tiny model and runs them; all share one cache of encoded data."""
+    """Writes experiments on the tiny model and runs them; all use one cache of latents and text embeddings."""
 
     def __init__(self, model: Path, dataset: Path, folder: Path) -> None:
         self.model, self.dataset, self.folder = model, dataset, folder
@@ -50,7 +50,7 @@ class Lab:
         self._num_experiments = 0
 
     def experiment(self, changes: Mapping[str, Any], dataset: Path | None = None) -> Path:
-        """experiment.toml in a new folder: six steps of four micro-batches of one image, with clipping that bites."""
+        """experiment.toml in a new folder: six steps of four micro-batches of one image, with gradients that are clipped."""
         self._num_experiments += 1
         settings = {
             "max_steps": 6,
@@ -79,7 +79,7 @@ class Lab:
         return Run(experiment, newest_run(experiment.parent / "output"), finished.output)
 
     def shared_run(self, num_processes: int, changes: Mapping[str, Any]) -> Run:
-        """A run with these changes, made at the first call; for reading only."""
+        """A finished run with these changes, started at the first call. Tests must not change its files."""
         key = json.dumps([num_processes, changes], sort_keys=True)
         if key not in self._runs:
             self._runs[key] = self.run(num_processes, self.experiment(changes))

@@ -2,8 +2,8 @@
 
 `run_alone`, `run_torchrun` and `run_deepspeed` are the real commands. Each costs seconds of imports in every process, so
 most tests use `start_ranks` instead: processes forked from one that has done the imports, with the environment that
-torchrun gives. Each is a process of its own, runs `train.main()` with its own arguments, and ends by its own os._exit;
-test_layouts.py shows that the four ways give the same numbers.
+torchrun gives. Each rank is a process of its own, runs `train.main()` with its own arguments, and ends by os._exit;
+test_layouts.py checks that all four ways give the same numbers.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Ranks:
     def kill(self) -> None:
         """Sends SIGKILL to every rank."""
         for process in self._processes:
-            if process.is_alive():  # the number of one that has ended may be another's by now
+            if process.is_alive():  # the id of a finished process may belong to another by now
                 process.kill()
         for process in self._processes:
             process.join()
@@ -147,10 +147,14 @@ class Ranks:
         """Sends SIGKILL to every rank as soon as the condition holds, which must be while all are running."""
         while not condition():
             running = all(process.is_alive() for process in self._processes)
-            assert running and time.monotonic() < self._began + limit_seconds, f"no chance to kill:\n{self.output()}"
+            assert running and time.monotonic() < self._began + limit_seconds, (
+                f"the run ended, or took too long, before it could be killed:\n{self.output()}"
+            )
             time.sleep(POLL_SECONDS)
         self.kill()
-        assert all(process.exitcode == -signal.SIGKILL for process in self._processes), f"too late:\n{self.output()}"
+        assert all(process.exitcode == -signal.SIGKILL for process in self._processes), (
+            f"a rank ended before it was killed:\n{self.output()}"
+        )
 
     def output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
@@ -169,8 +173,8 @@ def start_ranks(
     processes: list[BaseProcess] = []
     with _environment(child_environment()):
         for rank in range(num_processes):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **address, **(environment or {})}
-            process = _FORKS.Process(target=_be_rank, args=(module, list(arguments), place, str(log)), daemon=True)
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **address, **(environment or {})}
+            process = _FORKS.Process(target=_run_rank, args=(module, list(arguments), variables, str(log)), daemon=True)
             process.start()
             processes.append(process)
     return Ranks(processes, log)
@@ -193,18 +197,18 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _be_rank(module: str, arguments: list[str], place: dict[str, str], log: str) -> None:
+def _run_rank(module: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
     multiprocessing.set_start_method("fork", force=True)  # else tqdm's lock outlives a killed rank
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
-    os.environ.update(place)
+    os.environ.update(variables)
     sys.argv = [f"{module}.py", *arguments]
     importlib.import_module(module).main()
 
 
-# --- what a run leaves -------------------------------------------------------------------------------------------------
+# --- files of a run ----------------------------------------------------------------------------------------------------
 
 
 def newest_run(output_dir: Path) -> Path:

@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def changes(kind: str, **adapter: Any) -> dict[str, Any]:
     settings = {"rank": 4, "alpha": 8.0, **KINDS[kind], **adapter}
-    if any(isinstance(target, dict) for target in settings["targets"]):  # what writes the test's file mixes no lists
+    if any(isinstance(target, dict) for target in settings["targets"]):  # the toml package cannot write mixed lists
         settings["targets"] = [t if isinstance(t, dict) else {"pattern": t} for t in settings["targets"]]
     return {"adapter": settings, "optimizer.learning_rate": 1e-2}
 
@@ -37,8 +37,8 @@ def test_two_stages_train_the_same_adapter_as_one(lab: Lab, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_run_continues_from_the_file_of_another(lab: Lab, kind: str) -> None:
-    """With a learning rate close to 0 its weights remain those of the file."""
+def test_run_starts_from_the_adapter_file_of_another_run(lab: Lab, kind: str) -> None:
+    """With a learning rate close to 0, its exported weights equal those of the file."""
     first = lab.shared_run(2, changes(kind))
     name = "lokr.safetensors" if kind == "lokr" else "lora.safetensors"
     file = first.folder / "weights" / "step_000006" / name

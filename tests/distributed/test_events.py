@@ -31,10 +31,10 @@ def test_curves_and_run_page_have_the_density_and_every_evaluation(lab: Lab) -> 
     (times,) = events.Histograms("objective/t")
     sampler = sd3_objective(**OBJECTIVE).sampler(2.0)
     drawn = sampler.draw((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000)
-    shares = torch.tensor(times.histogram_value.bucket, dtype=torch.float64)
-    torch.testing.assert_close(shares, torch.histc(drawn, len(shares), 0, 1) / 100_000, rtol=0, atol=1e-4)
+    fractions = torch.tensor(times.histogram_value.bucket, dtype=torch.float64)
+    torch.testing.assert_close(fractions, torch.histc(drawn, len(fractions), 0, 1) / 100_000, rtol=0, atol=1e-4)
     (sigmas,) = events.Histograms("objective/sigma")
-    shifted = torch.histc(2 * drawn / (1 + drawn), len(shares), 0, 1) / 100_000
+    shifted = torch.histc(2 * drawn / (1 + drawn), len(fractions), 0, 1) / 100_000
     torch.testing.assert_close(torch.tensor(sigmas.histogram_value.bucket).double(), shifted, rtol=0, atol=1e-4)
     recorded = read_evaluations(run.folder / EVALUATIONS)
     curve = [(point.step, point.value) for point in events.Scalars("eval/loss")]

@@ -1,7 +1,7 @@
-"""What is saved is what was trained, in the files of this program and as other programs read them.
+"""Exported files contain the trained weights, as this program and other programs read them.
 
-Velocities are compared: of the run's own layers with the weights of its checkpoint, and of diffusers' network with the
-exported file, read by diffusers.
+The tests compare two velocities: that of the run's own layers with the weights of its checkpoint, and that of diffusers'
+network with the exported file, read by diffusers.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_full_export_is_one_native_file_of_the_trained_weights(lab: Lab, changes
     assert all(torch.equal(exported[name], trained[name]) for name in trained)
 
 
-def test_header_says_what_the_weights_are_and_where_from(lab: Lab) -> None:
+def test_header_describes_the_weights_and_their_source(lab: Lab) -> None:
     run = lab.shared_run(1, FULL)
     with safe_open(exported_file(run, "mmdit.safetensors"), "pt") as file:
         metadata = file.metadata()
@@ -136,7 +136,7 @@ def test_header_says_what_the_weights_are_and_where_from(lab: Lab) -> None:
 
 
 def test_header_has_no_folders_and_no_secrets(lab: Lab) -> None:
-    """Only the settings of the training: paths are reduced to their last part, and no table can hold a secret."""
+    """It has the settings of the training only: paths are reduced to file names, and no table can hold a secret."""
     with safe_open(exported_file(lab.shared_run(1, FULL), "mmdit.safetensors"), "pt") as file:
         metadata = file.metadata()
     assert str(lab.folder) not in json.dumps(metadata)
@@ -197,12 +197,12 @@ def test_complete_file_is_read_by_diffusers(lab: Lab) -> None:
         kind: Any = T5EncoderModel if name == "t5xxl" else CLIPTextModelWithProjection
         encoder = kind.from_pretrained(lab.model / folder)
         prefix = f"text_encoders.{name}.transformer."
-        found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        missing, unexpected = encoder.load_state_dict(found, strict=False)
+        encoder_tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        missing, unexpected = encoder.load_state_dict(encoder_tensors, strict=False)
         assert not unexpected
         assert set(missing) <= {"text_projection.weight", "encoder.embed_tokens.weight"}
         before = kind.from_pretrained(lab.model / folder).state_dict()
-        assert all(torch.equal(found[key], before[key]) for key in found)
+        assert all(torch.equal(encoder_tensors[key], before[key]) for key in encoder_tensors)
 
 
 def test_complete_file_alone_continues_training(lab: Lab) -> None:
@@ -212,13 +212,13 @@ def test_complete_file_alone_continues_training(lab: Lab) -> None:
     alone = {"model.vae": None, "model.clip_l": None, "model.clip_g": None, "model.t5xxl": None}
     path = exported_file(before, "complete.safetensors")
     after = lab.run(1, lab.experiment({**PREVIEWS, **alone, **tokenizers, "model.mmdit": str(path), "max_steps": 1}))
-    assert_starts_where_it_ended(after, before)
+    assert_first_previews_equal_last_ones(after, before)
 
 
 TOKENIZERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5xxl": "tokenizer_3"}
 
 
-def assert_starts_where_it_ended(after: Run, before: Run) -> None:
+def assert_first_previews_equal_last_ones(after: Run, before: Run) -> None:
     """The previews before the first step equal those after the other run's last step bitwise."""
     last, first = images(before), images(after)
     for index in range(3):
@@ -232,11 +232,13 @@ def test_next_run_starts_from_the_export(lab: Lab, name: str) -> None:
     before = lab.shared_run(2, {**PREVIEWS, **ALL_FORMATS})
     path = exported_file(before, name)
     after = lab.run(2, lab.experiment({**PREVIEWS, "model.mmdit": str(path), "max_steps": 1}))
-    assert_starts_where_it_ended(after, before)
+    assert_first_previews_equal_last_ones(after, before)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_export_in_low_precision_is_the_rounded_weights_every_so_often(lab: Lab, name: str, dtype: torch.dtype) -> None:
+def test_exports_in_low_precision_are_the_rounded_weights_at_the_configured_steps(
+    lab: Lab, name: str, dtype: torch.dtype
+) -> None:
     run = lab.run(2, lab.experiment({"save.dtype": name, "save.export_every_n_steps": 4}))
     assert sorted(path.name for path in (run.folder / "weights").iterdir()) == ["step_000004", "step_000006"]
     exact = lab.shared_run(2, FULL).weights
@@ -347,7 +349,7 @@ def test_native_adapter_merged_gives_the_trained_velocity(lab: Lab, kind: str) -
     merged = merged_by_hand(load_file(base), adapters)
     trained = trained_velocity(run)
     assert relative_error(native_velocity(merged, base), trained) <= TOLERANCE
-    assert relative_error(native_velocity(load_file(base), base), trained) > 0.01, "the adapter does something"
+    assert relative_error(native_velocity(load_file(base), base), trained) > 0.01, "the adapter changes the velocity"
 
 
 @pytest.mark.parametrize("loader", ["load_lora_adapter", "StableDiffusion3Pipeline"])
@@ -396,7 +398,7 @@ def test_training_starts_from_the_merged_adapter(lab: Lab, kind: str, name: str)
     assert relative_error(trained_velocity(after), trained_velocity(before)) <= TOLERANCE
 
 
-# --- encoders that are off ---------------------------------------------------------------------------------------------
+# --- disabled encoders -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -405,12 +407,12 @@ def test_training_starts_from_the_merged_adapter(lab: Lab, kind: str, name: str)
     ids=["without_t5", "t5_alone", "clip_g_alone"],
 )
 @pytest.mark.parametrize("missing", ["zeros", "absent"])
-def test_any_encoder_trains_caches_and_previews_alone(lab: Lab, kept: tuple[str, ...], missing: str) -> None:
+def test_run_with_some_encoders_caches_trains_and_generates_previews(lab: Lab, kept: tuple[str, ...], missing: str) -> None:
     off = {f"model.{name}": False for name in ("clip_l", "clip_g", "t5xxl") if name not in kept}
     cache = lab.folder / f"cache_of_{'_'.join(kept)}"
     changes = {**PREVIEWS, **off, "model.missing_encoders": missing, "cache_dir": str(cache), "max_steps": 2}
     run = lab.run(2, lab.experiment(changes))
     assert {path.name.rpartition("-")[0] for path in cache.glob("*-*")} == {"vae", *kept}
     assert all(np.isfinite(line["loss"]) for line in run.metrics)
-    drawn = images(run)
-    assert not np.array_equal(drawn["step_000002/000.png"], drawn["step_000002/001.png"])
+    previews = images(run)
+    assert not np.array_equal(previews["step_000002/000.png"], previews["step_000002/001.png"])

@@ -1,7 +1,7 @@
 """Training results do not depend on the layout: the number of stages, of replicas, and the launcher.
 
-Compared are loss and gradient norm of every step, and every exported tensor. They are compared bitwise where the arithmetic
-is the same: cutting the network into stages moves activations and changes no sum, and the norm is summed in float64.
+The tests compare loss and gradient norm of every step and every exported tensor, bitwise where the arithmetic is the same:
+dividing the network into stages moves activations but changes no sum, and the gradient norm is summed in float64.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_two_stages_equal_one_bitwise(lab: Lab, changes: dict[str, Any]) -> None
     one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
     assert "stage 2 of 2" in two.output
     assert "stage 2" not in one.output
-    assert max(numbers(one, "grad_norm")) > CLIP, "gradients must be clipped, or a wrong norm would not show"
+    assert max(numbers(one, "grad_norm")) > CLIP, "gradients must be clipped, or a wrong norm would not be detected"
     assert_same_run(one, two)
 
 
@@ -76,7 +76,7 @@ def test_three_stages_equal_one_bitwise(lab: Lab) -> None:
 
 
 def test_training_changes_every_weight(lab: Lab) -> None:
-    """Except the position table, a constant, and the norm of the last block's text queries, which have no effect."""
+    """Exceptions: the position table, a constant, and the norm of the last block's text queries, which has no effect."""
     run = lab.shared_run(2, FULL)
     last_text = "joint_blocks.2.context_block.attn.ln_q.weight"
     assert unmoved(run, load_file(lab.model / "mmdit.safetensors")) == {"pos_embed", last_text}
@@ -91,12 +91,12 @@ def test_training_changes_every_adapter(lab: Lab) -> None:
 
 
 def test_steps_of_an_epoch_differ_in_shape(lab: Lab) -> None:
-    """So the comparisons above cover activations whose shape changes between steps."""
+    """The comparisons above therefore cover activations whose shape changes between steps."""
     config = prepare(lab.shared_run(2, FULL).experiment, [], None, World(0, 0, 2, 2))
     order = BatchOrder(config.dataset.examples, config.global_batch, config.config.experiment.seed)
     shapes = [order.global_batch(step)[0].example.bucket for step in range(order.steps_per_epoch)]
     assert len(set(shapes)) == 3
-    assert order.steps_per_epoch < config.num_steps(order), "and the run continues after the first epoch"
+    assert order.steps_per_epoch < config.num_steps(order), "the run must continue after the first epoch"
 
 
 def test_losses_in_bfloat16_are_close_to_float32(lab: Lab) -> None:
@@ -108,7 +108,7 @@ def test_losses_in_bfloat16_are_close_to_float32(lab: Lab) -> None:
 def test_bfloat16_two_stages_equal_one_bitwise(lab: Lab, clipping: float) -> None:
     changes = {**BFLOAT16, "optimizer.gradient_clipping": clipping}
     one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
-    assert max(numbers(one, "grad_norm")) > CLIP, "gradients are clipped where clipping is on"
+    assert max(numbers(one, "grad_norm")) > CLIP, "gradients must be clipped if clipping is on"
     assert_same_run(one, two)
 
 

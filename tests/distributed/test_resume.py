@@ -88,7 +88,7 @@ def test_bfloat16_run_resumes_exactly(lab: Lab) -> None:
     assert_same_run(lab.shared_run(2, changes), lab.run(2, stopped(lab, changes).experiment, "--resume"))
 
 
-def test_run_can_be_named(lab: Lab, tmp_path: Path) -> None:
+def test_resume_accepts_the_folder_of_an_older_run(lab: Lab, tmp_path: Path) -> None:
     """--resume RUN resumes that run although there is a newer one."""
     experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
     run = newest_run(experiment.parent / "output")
@@ -122,14 +122,14 @@ def test_killed_run_resumes_exactly(lab: Lab) -> None:
 
 
 def cached(cache: Path) -> dict[str, Tensor]:
-    """Everything in the cache: encoder/size/key/name -> tensor. An entry may be in one shard only."""
+    """All cached tensors: encoder/size/key/name -> tensor. Fails if an entry is in more than one shard."""
     tensors: dict[str, Tensor] = {}
     for shard in cache.glob("*/*/*.safetensors"):
         stacked = load_file(shard)
         for row, key in enumerate(stacked.pop(KEYS)):
             for name, column in stacked.items():
                 place = f"{shard.parent.relative_to(cache)}/{key.numpy().tobytes().hex()}/{name}"
-                assert place not in tensors, "encoded twice"
+                assert place not in tensors, "the entry was encoded twice"
                 tensors[place] = column[row]
     return tensors
 
@@ -143,14 +143,14 @@ def test_killed_caching_continues_to_the_same_cache(lab: Lab, tmp_path: Path) ->
 
     lab.start(2, experiment).kill_when(lambda: bool(list(cache.glob("writers/*.lock"))))
     lab.start(2, experiment, "--resume").kill_when(lambda: bool(list(cache.glob("vae-*/*/*.safetensors"))))
-    assert len(list(cache.glob("*-*"))) < 4, "some encoder's turn had not come"
+    assert len(list(cache.glob("*-*"))) < 4, "at least one encoder must not have started"
     resumed = lab.run(2, experiment, "--resume")
 
     undisturbed = lab.run(2, lab.experiment(own_cache, dataset))
     assert_same_run(undisturbed, resumed)
-    whole, pieced = cached(undisturbed.experiment.parent / "output" / "cache"), cached(cache)
-    assert whole.keys() == pieced.keys()
-    assert all(torch.equal(whole[name], pieced[name]) for name in whole)
+    whole, interrupted = cached(undisturbed.experiment.parent / "output" / "cache"), cached(cache)
+    assert whole.keys() == interrupted.keys()
+    assert all(torch.equal(whole[name], interrupted[name]) for name in whole)
 
 
 def test_run_without_a_checkpoint_restarts_in_its_folder(lab: Lab, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_only_the_last_checkpoints_are_kept(lab: Lab) -> None:
     assert checkpoint_steps(lab.shared_run(2, LONG).folder) == [28, 30, 32]
 
 
-# --- what is refused, and what is nothing to do ------------------------------------------------------------------------
+# --- refused resumes and finished runs ----------------------------------------------------------------------------------
 
 
 def prepare_resume(experiment: Path, resume: str, *overrides: str) -> Experiment:

@@ -385,6 +385,6 @@ def test_model_key_in_the_dataset_file_is_an_error_with_its_place(tmp_path: Path
     assert "in the experiment file, in [model]" in error.message
 
 
-def test_error_of_a_path_is_in_plain_words(tmp_path: Path) -> None:
+def test_number_in_place_of_a_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.mmdit: = 5: must be a path"):
         load(tmp_path, "model.mmdit=5")

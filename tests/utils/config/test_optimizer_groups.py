@@ -54,13 +54,13 @@ def test_error_of_a_group_has_its_index(tmp_path: Path, changes: dict[str, Any],
     assert text.startswith(message)
 
 
-def test_names_of_groups_are_unique(tmp_path: Path) -> None:
+def test_repeated_name_of_a_group_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, **{"optimizer.groups": [BIASES, {**ATTENTION, "name": "biases"}]})
     message = "each group needs a unique name; used more than once: 'biases'"
     assert only_error(path) == ("experiment.toml", "optimizer.groups", message)
 
 
-def test_a_list_of_groups_is_not_empty(tmp_path: Path) -> None:
+def test_empty_list_of_groups_is_an_error(tmp_path: Path) -> None:
     assert only_error(write(tmp_path, **{"optimizer.groups": []}))[1:] == ("optimizer.groups", "= []: must not be empty")
 
 

@@ -69,6 +69,6 @@ def test_flags_and_keys_of_a_prompt_correspond() -> None:
         ("a fox --w=512", "unknown flag --w=512; the flags are"),
     ],
 )
-def test_the_error_of_an_invalid_flag_or_value_has_what_is_allowed(line: str, message: str) -> None:
+def test_invalid_flag_or_value_is_an_error_that_lists_what_is_allowed(line: str, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         parse_prompt(line)

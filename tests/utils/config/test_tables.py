@@ -1,4 +1,4 @@
-"""Errors of the tables of objective, evaluation and previews, and what they say is allowed."""
+"""Errors of the tables [objective], [eval] and [sampling]: key, value and what is allowed."""
 
 from __future__ import annotations
 

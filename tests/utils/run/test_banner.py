@@ -42,7 +42,7 @@ def test_note_lists_what_a_preset_set_and_what_overrides_it(preset: str) -> None
     assert "overridden" not in objective_notes(ObjectiveConfig(preset=preset))[0]
 
 
-def test_notes_name_keys_without_effect_and_outputs_other_programs_cannot_use() -> None:
+def test_notes_list_keys_without_effect_and_outputs_that_other_programs_cannot_use() -> None:
     assert objective_notes(ObjectiveConfig()) == []
     (note,) = objective_notes(ObjectiveConfig(mode_scale=0.5))
     assert note == "objective.mode_scale has no effect on this objective"

@@ -56,7 +56,7 @@ class EncodedExperiment:
 
 @pytest.fixture
 def encoded(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> EncodedExperiment:
-    monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # one for all tests
+    monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # all tests share one process
     return EncodedExperiment(tmp_path, tiny_model)
 
 

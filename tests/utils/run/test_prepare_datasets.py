@@ -27,7 +27,7 @@ ALONE = World(0, 0, 1, 1)
 
 
 class DatasetChecks:
-    """Writes experiments on the test's own images, and prepares them."""
+    """Writes and prepares experiments on images that the test may damage."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self._model = folder, model
@@ -46,7 +46,7 @@ class DatasetChecks:
 
 @pytest.fixture
 def checks(tmp_path: Path, tiny_model: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> DatasetChecks:
-    monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # one for all tests
+    monkeypatch.setattr(datasets, "Readers", lambda _: nullcontext(readers))  # all tests share one process
     return DatasetChecks(tmp_path, tiny_model)
 
 
@@ -140,8 +140,8 @@ def test_skipped_files_of_an_evaluation_set_are_reported(checks: DatasetChecks) 
     table = {"resolutions": [32], "on_bad_file": "skip", "max_pixels": 80000, "directory": [{"path": str(other)}]}
     file.write_text(toml.dumps(table))
     dataset = checks.prepare(eval={"sets": [{"name": "other", "dataset": str(file)}]}).dataset
-    assert [one.path for one in dataset.bad_files] == [bad]
-    assert [one.path.name for one in dataset.skipped] == ["image_001.png"]
+    assert [bad_file.path for bad_file in dataset.bad_files] == [bad]
+    assert [skipped.path.name for skipped in dataset.skipped] == ["image_001.png"]
 
 
 def test_bad_files_of_an_evaluation_set_are_errors_with_its_file(checks: DatasetChecks) -> None:
@@ -177,7 +177,7 @@ def test_dataset_without_usable_images_is_an_error(checks: DatasetChecks) -> Non
     assert error == ("dataset.toml", "directory", f"no usable image with a caption in {checks.images}")
 
 
-# --- who looks ---------------------------------------------------------------------------------------------------------
+# --- what is read and written ------------------------------------------------------------------------------------------
 
 
 def test_other_ranks_open_no_images(checks: DatasetChecks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,5 +57,5 @@ def test_clock_counts_epochs_from_zero() -> None:
     assert epochs == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
 
 
-def test_clock_knows_the_duration_of_the_last_step() -> None:
+def test_clock_has_the_duration_of_the_last_step() -> None:
     assert Clock(3, 10, 4, minutes=5.0).after_step(12.0).seconds_of_step == pytest.approx(12.0)
