@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.quickstart import images as images
+from examples.quickstart import images
 from examples.quickstart.folders import make_folder, package_folder
 from examples.quickstart.images import Combination
 

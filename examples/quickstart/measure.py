@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.quickstart import images as images
+from examples.quickstart import images
 from examples.quickstart.images import Combination
 
 NUM_COLUMNS = 5

@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from examples.quickstart import images as images
+from examples.quickstart import images
 from examples.quickstart.make_dataset import photographs
 
 KL_WEIGHT = 1e-5
