@@ -55,7 +55,7 @@ class MadeUp(DirectoryIndexer):
         rows = unread_rows(names, stamps, stamps, np.arange(count))
         shapes = np.array([(1024, 1024), (1344, 768), (768, 1344), (1152, 896)], np.int32)
         rows.sizes = shapes[np.arange(count) % len(shapes)]
-        rows.content[:, :8] = np.arange(1, count + 1, dtype="<u8")[:, None].view(np.uint8)
+        rows.hashes[:, :8] = np.arange(1, count + 1, dtype="<u8")[:, None].view(np.uint8)
         caption = "image number {:08d}, with a caption about as long as people write them for their images"
         set_captions(rows, [[caption.format(index)] for index in range(count)])
         return DirectoryIndex([IndexPart(rows, None, FileTable(None, may_write=False), np.ones(count, bool))])

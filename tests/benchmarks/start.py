@@ -54,7 +54,7 @@ def fill_cache(experiment_path: Path) -> None:
     for _, row, _ in plan.latents.items.tolist():
         example = table[row]
         latents = torch.zeros(family.latent.channels, example.bucket.height // 8, example.bucket.width // 8)
-        writer.add(str(example.bucket), latents_key(example.content, example.box.key()), {"latents": latents})
+        writer.add(str(example.bucket), latents_key(example.image_hash, example.box.key()), {"latents": latents})
     writer.flush()
     for encoder in family.text_encoders:
         writer = ShardWriter(plan.texts[encoder.name].folder, "benchmark", max_seconds=1e9)

@@ -105,12 +105,12 @@ def hold_out(table: ExampleTable, num_images: int, seed: int) -> tuple[ExampleTa
     changes at most one choice. Held-out examples are never flipped. Raises ValueError if no training image would remain.
     """
     images = np.unique(table.rows[:, 0])
-    same = table.images.same[images]
+    file_ids = table.images.file_ids[images]
     # A file with several names uses the random number of its first name.
-    files, first = np.unique(same, return_index=True)
+    files, first = np.unique(file_ids, return_index=True)
     if num_images >= max(1, len(files)):
         raise ValueError(f"no image would remain for training: the dataset has {len(files)} images")
     numbers = np.array([fraction(seed, "hold out", table.name_of(int(images[index]))) for index in first])
     chosen_files = files[np.argsort(numbers, kind="stable")[:num_images]]
-    chosen = np.isin(table.images.same[table.rows[:, 0]], chosen_files)
+    chosen = np.isin(table.images.file_ids[table.rows[:, 0]], chosen_files)
     return table.where(~chosen), table.where(chosen, never_flipped=True)

@@ -31,7 +31,7 @@ from utils.data.image_table import (
     rows_without_hash,
     to_columns,
 )
-from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.decoding import HASH_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.image_rows import NO_ROW, Container, PairedImages, empty_paired_images
 from utils.data.sources.tags import TagShuffle
@@ -61,10 +61,10 @@ class Example:
     may_flip: bool = False
     """Whether some draws of it are flipped horizontally."""
     shuffle: TagShuffle | None = None
-    content: bytes = b""
+    image_hash: bytes = b""
     """Hash of the image file's bytes; empty until it is known. Likewise for the mask and the control image below."""
-    mask_content: bytes = b""
-    control_content: bytes = b""
+    mask_hash: bytes = b""
+    control_hash: bytes = b""
 
     @property
     def bucket(self) -> Bucket:
@@ -88,10 +88,10 @@ class CacheInputs(NamedTuple):
 
     geometry: str
     """Scaling and crop: the `key` of its crop box."""
-    content: bytes
+    image_hash: bytes
     """Hash of the image file's bytes; empty if it is not known. The next two are also empty if there is no such file."""
-    mask_content: bytes
-    control_content: bytes
+    mask_hash: bytes
+    control_hash: bytes
     may_flip: bool
 
 
@@ -127,8 +127,8 @@ class ExampleTable(Sequence[Example]):
         image, resolution, bucket = self.rows[index].tolist()
         images, directory = self.images, self.directories[self.images.directory[image]]
         name = f"{images.names[image]}@{directory.resolutions[resolution]}"
-        mask, mask_content = paired_image_of(images.mask, image, self.masks)
-        control, control_content = paired_image_of(images.control, image, self.controls)
+        mask, mask_hash = paired_image_of(images.mask, image, self.masks)
+        control, control_hash = paired_image_of(images.control, image, self.controls)
         first, last = images.first_caption[image : image + 2].tolist()
         return Example(
             key=f"{directory.place}/{name}",
@@ -141,9 +141,9 @@ class ExampleTable(Sequence[Example]):
             loss_weight=directory.loss_weight,
             may_flip=directory.may_flip,
             shuffle=directory.shuffle,
-            content=known_hash(images.content[image]),
-            mask_content=mask_content,
-            control_content=control_content,
+            image_hash=known_hash(images.hashes[image]),
+            mask_hash=mask_hash,
+            control_hash=control_hash,
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -183,29 +183,31 @@ class ExampleTable(Sequence[Example]):
 
     def cache_inputs(self) -> Iterator[CacheInputs]:
         """Yields the cache inputs of each example; four times as fast as iterating over the examples."""
-        drawn = np.array([directory.random_crop for directory in self.directories], bool)
-        flipped = np.array([directory.may_flip for directory in self.directories], bool)
-        known: dict[tuple[int, int, int], str] = {}  # many images share a size
+        random_crop = np.array([directory.random_crop for directory in self.directories], bool)
+        may_flip_in = np.array([directory.may_flip for directory in self.directories], bool)
+        geometries: dict[tuple[int, int, int], str] = {}  # many images have the same size
         for start in range(0, len(self), CHUNK_ROWS):
-            if len(known) > CHUNK_ROWS:
-                known.clear()
+            if len(geometries) > CHUNK_ROWS:
+                geometries.clear()
             rows = self.rows[start : start + CHUNK_ROWS]
             images, directory = rows[:, 0], self.images.directory[rows[:, 0]]
             shapes = np.column_stack([self.images.sizes[images], rows[:, 2]]).tolist()
             columns = (
-                hashes_as_bytes(self.images.content[images]),
+                hashes_as_bytes(self.images.hashes[images]),
                 hashes_of_paired_images(self.images.mask, images, self.masks),
                 hashes_of_paired_images(self.images.control, images, self.controls),
-                flipped[directory].tolist(),
-                drawn[directory].tolist(),
+                may_flip_in[directory].tolist(),
+                random_crop[directory].tolist(),
             )
-            for offset, (shape, content, mask, control, may_flip, is_drawn) in enumerate(zip(shapes, *columns, strict=True)):
+            for offset, (shape, image_hash, mask_hash, control_hash, may_flip, is_random) in enumerate(
+                zip(shapes, *columns, strict=True)
+            ):
                 width, height, bucket = shape
-                if is_drawn:
+                if is_random:
                     geometry = self.box(start + offset).key()
-                elif (geometry := known.get((width, height, bucket), "")) == "":
-                    geometry = known[width, height, bucket] = crop_box(width, height, self.buckets[bucket]).key()
-                yield CacheInputs(geometry, content, mask, control, may_flip)
+                elif (geometry := geometries.get((width, height, bucket), "")) == "":
+                    geometry = geometries[width, height, bucket] = crop_box(width, height, self.buckets[bucket]).key()
+                yield CacheInputs(geometry, image_hash, mask_hash, control_hash, may_flip)
 
     @property
     def repeats(self) -> np.ndarray:
@@ -234,13 +236,13 @@ class ExampleTable(Sequence[Example]):
     def _unhashed_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[int], ImageFile]]]:
         """Yields (hash column, used rows without a hash, row -> file) for the images, the masks and the control images."""
         images = np.unique(self.rows[:, 0])
-        yield self.images.content, rows_without_hash(self.images.content, images), self.file
+        yield self.images.hashes, rows_without_hash(self.images.hashes, images), self.file
         for column, paired_images in ((self.images.mask, self.masks), (self.images.control, self.controls)):
             if len(column):
                 rows = np.unique(column[images])
                 yield (
-                    paired_images.content,
-                    rows_without_hash(paired_images.content, rows[rows != NO_ROW]),
+                    paired_images.hashes,
+                    rows_without_hash(paired_images.hashes, rows[rows != NO_ROW]),
                     paired_images.file,
                 )
 
@@ -250,17 +252,17 @@ class ExampleTable(Sequence[Example]):
 
     def unhashed(self) -> Iterator[Unhashed]:
         """Yields each of these files."""
-        for content, rows, file_of in self._unhashed_rows():
-            yield from ((content, row, file_of(row)) for row in rows.tolist())
+        for hashes, rows, file_of in self._unhashed_rows():
+            yield from ((hashes, row, file_of(row)) for row in rows.tolist())
 
     def incomplete(self) -> np.ndarray:
         """Returns which examples use a file whose hash is not known: bool, (n,)."""
         image = self.rows[:, 0]
-        missing = ~is_known(self.images.content)[image]
+        missing = ~is_known(self.images.hashes)[image]
         for column, paired_images in ((self.images.mask, self.masks), (self.images.control, self.controls)):
             if len(column):
                 row = column[image]
-                missing |= (row != NO_ROW) & ~is_known(paired_images.content)[row]
+                missing |= (row != NO_ROW) & ~is_known(paired_images.hashes)[row]
         return missing
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -272,12 +274,12 @@ class ExampleTable(Sequence[Example]):
             "containers": [asdict(container) for container in self.containers],
             "buckets": [(bucket.width, bucket.height) for bucket in self.buckets],
         }
-        # File identities are needed only for choosing held-out images, which happens before.
-        images = replace(self.images, same=self.images.same[:0])
+        # File identities are needed only for choosing held-out images, which has been done by then.
+        images = replace(self.images, file_ids=self.images.file_ids[:0])
         columns = {"rows": self.rows, **to_columns("images", images)}
         columns |= to_columns("masks", self.masks) | to_columns("controls", self.controls)
         text = json.dumps(header)
-        digest = hashlib.blake2b(text.encode(), digest_size=CONTENT_BYTES)
+        digest = hashlib.blake2b(text.encode(), digest_size=HASH_BYTES)
         for name, column in columns.items():
             digest.update(f"{name} {column.shape}".encode())
             digest.update(np.ascontiguousarray(column).data)

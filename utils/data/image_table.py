@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.decoding import HASH_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 from utils.data.sources.tags import TagShuffle
 from utils.files.columns import FileBlock, Texts, tensor_place
 
-_NO_HASH = bytes(CONTENT_BYTES)
+_NO_HASH = bytes(HASH_BYTES)
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class ImageTable:
     """Path relative to the directory."""
     sizes: np.ndarray
     """(n, 2) int32: width and height in pixels, after EXIF rotation."""
-    same: np.ndarray
-    """File identity: equal for several names of one file."""
-    content: np.ndarray
-    """(n, 16) uint8: hash of the file's bytes; zeros where it is not known yet."""
+    file_ids: np.ndarray
+    """File identity, equal for several names of one file."""
+    hashes: np.ndarray
+    """(n, 16) uint8: hash of the image file's bytes; zeros where it is not known yet."""
     captions: Texts
     first_caption: np.ndarray
     """(n + 1,): image i has captions first_caption[i]:first_caption[i + 1]."""
@@ -81,8 +81,8 @@ def concatenate_images(parts: Iterable[ImageTable]) -> ImageTable:
         directory=column("directory", np.int32),
         names=Texts.concatenate(part.names for part in parts),
         sizes=column("sizes", np.int32, (2,)),
-        same=column("same", np.int64),
-        content=column("content", np.uint8, (CONTENT_BYTES,)),
+        file_ids=column("file_ids", np.int64),
+        hashes=column("hashes", np.uint8, (HASH_BYTES,)),
         captions=captions,
         first_caption=group_offsets(counts),
         container=_drop_if_unused(container),
@@ -96,20 +96,20 @@ def concatenate_images(parts: Iterable[ImageTable]) -> ImageTable:
 # --- hashes ------------------------------------------------------------------------------------------------------------
 
 
-def is_known(content: np.ndarray) -> np.ndarray:
+def is_known(hashes: np.ndarray) -> np.ndarray:
     """Returns which of the hashes (n, 16) are known, that is not zero: bool, (n,)."""
-    return np.asarray(content.any(axis=1))
+    return np.asarray(hashes.any(axis=1))
 
 
-def rows_without_hash(content: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def rows_without_hash(hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Returns those of the rows whose hash is not known."""
-    return rows[~is_known(content[rows])]
+    return rows[~is_known(hashes[rows])]
 
 
-def hashes_as_bytes(content: np.ndarray) -> list[bytes]:
+def hashes_as_bytes(hashes: np.ndarray) -> list[bytes]:
     """Converts hashes (n, 16) to bytes objects; empty where a hash is not known."""
-    block = content.tobytes()
-    digests = (block[start : start + CONTENT_BYTES] for start in range(0, len(block), CONTENT_BYTES))
+    block = hashes.tobytes()
+    digests = (block[start : start + HASH_BYTES] for start in range(0, len(block), HASH_BYTES))
     return [digest if digest != _NO_HASH else b"" for digest in digests]
 
 
@@ -119,8 +119,8 @@ def hashes_of_paired_images(column: np.ndarray, images: np.ndarray, paired_image
         return [b""] * len(images)
     rows = column[images]
     return [
-        one if row != NO_ROW else b""
-        for one, row in zip(hashes_as_bytes(paired_images.content[rows]), rows.tolist(), strict=True)
+        digest if row != NO_ROW else b""
+        for digest, row in zip(hashes_as_bytes(paired_images.hashes[rows]), rows.tolist(), strict=True)
     ]
 
 
@@ -129,13 +129,13 @@ def paired_image_of(column: np.ndarray, image: int, paired_images: PairedImages)
     row = int(column[image]) if len(column) else NO_ROW
     if row == NO_ROW:
         return None, b""
-    return paired_images.file(row), known_hash(paired_images.content[row])
+    return paired_images.file(row), known_hash(paired_images.hashes[row])
 
 
 def known_hash(row: np.ndarray) -> bytes:
     """Converts one hash (16,) to bytes; empty if it is not known."""
-    content = row.tobytes()
-    return content if content != _NO_HASH else b""
+    digest = row.tobytes()
+    return digest if digest != _NO_HASH else b""
 
 
 # --- files -------------------------------------------------------------------------------------------------------------

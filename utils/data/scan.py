@@ -19,7 +19,7 @@ from utils.data.sources.caption_sources import first_few
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndexer, IndexPart, IndexSettings
 from utils.data.sources.image_rows import NO_ROW, Container, ImageRows
-from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable
+from utils.data.sources.paired_images import CONTROL, MASK, PairedImageKind, PairedImageTable
 from utils.data.sources.tags import TagShuffle
 from utils.files.file_index import FileTable, StoredHashes
 
@@ -31,9 +31,9 @@ def scan(config: DatasetConfig, multiple: int, indexer: DirectoryIndexer, *, pre
     `directory_errors` reports them.
     """
     scanner = _Scanner(config, multiple, indexer)
-    broken = {key.partition(".")[0] for key, _ in directory_errors(config)}
+    invalid = {key.partition(".")[0] for key, _ in directory_errors(config)}
     for index, directory in enumerate(config.directory):
-        if f"directory[{index}]" not in broken:
+        if f"directory[{index}]" not in invalid:
             scanner.add(directory, f"{prefix}{index}")
     return scanner.dataset()
 
@@ -43,7 +43,7 @@ class _Scanner:
 
     def __init__(self, config: DatasetConfig, multiple: int, indexer: DirectoryIndexer) -> None:
         self._multiple, self._indexer = multiple, indexer
-        self._found = Dataset()
+        self._dataset = Dataset()
         self._directories: list[Directory] = []
         self._containers: list[Container] = []
         self._buckets: dict[Bucket, int] = {}
@@ -62,20 +62,20 @@ class _Scanner:
             image_column=directory.image_column,
             caption_column=directory.caption_column,
         )
-        num_bad = len(self._found.bad_files)
+        num_bad = len(self._dataset.bad_files)
         excluded = [path for path in (directory.mask_path, directory.control_path) if path is not None]
         index = self._indexer.index(directory.path, settings, excluded)
-        self._found.bad_files.extend(index.bad_files)
-        self._found.warnings.extend(index.warnings)
+        self._dataset.bad_files.extend(index.bad_files)
+        self._dataset.warnings.extend(index.warnings)
         number = len(self._directories)
         self._directories.append(_directory_of(directory, place))
-        before = sum(map(len, self._rows))
+        num_examples = sum(map(len, self._rows))
         for part in index.parts:
             self._add_part(part, number, directory)
         if directory.on_bad_file == "error":
-            self._found.fatal_files.extend(self._found.bad_files[num_bad:])
-        if sum(map(len, self._rows)) == before:
-            self._found.warnings.append(f"{directory.path} has no usable image")
+            self._dataset.fatal_files.extend(self._dataset.bad_files[num_bad:])
+        if sum(map(len, self._rows)) == num_examples:
+            self._dataset.warnings.append(f"{directory.path} has no usable image")
 
     def _add_part(self, part: IndexPart, number: int, directory: DirectoryConfig) -> None:
         rows, count = part.rows, len(part.rows)
@@ -90,8 +90,8 @@ class _Scanner:
                 directory=np.full(count, number, np.int32),
                 names=rows.names,
                 sizes=rows.sizes,
-                same=rows.same,
-                content=rows.content,
+                file_ids=rows.file_ids,
+                hashes=rows.hashes,
                 captions=rows.captions,
                 first_caption=rows.first_caption,
                 container=np.full(count, container, np.int32),
@@ -101,7 +101,7 @@ class _Scanner:
                 control=control,
             )
         )
-        usable = self._in_size(rows, directory)
+        usable = self._within_pixel_limits(rows, directory)
         usable &= (mask != NO_ROW) | (directory.mask_path is None)
         usable &= (control != NO_ROW) | (directory.control_path is None)
         for index, resolution in enumerate(directory.resolutions):
@@ -109,19 +109,21 @@ class _Scanner:
         self._tables.append((self._num_images, part.table, part.usable))
         self._num_images += count
 
-    def _paired_images_of(self, kind: Kind, folder: Path | None, directory: DirectoryConfig, rows: ImageRows) -> np.ndarray:
+    def _paired_images_of(
+        self, kind: PairedImageKind, folder: Path | None, directory: DirectoryConfig, rows: ImageRows
+    ) -> np.ndarray:
         if folder is None:
             return np.full(len(rows), NO_ROW, np.int32)
 
         def path_of(row: int) -> Path:
             return directory.path / rows.names[row]
 
-        found, bad_files = self._paired_images[kind].find(folder, directory.recursive, rows, path_of)
-        self._found.bad_files.extend(bad_files)
-        return found
+        paired_rows, bad_files = self._paired_images[kind].find(folder, directory.recursive, rows, path_of)
+        self._dataset.bad_files.extend(bad_files)
+        return paired_rows
 
-    def _in_size(self, rows: ImageRows, directory: DirectoryConfig) -> np.ndarray:
-        """Returns which images min_pixels and max_pixels allow; records the others as skipped."""
+    def _within_pixel_limits(self, rows: ImageRows, directory: DirectoryConfig) -> np.ndarray:
+        """Returns which images min_pixels and max_pixels allow, bool (n,); records the others as skipped."""
         pixels = rows.sizes[:, 0].astype(np.int64) * rows.sizes[:, 1]
         allowed = np.ones(len(rows), bool)
         for key, limit, excluded in (
@@ -131,7 +133,7 @@ class _Scanner:
             for row in np.flatnonzero(excluded).tolist():
                 width, height = rows.sizes[row].tolist()
                 reason = f"is {width}x{height} pixels; {key} = {limit}"
-                self._found.skipped.append(BadFile(directory.path / rows.names[row], reason))
+                self._dataset.skipped.append(BadFile(directory.path / rows.names[row], reason))
             allowed &= ~excluded
         return allowed
 
@@ -154,7 +156,7 @@ class _Scanner:
         self._rows.append(np.stack(columns, axis=1).astype(np.int32))
 
     def _record_small(self, rows: ImageRows, chosen: np.ndarray, sides: np.ndarray, directory: DirectoryConfig) -> None:
-        recorded = self._found.too_small if directory.upscale == "error" else self._found.skipped
+        recorded = self._dataset.too_small if directory.upscale == "error" else self._dataset.skipped
         for row, (bucket_width, bucket_height) in zip(chosen.tolist(), sides.astype(int).tolist(), strict=True):
             width, height = rows.sizes[row].tolist()
             reason = f"is {width}x{height} pixels, smaller than its bucket {bucket_width}x{bucket_height}"
@@ -170,14 +172,14 @@ class _Scanner:
         table = ExampleTable(
             self._directories, self._containers, list(self._buckets), images, masks.columns(), controls.columns(), rows
         )
-        warnings = [*self._found.warnings, *masks.warnings(), *controls.warnings()]
+        warnings = [*self._dataset.warnings, *masks.warnings(), *controls.warnings()]
         enlarged = np.unique(np.concatenate([np.zeros(0, np.int64), *self._enlarged]))
         if len(enlarged):
             examples = first_few([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
             warnings.append(f"{len(enlarged)} images are smaller than their bucket and are enlarged: {examples}")
-        stored = [StoredHashes(images.content, *place) for place in self._tables]
-        stored += [*masks.stored_hashes(table.masks.content), *controls.stored_hashes(table.controls.content)]
-        return replace(self._found, examples=table, warnings=warnings, stored_hashes=stored)
+        stored = [StoredHashes(images.hashes, *place) for place in self._tables]
+        stored += [*masks.stored_hashes(table.masks.hashes), *controls.stored_hashes(table.controls.hashes)]
+        return replace(self._dataset, examples=table, warnings=warnings, stored_hashes=stored)
 
 
 def _directory_of(directory: DirectoryConfig, place: str) -> Directory:

@@ -129,7 +129,7 @@ class Gatherer:
         """(The first groups of files with equal content, number of groups); two names of one file are not a group."""
         table = self._table
         images = np.unique(table.rows[:, 0])
-        numbers = _as_numbers(table.images.content[images])
+        numbers = _as_numbers(table.images.hashes[images])
         _, groups, counts = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
         repeated = np.flatnonzero(counts > 1)
         order = np.argsort(groups.reshape(-1), kind="stable")

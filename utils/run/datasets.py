@@ -99,7 +99,7 @@ def _hold_out(config: Config, datasets: Datasets, errors: list[ErrorDetail]) -> 
 
 def _num_shared(table: ExampleTable, other: ExampleTable) -> int:
     """Image files that both tables have examples of."""
-    first, second = (np.unique(one.images.same[one.rows[:, 0]]) for one in (table, other))
+    first, second = (np.unique(one.images.file_ids[one.rows[:, 0]]) for one in (table, other))
     return len(np.intersect1d(first, second))
 
 

@@ -150,13 +150,15 @@ class RecordingReaders:
         self._readers = readers
         self.requests: list[tuple[str, str]] = []
 
-    def pixels(self, file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> Future[np.ndarray]:
+    def pixels(
+        self, file: ImageFile, box: CropBox, *, flipped: bool = False, expected_hash: bytes = b""
+    ) -> Future[np.ndarray]:
         self.requests.append(("pixels", file.path.name))
-        return self._readers.pixels(file, box, flipped=flipped, content=content)
+        return self._readers.pixels(file, box, flipped=flipped, expected_hash=expected_hash)
 
-    def mask(self, file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
+    def mask(self, file: ImageFile, box: CropBox, downscale: int, *, expected_hash: bytes = b"") -> Future[np.ndarray]:
         self.requests.append(("mask", file.path.name))
-        return self._readers.mask(file, box, downscale, content=content)
+        return self._readers.mask(file, box, downscale, expected_hash=expected_hash)
 
     def hashes(self, files: Sequence[ImageFile]) -> Future[list[bytes | str]]:
         self.requests += [("hash", file.path.name) for file in files]
@@ -189,8 +191,9 @@ class CachingSetup:
         return self.scan(**changes).examples
 
     def run(self, family: FakeFamily, *, settings: dict[str, Any] | None = None, **changes: Any) -> CachedDataset:
-        found = self.scan(**changes)
-        return cache_alone(family, [found.examples], [""], replace(self.settings, **(settings or {})), found.stored_hashes)
+        dataset = self.scan(**changes)
+        settings_used = replace(self.settings, **(settings or {}))
+        return cache_alone(family, [dataset.examples], [""], settings_used, dataset.stored_hashes)
 
     def encode(self, **settings: Any) -> tuple[int, int, int]:
         """Returns how many images and captions a new family had to encode."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.data.buckets import Bucket, CropBox, crop_box
-from utils.data.sources import decoding as images
+from utils.data.sources import decoding
 from utils.data.sources.image_files import ImageFile
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -64,20 +64,20 @@ def save_turned(image: Image.Image, path: Path, orientation: int, **options: Any
 
 def read_size(path: Path) -> tuple[int, int]:
     """Reads the size of an image file."""
-    return images.read_size(ImageFile(path))
+    return decoding.read_size(ImageFile(path))
 
 
 def read_pixels(path: Path, box: CropBox, *, flipped: bool = False) -> Tensor:
     """Reads the pixels of an image file as a tensor."""
-    return torch.from_numpy(images.read_pixels(ImageFile(path), box, flipped=flipped))
+    return torch.from_numpy(decoding.read_pixels(ImageFile(path), box, flipped=flipped))
 
 
 def read_mask(path: Path, box: CropBox, downscale: int) -> Tensor:
     """Reads the weights of a mask file as a tensor."""
-    return torch.from_numpy(images.read_mask(ImageFile(path), box, downscale))
+    return torch.from_numpy(decoding.read_mask(ImageFile(path), box, downscale))
 
 
-def whole(width: int, height: int) -> CropBox:
+def uncropped(width: int, height: int) -> CropBox:
     """Returns the crop box that neither scales nor crops."""
     return crop_box(width, height, Bucket(width, height))
 

@@ -10,7 +10,7 @@ import numpy as np
 from utils.data.buckets import Bucket
 from utils.data.examples import ExampleTable
 from utils.data.image_table import Directory, ImageTable, concatenate_images
-from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.decoding import HASH_BYTES
 from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 from utils.files.columns import Texts
 
@@ -29,7 +29,7 @@ DIRECTORY = Directory(
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImageSpec:
     """An image with all properties of its examples."""
 
     name: str = "fox.png"
@@ -43,7 +43,7 @@ class Shown:
     directory: Directory = DIRECTORY
 
 
-def table_of(images: Sequence[Shown]) -> ExampleTable:
+def table_of(images: Sequence[ImageSpec]) -> ExampleTable:
     """Returns the table of the examples of these images, in order. No hash is known."""
     directories = list(dict.fromkeys(image.directory for image in images))
     buckets = list(dict.fromkeys(image.bucket for image in images))
@@ -58,8 +58,8 @@ def table_of(images: Sequence[Shown]) -> ExampleTable:
         directory=np.array([directories.index(image.directory) for image in images], np.int32),
         names=Texts.of(image.name for image in images),
         sizes=np.array([image.size for image in images], np.int32).reshape(-1, 2),
-        same=np.arange(len(images), dtype=np.int64),
-        content=np.zeros((len(images), CONTENT_BYTES), np.uint8),
+        file_ids=np.arange(len(images), dtype=np.int64),
+        hashes=np.zeros((len(images), HASH_BYTES), np.uint8),
         captions=Texts.of(caption for image in images for caption in image.captions),
         first_caption=group_offsets(np.array([len(image.captions) for image in images], np.int64)),
         container=np.full(len(images), NO_ROW, np.int32),
@@ -77,13 +77,13 @@ def _paired_images(paths: Sequence[str | None]) -> tuple[PairedImages, np.ndarra
     existing = [path for path in paths if path is not None]
     rows = np.full(len(paths), NO_ROW, np.int32)
     rows[[path is not None for path in paths]] = np.arange(len(existing))
-    return PairedImages(Texts.of(existing), np.zeros((len(existing), CONTENT_BYTES), np.uint8)), rows
+    return PairedImages(Texts.of(existing), np.zeros((len(existing), HASH_BYTES), np.uint8)), rows
 
 
-def images_of(counts: Mapping[Bucket, int], directory: Directory = DIRECTORY) -> list[Shown]:
+def images_of(counts: Mapping[Bucket, int], directory: Directory = DIRECTORY) -> list[ImageSpec]:
     """Returns the given number of images for each bucket."""
     return [
-        Shown(f"{bucket}-{index}.png", bucket=bucket, directory=directory)
+        ImageSpec(f"{bucket}-{index}.png", bucket=bucket, directory=directory)
         for bucket, count in counts.items()
         for index in range(count)
     ]

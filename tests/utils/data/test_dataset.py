@@ -13,16 +13,16 @@ from utils.data.dataset import dataset_buckets, directory_errors, hold_out, reso
 from utils.data.examples import ExampleTable
 
 
-def images(examples: ExampleTable) -> set[str]:
+def image_names(examples: ExampleTable) -> set[str]:
     return {example.image.path.name for example in examples}
 
 
 def test_held_out_images_are_excluded_from_training_at_all_resolutions(scan_folders: Scan, tiny_dataset: Path) -> None:
     examples = scan_folders(tiny_dataset, resolutions=[32, 64]).examples
     training, held_out = hold_out(examples, 3, seed=0)
-    assert len(images(held_out)) == 3
-    assert images(training) | images(held_out) == images(examples)
-    assert not images(training) & images(held_out)
+    assert len(image_names(held_out)) == 3
+    assert image_names(training) | image_names(held_out) == image_names(examples)
+    assert not image_names(training) & image_names(held_out)
     assert len(held_out) == 2 * 3
     for part in (training, held_out):
         assert [example for example in examples if example in list(part)] == list(part), "the order is kept"
@@ -31,15 +31,15 @@ def test_held_out_images_are_excluded_from_training_at_all_resolutions(scan_fold
 def test_image_in_two_directories_is_in_only_one_part(scan_folders: Scan, tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny_dataset)
     training, held_out = hold_out(scan_folders(tiny_dataset, tmp_path / "link").examples, 4, seed=0)
-    assert not images(training) & images(held_out)
+    assert not image_names(training) & image_names(held_out)
     assert len(held_out) == 2 * 4
     alone, _ = hold_out(scan_folders(tiny_dataset).examples, 4, seed=0)
-    assert images(alone) == images(training), "a second name of an image does not change the choice"
+    assert image_names(alone) == image_names(training), "a second name of an image does not change the choice"
 
 
 def test_choice_depends_only_on_the_seed(scan_folders: Scan, tiny_dataset: Path) -> None:
     examples = scan_folders(tiny_dataset).examples
-    choices = [frozenset(images(hold_out(examples, 4, seed)[1])) for seed in (0, 0, 1, 2, 3)]
+    choices = [frozenset(image_names(hold_out(examples, 4, seed)[1])) for seed in (0, 0, 1, 2, 3)]
     assert choices[0] == choices[1]
     assert len(set(choices)) > 2
     backwards = ExampleTable(
@@ -51,22 +51,22 @@ def test_choice_depends_only_on_the_seed(scan_folders: Scan, tiny_dataset: Path)
         examples.controls,
         examples.rows[::-1],
     )
-    assert images(hold_out(backwards, 4, 0)[1]) == choices[0]
+    assert image_names(hold_out(backwards, 4, 0)[1]) == choices[0]
 
 
 def test_more_resolutions_or_held_out_images_keep_the_first_choices(scan_folders: Scan, tiny_dataset: Path) -> None:
-    few, more = (images(hold_out(scan_folders(tiny_dataset).examples, count, 5)[1]) for count in (3, 6))
+    few, more = (image_names(hold_out(scan_folders(tiny_dataset).examples, count, 5)[1]) for count in (3, 6))
     assert few < more
-    assert images(hold_out(scan_folders(tiny_dataset, resolutions=[64]).examples, 3, 5)[1]) == few
+    assert image_names(hold_out(scan_folders(tiny_dataset, resolutions=[64]).examples, 3, 5)[1]) == few
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_adding_or_removing_an_image_changes_at_most_one_choice(scan_folders: Scan, tiny_dataset: Path, seed: int) -> None:
     examples = scan_folders(tiny_dataset).examples
-    all_chosen = images(hold_out(examples, 4, seed)[1])
-    for index, gone in enumerate(examples):
-        chosen = images(hold_out(examples.where(np.arange(len(examples)) != index), 4, seed)[1])
-        if gone.image.path.name in all_chosen:
+    all_chosen = image_names(hold_out(examples, 4, seed)[1])
+    for index, removed in enumerate(examples):
+        chosen = image_names(hold_out(examples.where(np.arange(len(examples)) != index), 4, seed)[1])
+        if removed.image.path.name in all_chosen:
             assert len(all_chosen - chosen) == 1
         else:
             assert chosen == all_chosen
@@ -74,18 +74,18 @@ def test_adding_or_removing_an_image_changes_at_most_one_choice(scan_folders: Sc
 
 def test_deleting_an_image_file_changes_at_most_one_choice(scan_folders: Scan, tmp_path: Path) -> None:
     make_tiny_dataset(tmp_path, 12)
-    before = images(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])
+    before = image_names(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])
     (tmp_path / sorted(before)[0]).unlink()
-    assert len(before - images(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])) == 1
-    left = sorted({path.name for path in tmp_path.glob("*.png")} - before)
-    before = images(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])
-    (tmp_path / next(name for name in left if name not in before)).unlink()
-    assert images(hold_out(scan_folders(tmp_path).examples, 4, 0)[1]) == before
+    assert len(before - image_names(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])) == 1
+    not_chosen = sorted({path.name for path in tmp_path.glob("*.png")} - before)
+    before = image_names(hold_out(scan_folders(tmp_path).examples, 4, 0)[1])
+    (tmp_path / next(name for name in not_chosen if name not in before)).unlink()
+    assert image_names(hold_out(scan_folders(tmp_path).examples, 4, 0)[1]) == before
 
 
 def test_held_out_images_are_not_flipped(scan_folders: Scan, tiny_dataset: Path) -> None:
-    found = scan_folders(directory=[{"path": tiny_dataset, "horizontal_flip": True, "loss_weight": 2.0}])
-    training, held_out = hold_out(found.examples, 4, seed=0)
+    dataset = scan_folders(directory=[{"path": tiny_dataset, "horizontal_flip": True, "loss_weight": 2.0}])
+    training, held_out = hold_out(dataset.examples, 4, seed=0)
     assert {example.may_flip for example in training} == {True}
     assert {(example.may_flip, example.loss_weight) for example in held_out} == {(False, 2.0)}
 
@@ -102,7 +102,7 @@ def test_at_least_one_training_image_must_remain(scan_folders: Scan, tiny_datase
     with pytest.raises(ValueError, match="no image would remain for training: the dataset has 12 images"):
         hold_out(examples, num_images, seed=0)
     training, _ = hold_out(examples, 11, seed=0)
-    assert len(images(training)) == 1
+    assert len(image_names(training)) == 1
 
 
 # --- resolutions -------------------------------------------------------------------------------------------------------

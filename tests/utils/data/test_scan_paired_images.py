@@ -30,10 +30,10 @@ def scan_masked(scan_folders: Scan, images: Path, masks: Path, **changes: Any) -
 
 def test_every_image_has_the_mask_of_the_same_name_at_every_resolution(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
-    found = scan_masked(scan_folders, images, masks, resolutions=[32, 64])
-    assert found.bad_files == []
-    assert len(found.examples) == 6
-    for example in found.examples:
+    dataset = scan_masked(scan_folders, images, masks, resolutions=[32, 64])
+    assert dataset.bad_files == []
+    assert len(dataset.examples) == 6
+    for example in dataset.examples:
         assert example.mask is not None
         assert example.mask.path.parent == masks
         assert example.mask.path.stem == example.image.path.stem
@@ -49,11 +49,11 @@ def test_a_mask_changes_neither_key_nor_crop(scan_folders: Scan, tmp_path: Path)
 def test_image_without_a_mask_is_bad_and_the_others_are_used(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     (masks / "image_001.jpg").unlink()
-    found = scan_masked(scan_folders, images, masks)
-    (bad,) = found.bad_files
+    dataset = scan_masked(scan_folders, images, masks)
+    (bad,) = dataset.bad_files
     assert bad.path == images / "image_001.png"
     assert bad.reason.startswith("has no mask")
-    assert [example.image.path.stem for example in found.examples] == ["image_000", "image_002"]
+    assert [example.image.path.stem for example in dataset.examples] == ["image_000", "image_002"]
 
 
 def test_mask_with_another_aspect_ratio_is_bad(scan_folders: Scan, tmp_path: Path) -> None:
@@ -82,18 +82,18 @@ def test_directories_can_share_a_mask_folder(scan_folders: Scan, tmp_path: Path)
     more.mkdir()
     for suffix in (".png", ".txt"):
         (images / f"image_002{suffix}").rename(more / f"image_002{suffix}")
-    found = scan_folders(directory=[{"path": path, "mask_path": masks} for path in (images, more)])
-    assert (len(found.examples), found.bad_files) == (3, [])
-    assert not any("mask" in text for text in found.warnings)
+    dataset = scan_folders(directory=[{"path": path, "mask_path": masks} for path in (images, more)])
+    assert (len(dataset.examples), dataset.bad_files) == (3, [])
+    assert not any("mask" in text for text in dataset.warnings)
 
 
 def test_mask_folder_inside_the_image_folder_gives_no_warning(scan_folders: Scan, tmp_path: Path) -> None:
     images, masks = make_masked(tmp_path)
     masks.rename(images / "masks")
     (images / "other").mkdir()
-    found = scan_masked(scan_folders, images, images / "masks")
-    assert len(found.examples) == 3
-    assert [text for text in found.warnings if "subfolders are skipped" in text] == [
+    dataset = scan_masked(scan_folders, images, images / "masks")
+    assert len(dataset.examples) == 3
+    assert [text for text in dataset.warnings if "subfolders are skipped" in text] == [
         f"{images}: subfolders are skipped (set recursive = true to include them): other"
     ]
 
@@ -103,8 +103,8 @@ def test_missing_mask_folder_and_the_image_folder_itself_are_skipped(scan_folder
     images, _ = make_masked(tmp_path)
     (tmp_path / "link").symlink_to(images)
     for masks in (tmp_path / "none", images, tmp_path / "link"):
-        found = scan_masked(scan_folders, images, masks)
-        assert (len(found.examples), found.bad_files) == (0, [])
+        dataset = scan_masked(scan_folders, images, masks)
+        assert (len(dataset.examples), dataset.bad_files) == (0, [])
 
 
 def test_masks_of_images_in_subfolders_are_in_subfolders_of_the_same_name(scan_folders: Scan, tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_masks_of_images_in_subfolders_are_in_subfolders_of_the_same_name(scan_f
     make_masked(tmp_path / "deep")
     (tmp_path / "deep" / "images").rename(images / "deep")
     (tmp_path / "deep" / "masks").rename(masks / "deep")
-    found = scan_masked(scan_folders, images, masks, recursive=True)
-    assert (len(found.examples), found.bad_files, found.warnings) == (6, [], [])
-    for example in found.examples:
+    dataset = scan_masked(scan_folders, images, masks, recursive=True)
+    assert (len(dataset.examples), dataset.bad_files, dataset.warnings) == (6, [], [])
+    for example in dataset.examples:
         assert example.mask is not None
         below = example.image.path.relative_to(images)
         assert example.mask.path.relative_to(masks).with_suffix("") == below.with_suffix("")
@@ -129,14 +129,14 @@ def with_control(images: Path, control: Path, **more: Any) -> dict[str, Any]:
 
 def test_every_image_has_the_control_image_of_the_same_name(scan_folders: Scan, tmp_path: Path) -> None:
     images, control = make_masked(tmp_path)
-    plain, found = scan_folders(images), scan_folders(**with_control(images, control), resolutions=[32, 64])
-    assert found.bad_files == []
-    for example in found.examples:
+    plain, dataset = scan_folders(images), scan_folders(**with_control(images, control), resolutions=[32, 64])
+    assert dataset.bad_files == []
+    for example in dataset.examples:
         assert example.control is not None
         assert example.control.path.parent == control
         assert example.control.path.stem == example.image.path.stem
         assert example.mask is None
-    small = [(example.key, example.box) for example in found.examples if example.key.endswith("@32")]
+    small = [(example.key, example.box) for example in dataset.examples if example.key.endswith("@32")]
     assert small == [(example.key, example.box) for example in plain.examples]
 
 
@@ -146,9 +146,9 @@ def test_masks_and_control_images_are_separate(scan_folders: Scan, tmp_path: Pat
     control.mkdir()
     for image in images.glob("*.png"):
         save(noise(*read_size(image)), control / image.name)
-    found = scan_folders(**with_control(images, control, mask_path=masks))
-    assert len(found.examples) == 3
-    for example in found.examples:
+    dataset = scan_folders(**with_control(images, control, mask_path=masks))
+    assert len(dataset.examples) == 3
+    for example in dataset.examples:
         assert example.control == ImageFile(control / example.image.path.name)
         assert example.mask is not None and example.mask.path.parent == masks
 
@@ -159,21 +159,21 @@ def test_image_without_a_usable_control_image_is_bad_and_the_others_are_used(sca
     wrong = save(left_half(64, 64), control / "image_001.jpg")
     damaged = control / "image_002.png"
     damaged.write_bytes(damaged.read_bytes()[:40])
-    found = scan_folders(**with_control(images, control))
-    assert [example.image.path.stem for example in found.examples] == ["image_003"]
-    assert {bad.path: bad.reason.partition(":")[0] for bad in found.bad_files} == {
+    dataset = scan_folders(**with_control(images, control))
+    assert [example.image.path.stem for example in dataset.examples] == ["image_003"]
+    assert {bad.path: bad.reason.partition(":")[0] for bad in dataset.bad_files} == {
         images / "image_000.png": "has no control image",
         wrong: "is 64x64 pixels, but its image image_001.png is 64x32",
-        damaged: next(bad.reason.partition(":")[0] for bad in found.bad_files if bad.path == damaged),
+        damaged: next(bad.reason.partition(":")[0] for bad in dataset.bad_files if bad.path == damaged),
     }
-    assert len(found.bad_files) == 3
+    assert len(dataset.bad_files) == 3
 
 
 def test_unused_files_in_the_control_folder_give_a_warning(scan_folders: Scan, tmp_path: Path) -> None:
     images, control = make_masked(tmp_path)
     save(left_half(), control / "gone.png")
-    found = scan_folders(**with_control(images, control))
-    assert f"{control}: 1 files are not the control image of any image: gone.png" in found.warnings
+    dataset = scan_folders(**with_control(images, control))
+    assert f"{control}: 1 files are not the control image of any image: gone.png" in dataset.warnings
 
 
 @pytest.mark.parametrize("key", ["mask_path", "control_path"])
@@ -182,5 +182,5 @@ def test_linked_mask_or_control_folder_inside_the_image_folder_is_not_scanned_fo
 ) -> None:
     images, masks = make_masked(tmp_path)
     (images / "inside").symlink_to(masks)
-    found = scan_folders(directory=[{"path": images, key: images / "inside"}], recursive=True)
-    assert (len(found.examples), found.bad_files, found.warnings) == (3, [], [])
+    dataset = scan_folders(directory=[{"path": images, key: images / "inside"}], recursive=True)
+    assert (len(dataset.examples), dataset.bad_files, dataset.warnings) == (3, [], [])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.family import LatentSpec
 from models.streams import Sample, SampleShape
-from tests.utils.data.tables import Shown, table_of
+from tests.utils.data.tables import ImageSpec, table_of
 from utils.config.schema.objective import ObjectiveConfig
 from utils.data.batches import BatchOrder, SampleDraw
 from utils.data.examples import Example
@@ -26,7 +26,7 @@ from utils.pipeline.stage import MicroBatch
 SEED = 11
 SHAPE = (16, 4, 4)
 ALONE = Layout(micro_batch_size=2, num_micro_batches=4, num_replicas=1, replica=0, is_first_stage=True, is_last_stage=True)
-IMAGES = [Shown(f"{index}.png", (f"caption {index}",), size=(32, 32)) for index in range(11)]
+IMAGES = [ImageSpec(f"{index}.png", (f"caption {index}",), size=(32, 32)) for index in range(11)]
 EXAMPLES = table_of(IMAGES)
 
 

@@ -22,13 +22,13 @@ from utils.data.examples import Example
 from utils.data.sources.decoding import PIXELS_VERSION
 
 
-def latents_key(content: bytes, geometry: str, *, flipped: bool = False) -> bytes:
-    """Returns the key of an image's or control image's latents. `content`: hash of the file; `geometry`: CropBox.key()."""
-    return content_key(content.hex(), geometry + FLIPPED_SUFFIX if flipped else geometry, f"pixels {PIXELS_VERSION}")
+def latents_key(file_hash: bytes, geometry: str, *, flipped: bool = False) -> bytes:
+    """Returns the key of an image's or control image's latents. geometry: CropBox.key(). file_hash: of the file's bytes."""
+    return content_key(file_hash.hex(), geometry + FLIPPED_SUFFIX if flipped else geometry, f"pixels {PIXELS_VERSION}")
 
 
-def mask_key(content: bytes, geometry: str) -> bytes:
-    return content_key(content.hex(), geometry)
+def mask_key(file_hash: bytes, geometry: str) -> bytes:
+    return content_key(file_hash.hex(), geometry)
 
 
 def caption_key(caption: str) -> bytes:
@@ -62,33 +62,33 @@ class EncodedData:
     def content_keys(self, example: Example) -> list[str]:
         """Returns a string "folder/key" for each tensor of the example: latents, mask, and first caption by each encoder."""
         geometry = example.box.key()
-        keys = [(self.folders.latents, latents_key(example.content, geometry))]
-        keys += [(self.folders.masks, mask_key(example.mask_content, geometry))] if example.mask is not None else []
+        keys = [(self.folders.latents, latents_key(example.image_hash, geometry))]
+        keys += [(self.folders.masks, mask_key(example.mask_hash, geometry))] if example.mask is not None else []
         keys += [(folder, caption_key(example.caption())) for folder in self.folders.texts.values()]
         return [f"{folder.name}/{key.hex()}" for folder, key in keys]
 
     def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
         """Returns the posterior's mean, (C, H, W) float32. Raises KeyError if the flipped image is not cached."""
-        return self._entry(example.content, example, flipped)["latents"]
+        return self._entry(example.image_hash, example, flipped)["latents"]
 
     def std(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """Returns the posterior's std, (C, H, W) float32; None if the cache holds means only."""
-        return self._entry(example.content, example, flipped).get(STORED_STD)
+        return self._entry(example.image_hash, example, flipped).get(STORED_STD)
 
     def control(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """Returns the control image's latents, (C, H, W) float32; None for an example without control image."""
         if example.control is None:
             return None
-        return self._entry(example.control_content, example, flipped)["latents"]
+        return self._entry(example.control_hash, example, flipped)["latents"]
 
-    def _entry(self, content: bytes, example: Example, flipped: bool) -> dict[str, Tensor]:
-        return self._latents.get(latents_key(content, example.box.key(), flipped=flipped))
+    def _entry(self, file_hash: bytes, example: Example, flipped: bool) -> dict[str, Tensor]:
+        return self._latents.get(latents_key(file_hash, example.box.key(), flipped=flipped))
 
     def mask(self, example: Example, *, flipped: bool = False) -> Tensor | None:
         """Returns the loss weight of each latent pixel, (1, H, W) float32 in [0, 1]; None for an example without mask."""
         if example.mask is None:
             return None
-        mask = self._masks.get(mask_key(example.mask_content, example.box.key()))["mask"]
+        mask = self._masks.get(mask_key(example.mask_hash, example.box.key()))["mask"]
         return mask.flip(-1) if flipped else mask
 
     def text(self, caption: str) -> dict[str, Tensor]:

@@ -49,13 +49,13 @@ class EncoderInputs:
             example = self._example(item)
             file = example.control if is_control(item) else example.image
             assert file is not None
-            content = example.control_content if is_control(item) else example.content
-            return self._readers.pixels(file, example.box, flipped=is_flipped(item), content=content)
+            image_hash = example.control_hash if is_control(item) else example.image_hash
+            return self._readers.pixels(file, example.box, flipped=is_flipped(item), expected_hash=image_hash)
 
         def key(item: Item) -> bytes:
             example = self._example(item)
-            content = example.control_content if is_control(item) else example.content
-            return latents_key(content, example.box.key(), flipped=is_flipped(item))
+            image_hash = example.control_hash if is_control(item) else example.image_hash
+            return latents_key(image_hash, example.box.key(), flipped=is_flipped(item))
 
         def keep(entry: EncodedItem) -> dict[str, Tensor]:
             mean = {"latents": entry["latents"]}
@@ -67,11 +67,11 @@ class EncoderInputs:
         def read(item: Item) -> Future[Any]:
             example = self._example(item)
             assert example.mask is not None
-            return self._readers.mask(example.mask, example.box, self._downscale, content=example.mask_content)
+            return self._readers.mask(example.mask, example.box, self._downscale, expected_hash=example.mask_hash)
 
         def key(item: Item) -> bytes:
             example = self._example(item)
-            return mask_key(example.mask_content, example.box.key())
+            return mask_key(example.mask_hash, example.box.key())
 
         return InputSource("mask", read, key, self._bucket, dict)
 

@@ -33,7 +33,7 @@ from utils.data.encoding.required import (
     required_masks,
 )
 from utils.data.examples import Example, ExampleTable
-from utils.data.sources.decoding import CONTENT_BYTES, BadFile
+from utils.data.sources.decoding import HASH_BYTES, BadFile
 from utils.data.sources.readers import Readers
 from utils.distributed import group
 from utils.distributed.world import world
@@ -134,9 +134,9 @@ def _decide(family: ModelFamily, run_data: RunData, settings: CacheSettings, rea
 
 def _duplicate_notes(tables: Sequence[ExampleTable]) -> list[str]:
     """Reports images of evaluation sets (all tables but the first) that are byte-identical to training images."""
-    trained, *evaluated = (map(bytes, table.images.content[np.unique(table.rows[:, 0])]) for table in tables)
-    contents = {content for table in evaluated for content in table} - {bytes(CONTENT_BYTES)}  # zeros: not hashed
-    both = {content for content in trained if content in contents} if contents else ()
+    trained, *evaluated = (map(bytes, table.images.hashes[np.unique(table.rows[:, 0])]) for table in tables)
+    evaluated_hashes = {digest for table in evaluated for digest in table} - {bytes(HASH_BYTES)}  # zeros: not hashed
+    both = {digest for digest in trained if digest in evaluated_hashes} if evaluated_hashes else ()
     return [f"note: {len(both)} images of evaluation sets are copies of training images"] if both else []
 
 

@@ -68,7 +68,7 @@ def required_latents(tables: Sequence[ExampleTable]) -> RequiredEntries:
     collector = _Collector()
     for number, table in enumerate(tables):
         for row, inputs in enumerate(_with_bar(table.cache_inputs(), len(table))):
-            for source, plain in ((inputs.content, PLAIN), (inputs.control_content, CONTROL)):
+            for source, plain in ((inputs.image_hash, PLAIN), (inputs.control_hash, CONTROL)):
                 if source:
                     collector.add(number, row, plain, latents_key(source, inputs.geometry))
                 if source and inputs.may_flip:
@@ -83,8 +83,8 @@ def required_masks(tables: Sequence[ExampleTable]) -> RequiredEntries:
         if not len(table.masks.paths):
             continue
         for row, inputs in enumerate(_with_bar(table.cache_inputs(), len(table))):
-            if inputs.mask_content:
-                collector.add(number, row, PLAIN, mask_key(inputs.mask_content, inputs.geometry))
+            if inputs.mask_hash:
+                collector.add(number, row, PLAIN, mask_key(inputs.mask_hash, inputs.geometry))
     return collector.entries()
 
 

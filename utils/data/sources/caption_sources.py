@@ -39,8 +39,8 @@ class CaptionSources:
 
     @cached_property
     def _table(self) -> dict[str, list[str]]:
-        """Name or stem -> captions, from all tables; the first table with an entry for an image wins."""
-        joined: dict[str, list[str]] = {}
+        """Name or stem -> captions, from all tables; the first table with an entry for an image takes precedence."""
+        captions_by_name: dict[str, list[str]] = {}
         for table in self.tables:
             table_folder = table.path.parent.relative_to(self._folder)
             try:
@@ -49,8 +49,8 @@ class CaptionSources:
                 self.bad_tables.append(bad)
                 continue
             for name, captions in entries.items():
-                joined.setdefault(self._relative(table_folder, name), list(captions))
-        return joined
+                captions_by_name.setdefault(self._relative(table_folder, name), list(captions))
+        return captions_by_name
 
     def _relative(self, table_folder: Path, name: str) -> str:
         """Converts a name in a table to a path relative to this folder; programs also write "./fox.png" or full paths."""
@@ -79,15 +79,15 @@ class CaptionSources:
         return BadFile(self._folder / name, reason + self._table_reasons())
 
     def _table_reasons(self) -> str:
-        unread = {bad.path for bad in self.bad_tables}
-        reasons = ["cannot be read" if table.path in unread else "has no entry for it" for table in self.tables]
+        unreadable = {bad.path for bad in self.bad_tables}
+        reasons = ["cannot be read" if table.path in unreadable else "has no entry for it" for table in self.tables]
         return "".join(f", and {table.path.name} {reason}" for table, reason in zip(self.tables, reasons, strict=True))
 
     def named_images(self) -> list[str]:
         """Returns the image names in the tables, in this folder or elsewhere."""
         return [name for name in self._table if Path(name).suffix.lower() in IMAGE_SUFFIXES]
 
-    def nameless(self, names: Sequence[str]) -> list[str]:
+    def unmatched_entries(self, names: Sequence[str]) -> list[str]:
         """Returns the table entries that match none of the images."""
         if not self.tables:
             return []

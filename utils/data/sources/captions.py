@@ -72,12 +72,12 @@ def decode_text(data: bytes) -> str:
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Builds a JSON object and rejects duplicate keys with different values; Python alone would keep the last one."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entry = dict(pairs)
+    if len(entry) != len(pairs):
         for key, value in pairs:
-            if found[key] != value:
+            if entry[key] != value:
                 raise ValueError(f"key {quoted(key)}: appears twice with different values")
-    return found
+    return entry
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # creating it takes half as long as decoding a short text
@@ -123,7 +123,7 @@ def as_captions(value: object) -> list[str]:
     for caption in captions:
         if not isinstance(caption, str):
             where = "has" if isinstance(value, list) else "is"
-            raise ValueError(f"{where} {_kind(caption)}: must be a string or a list of strings")
+            raise ValueError(f"{where} {_json_type(caption)}: must be a string or a list of strings")
         if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption):
             raise ValueError("has an unpaired surrogate, which is not a character")
         stripped.append(caption.strip())
@@ -151,7 +151,7 @@ _Entry = tuple[str, str, list[str] | None]
 def _json_entries(text: str) -> Iterator[_Entry]:
     table = parse_json(text)
     if not isinstance(table, dict):
-        raise ValueError(f"is {_kind(table)}: must be an object of names and captions")
+        raise ValueError(f"is {_json_type(table)}: must be an object of names and captions")
     for name, value in table.items():
         location = f"key {quoted(name)}"
         if not name:
@@ -169,7 +169,7 @@ def _jsonl_entries(text: str) -> Iterator[_Entry]:
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from error
         if not isinstance(entry, dict):
-            raise ValueError(f"{location}: is {_kind(entry)}: must be an object")
+            raise ValueError(f"{location}: is {_json_type(entry)}: must be an object")
         yield location, _name_in(location, entry), _captions_at(location, entry)
 
 
@@ -217,5 +217,5 @@ def _captions_at(location: str, value: object) -> list[str] | None:
         raise ValueError(f"{location}: {error}") from error
 
 
-def _kind(value: object) -> str:
+def _json_type(value: object) -> str:
     return _JSON_TYPES.get(type(value), type(value).__name__)

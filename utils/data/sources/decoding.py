@@ -40,15 +40,15 @@ this and fails slightly above it; changing Pillow's limit would affect the whole
 MAX_SIDE_RATIO = 100
 """Largest ratio of the longer to the shorter side. Scaled to cover a square bucket, such an image covers 100."""
 _EXIF_ORIENTATION = 274
-_SIDEWAYS = (5, 6, 7, 8)
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ROTATION_KEYS = ("exif", "XML:com.adobe.xmp", "Raw profile type exif")
-_LATE_ROTATION = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
+_LATE_ROTATION = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # chunks that a PNG may have after its pixels
 _TAIL_BYTES = 128 * 2**10  # EXIF data is at most 64 KiB in the JPEG file it mostly comes from
 PIXELS_VERSION = 1
 """Part of every cached image's key: increase it whenever `read_pixels` returns different pixels for the same file."""
 MASK_VERSION = 1
 """The same for `read_mask`."""
-CONTENT_BYTES = 16
+HASH_BYTES = 16
 """Size of the hash of a file's bytes."""
 
 
@@ -76,9 +76,9 @@ def bad_image(file: ImageFile, reason: str) -> BadFile:
 def read_size(file: ImageFile) -> tuple[int, int]:
     """Returns width and height in pixels, after EXIF rotation. Reads only the header, unless the end of the file looks
     truncated: then decodes the image. Raises BadFile."""
-    with _named(file), file.open() as content, _opened(content) as image:
+    with _bad_file_on_error(file), file.open() as stream, _opened_image(stream) as image:
         width, height = image.size
-        tail = _tail(content)
+        tail = _tail(stream)
         if not _has_end_marker(tail, image.format) or any(key in tail for key in _LATE_ROTATION):
             image.load()
         # getexif of a PNG file decodes all pixels to find data after them; the image was loaded above if there is any.
@@ -88,10 +88,10 @@ def read_size(file: ImageFile) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
-def read_pixels(file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> np.ndarray:
+def read_pixels(file: ImageFile, box: CropBox, *, flipped: bool = False, expected_hash: bytes = b"") -> np.ndarray:
     """Reads an image, scales, crops and, if `flipped`, flips it horizontally; returns uint8 (3, height, width) of the box's
-    bucket. content: the expected hash of the file's bytes, not checked if empty. Raises BadFile, also for another hash."""
-    image = _open_rgb(file, content)
+    bucket. expected_hash: of the file's bytes, not checked if empty. Raises BadFile, also if the hash differs."""
+    image = _read_rgb(file, expected_hash)
     if image.size != (box.resized_width, box.resized_height):
         image = image.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
     right, bottom = box.left + box.bucket.width, box.top + box.bucket.height
@@ -101,19 +101,19 @@ def read_pixels(file: ImageFile, box: CropBox, *, flipped: bool = False, content
 
 def read_thumbnail(file: ImageFile, max_side: int) -> tuple[Image.Image, tuple[int, int]]:
     """Returns the RGB image reduced to at most max_side pixels a side, and its original width and height. Raises BadFile."""
-    image = _open_rgb(file)
+    image = _read_rgb(file)
     size = image.size
     image.thumbnail((max_side, max_side))
     return image, size
 
 
-def read_mask(file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> np.ndarray:
+def read_mask(file: ImageFile, box: CropBox, downscale: int, *, expected_hash: bytes = b"") -> np.ndarray:
     """Reads a mask as loss weights of latent pixels: float32 (1, height / downscale, width / downscale), in [0, 1].
 
-    A weight is the mean of grey value / 255 over the image pixels that the latent pixel covers. `content` is as in
-    `read_pixels`. Raises BadFile, also for a mask that is completely black after cropping.
+    A weight is the mean of grey value / 255 over the image pixels that the latent pixel covers. `expected_hash` is as
+    in `read_pixels`. Raises BadFile, also for a mask that is completely black after cropping.
     """
-    grey = np.asarray(_open_rgb(file, content).convert("L"))  # (height, width), uint8
+    grey = np.asarray(_read_rgb(file, expected_hash).convert("L"))  # (height, width), uint8
     height, width = grey.shape
     rows = _edges(height, box.resized_height, range(box.top, box.top + box.bucket.height + 1, downscale))
     columns = _edges(width, box.resized_width, range(box.left, box.left + box.bucket.width + 1, downscale))
@@ -139,29 +139,29 @@ def _means_between(values: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.stack(means)
 
 
-def _open_rgb(file: ImageFile, content: bytes = b"") -> Image.Image:
+def _read_rgb(file: ImageFile, expected_hash: bytes = b"") -> Image.Image:
     """Reads an image as RGB, after EXIF rotation. Raises BadFile."""
-    with _named(file), _unchanged(file, content) as stream, _opened(stream) as image:
+    with _bad_file_on_error(file), _open_verified(file, expected_hash) as stream, _opened_image(stream) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _unchanged(file: ImageFile, content: bytes) -> BinaryIO:
-    """Opens the image's bytes and checks their hash if `content` is not empty, since results are cached under that hash."""
-    if not content:
+def _open_verified(file: ImageFile, expected_hash: bytes) -> BinaryIO:
+    """Opens the image's bytes and checks their hash, unless `expected_hash` is empty: results are cached under that hash."""
+    if not expected_hash:
         return file.open()
     data = file.read()
-    if content_hash(data) != content:
+    if content_hash(data) != expected_hash:
         raise _Rejected("has changed since the run started; start the run again")
     return BytesIO(data)
 
 
 def content_hash(data: bytes) -> bytes:
     """Returns the hash by which the cache identifies an image's bytes: blake2b, 16 bytes."""
-    return hashlib.blake2b(data, digest_size=CONTENT_BYTES).digest()
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
 
 
 @contextmanager
-def _named(file: ImageFile) -> Iterator[None]:
+def _bad_file_on_error(file: ImageFile) -> Iterator[None]:
     """Converts any exception except MemoryError to a BadFile of the image."""
     try:
         yield
@@ -187,17 +187,17 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _opened(content: BinaryIO) -> Iterator[Image.Image]:
+def _opened_image(stream: BinaryIO) -> Iterator[Image.Image]:
     """Opens an image, reads its header and checks its size and format. Raises _Rejected and the exceptions of Pillow."""
-    size_bytes = content.seek(0, os.SEEK_END)
+    size_bytes = stream.seek(0, os.SEEK_END)
     if not size_bytes:
         raise _Rejected("is empty (0 bytes)")
-    content.seek(0)
-    start = content.read(12)
+    stream.seek(0)
+    start = stream.read(12)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings name no file, and the pixel limit is checked below
-            with Image.open(content) as image:
+            with Image.open(stream) as image:
                 _check(image)
                 yield image
     except Exception as error:
@@ -221,12 +221,12 @@ def _too_large(num_pixels: int | None) -> str:
     return f"has {count} pixels; the limit is {MAX_PIXELS:,}"
 
 
-def _tail(content: BinaryIO) -> bytes:
+def _tail(stream: BinaryIO) -> bytes:
     """Reads the end of a file: the end marker and, for PNG, chunks after the pixels. Restores the file position."""
-    position = content.tell()
-    content.seek(max(0, content.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    tail = content.read()
-    content.seek(position)
+    position = stream.tell()
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    tail = stream.read()
+    stream.seek(position)
     return tail
 
 

@@ -100,8 +100,8 @@ class DirectoryIndexer:
         index.bad_files += scan.bad_files
         tables: list[CaptionTable] = []
         if settings.has_captions:
-            tables = [_table_file(path / name) for name in scan.tables]
-            for name in _without_logs(scan.archives):
+            tables = [_caption_table_at(path / name) for name in scan.tables]
+            for name in _without_img2dataset_logs(scan.archives):
                 tables += self._add_archive(index, path, name, settings)
         else:
             index.others = [*scan.texts.names, *scan.archives, *scan.tables, *scan.others]
@@ -125,7 +125,7 @@ class DirectoryIndexer:
         inside = set(scan.images.names)
         elsewhere = [name for name in elsewhere if name not in inside]
         files = merge_files(scan.images, stat_files(folder, elsewhere)) if elsewhere else scan.images
-        rows = unread_rows(Texts.of(files.names), files.stamps, captions.stamps_of(files.names), files.same)
+        rows = unread_rows(Texts.of(files.names), files.stamps, captions.stamps_of(files.names), files.file_ids)
         if old is not None:
             rows = carry_over(rows, old, captions_too=same_tables)
 
@@ -143,9 +143,9 @@ class DirectoryIndexer:
             index.warnings += captions.warnings(files.names) + _scan_warnings(folder, scan)
         if was_read or old is None or not same_tables or not _same_files(rows, old):
             same_names = same_tables and old is not None and rows.names == old.names
-            nameless = header["nameless"] if same_names else captions.nameless(files.names)
+            unmatched = header["nameless"] if same_names else captions.unmatched_entries(files.names)
             # An unreadable table is tried again at the next start.
-            header = {"tables": None if captions.bad_tables else tables, "elsewhere": elsewhere, "nameless": nameless}
+            header = {"tables": None if captions.bad_tables else tables, "elsewhere": elsewhere, "nameless": unmatched}
             save_rows(table, rows, header)
         if header["nameless"]:
             count, entries = len(header["nameless"]), first_few(header["nameless"])
@@ -164,7 +164,7 @@ class DirectoryIndexer:
         unread = np.flatnonzero(rows.sizes[:, 0] == UNREAD)
         sizes = self._read_sizes([file_of(row) for row in unread.tolist()], bad_files)
         rows.sizes[unread] = sizes
-        found: dict[int, list[str]] = {}
+        new_captions: dict[int, list[str]] = {}
         if captions_of is not None:
             uncaptioned = np.flatnonzero(rows.caption_counts == 0).tolist()
             with ThreadPoolExecutor(CAPTION_THREADS) as pool:
@@ -172,9 +172,9 @@ class DirectoryIndexer:
                     if isinstance(result, BadFile):
                         bad_files.append(result)
                     else:
-                        found[row] = result
-            add_captions(rows, found)
-        return bool(sizes.any()) or bool(found)
+                        new_captions[row] = result
+            add_captions(rows, new_captions)
+        return bool(sizes.any()) or bool(new_captions)
 
     def _read_sizes(self, files: Sequence[ImageFile], bad_files: list[BadFile]) -> np.ndarray:
         """Returns the width and height of each file, (n, 2) int32 in pixels; UNREAD for unreadable files."""
@@ -197,8 +197,8 @@ class DirectoryIndexer:
         try:
             stamp = stamp_of(path)
             rows, header = load_rows(table) or (None, {})
-            was_known = rows is not None and header.get("stamp") == list(stamp)
-            if rows is None or not was_known:
+            is_stored = rows is not None and header.get("stamp") == list(stamp)
+            if rows is None or not is_stored:
                 contents = _read_archive(path, settings, self._readers)
                 rows, header = _rows_from(contents, path, stamp), _header_from(contents, stamp)
         except BadFile as bad:
@@ -211,7 +211,7 @@ class DirectoryIndexer:
         if header["others"]:
             index.warnings.append(f"{path}: {header['others']} members are neither images nor captions")
         if header["only_names"]:
-            if not was_known:
+            if not is_stored:
                 save_rows(table, rows, header)
             return [CaptionTable(path, stamp, lambda: _caption_table_of(rows))]
         container = Container(str(path), name, header["column"])
@@ -223,15 +223,15 @@ class DirectoryIndexer:
         def captions_of(row: int) -> BadFile:
             return BadFile(Path(str(file_of(row))), "has no caption in the archive")
 
-        if self._read_missing(rows, file_of, captions_of, index.bad_files) or not was_known:
+        if self._read_missing(rows, file_of, captions_of, index.bad_files) or not is_stored:
             save_rows(table, rows, header)
         usable = _usable(rows, settings)
-        below = replace(rows, names=Texts.of(f"{name}/{member}" for member in names)) if name else rows
-        index.parts.append(IndexPart(below.where(usable), container, table, usable))
+        prefixed = replace(rows, names=Texts.of(f"{name}/{member}" for member in names)) if name else rows
+        index.parts.append(IndexPart(prefixed.where(usable), container, table, usable))
         return []
 
 
-def _without_logs(archives: Sequence[str]) -> list[str]:
+def _without_img2dataset_logs(archives: Sequence[str]) -> list[str]:
     """Drops the .parquet files that img2dataset writes beside each .tar file; they describe its contents."""
     tars = {name.removesuffix(".tar") for name in archives if name.endswith(".tar")}
     return [name for name in archives if name.removesuffix(TABLE_SUFFIX) not in tars]
@@ -248,7 +248,7 @@ def _usable(rows: ImageRows, settings: IndexSettings) -> np.ndarray:
     return has_size & (rows.caption_counts > 0) if settings.has_captions else has_size
 
 
-def _table_file(path: Path) -> CaptionTable:
+def _caption_table_at(path: Path) -> CaptionTable:
     return CaptionTable(path, stamp_of(path), lambda: read_caption_table(path))
 
 
@@ -289,8 +289,8 @@ def _rows_from(contents: _Contents, path: Path, stamp: Stamp) -> ImageRows:
     entries, count = contents.entries, len(contents.entries)
     zeros = np.zeros((count, 3), np.int64)
     start = np.fromiter((entry.start for entry in entries), np.int64, count)
-    same = start + int.from_bytes(content_key(str(path.resolve()))[:7], "little")
-    rows = unread_rows(Texts.of(entry.name for entry in entries), zeros + np.array(stamp), zeros, same)
+    file_ids = start + int.from_bytes(content_key(str(path.resolve()))[:7], "little")
+    rows = unread_rows(Texts.of(entry.name for entry in entries), zeros + np.array(stamp), zeros, file_ids)
     rows.start, rows.length = start, np.fromiter((entry.length for entry in entries), np.int64, count)
     set_captions(rows, [entry.captions or [] for entry in entries])
     return rows

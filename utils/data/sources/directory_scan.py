@@ -29,16 +29,16 @@ class StampedFiles:
         stats = stats[order]
         self.stamps = np.ascontiguousarray(stats[:, :3])
         """(n, 3) int64: size, mtime, ctime. If one of them differs, the file may have changed."""
-        self.same = _identities(stats[:, 3], stats[:, 4])
-        """(n,) int64 file identity: equal for two names of the same file."""
+        self.file_ids = _identities(stats[:, 3], stats[:, 4])
+        """(n,) int64: file identity, equal for two names of the same file."""
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 def _identities(inodes: np.ndarray, devices: np.ndarray) -> np.ndarray:
-    odd = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)  # its small multiples are far apart modulo 2**64
-    return (inodes.astype(np.uint64) + odd * devices.astype(np.uint64)).astype(np.int64)
+    multiplier = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)  # its small multiples are far apart modulo 2**64
+    return (inodes.astype(np.uint64) + multiplier * devices.astype(np.uint64)).astype(np.int64)
 
 
 @dataclass
@@ -57,15 +57,15 @@ class DirectoryScan:
 
 def stat_files(folder: Path, names: Iterable[str]) -> StampedFiles:
     """Returns the existing files among the names, which may be arbitrary text from a caption table."""
-    found, stats = [], array("q")
+    existing, stats = [], array("q")
     for name in names:
         try:
             status = os.stat(folder / name)
         except (OSError, ValueError):  # ValueError: the name has a null character or an unpaired surrogate
             continue
-        found.append(name)
+        existing.append(name)
         stats.extend(_stat_fields(status))
-    return StampedFiles(found, _table(stats))
+    return StampedFiles(existing, _table(stats))
 
 
 def merge_files(first: StampedFiles, second: StampedFiles) -> StampedFiles:
@@ -75,7 +75,7 @@ def merge_files(first: StampedFiles, second: StampedFiles) -> StampedFiles:
     order = sorted(range(len(names)), key=names.__getitem__)
     files.names = [names[row] for row in order]
     files.stamps = np.concatenate([first.stamps, second.stamps])[order]
-    files.same = np.concatenate([first.same, second.same])[order]
+    files.file_ids = np.concatenate([first.file_ids, second.file_ids])[order]
     return files
 
 
@@ -99,37 +99,38 @@ class _Scanner:
         self.image_names: list[str] = []
         self.text_names: list[str] = []
         self.image_stats, self.text_stats = array("q"), array("q")
-        self.found = DirectoryScan(StampedFiles([], _table(array("q"))), StampedFiles([], _table(array("q"))))
+        self.result = DirectoryScan(StampedFiles([], _table(array("q"))), StampedFiles([], _table(array("q"))))
 
-    def scan_folder(self, inner: str) -> list[str]:
-        """Records the files of a folder; returns its subfolders to be scanned."""
-        deeper = []
+    def scan_folder(self, prefix: str) -> list[str]:
+        """Records the files of a folder; returns its subfolders to be scanned. prefix: its path below the root and "/"."""
+        subfolders = []
         try:
-            entries = list(os.scandir(self.folder / inner))
+            entries = list(os.scandir(self.folder / prefix))
         except OSError as error:
-            self.found.bad_files.append(BadFile(self.folder / inner, f"cannot be listed: {error.strerror}"))
+            self.result.bad_files.append(BadFile(self.folder / prefix, f"cannot be listed: {error.strerror}"))
             return []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            name = f"{inner}{entry.name}"
+            name = f"{prefix}{entry.name}"
             try:
                 status = entry.stat()
             except OSError as error:
                 self._record_broken(name, entry, error)
                 continue
             if stat.S_ISDIR(status.st_mode):
-                deeper += self._folder(name, status)
+                subfolders += self._subfolder(name, status)
             else:
                 self._record(name, status)
-        return deeper
+        return subfolders
 
-    def _folder(self, name: str, status: os.stat_result) -> list[str]:
+    def _subfolder(self, name: str, status: os.stat_result) -> list[str]:
+        """Returns the subfolder if it is to be scanned now; records skipped subfolders and links."""
         identity = (status.st_dev, status.st_ino)
         if identity in self.excluded:
             return []
         if not self.recursive:
-            self.found.folders.append(name)
+            self.result.folders.append(name)
             return []
         if os.path.islink(self.folder / name):
             self.links.append((name, identity))
@@ -141,11 +142,11 @@ class _Scanner:
         also reachable without links keeps its own name, in whatever order the file system lists entries."""
         name, identity = min(self.links)
         self.links.remove((name, identity))
-        deeper = self._unless_known(name, identity)
-        if not deeper:
+        subfolders = self._unless_known(name, identity)
+        if not subfolders:
             reason = "is a link to a folder that is already included"
-            self.found.bad_files.append(BadFile(self.folder / name, reason))
-        return deeper
+            self.result.bad_files.append(BadFile(self.folder / name, reason))
+        return subfolders
 
     def _unless_known(self, name: str, identity: tuple[int, int]) -> list[str]:
         if identity in self.known_folders:
@@ -162,17 +163,17 @@ class _Scanner:
             self.text_names.append(name)
             self.text_stats.extend(_stat_fields(status))
         elif name.lower().endswith(ARCHIVE_SUFFIXES):
-            self.found.archives.append(name)
+            self.result.archives.append(name)
         elif name.rpartition("/")[2] in CAPTION_TABLES:
-            self.found.tables.append(name)
+            self.result.tables.append(name)
         else:
-            self.found.others.append(name)
+            self.result.others.append(name)
 
     def _record_broken(self, name: str, entry: os.DirEntry[str], error: OSError) -> None:
         """Records an entry that cannot be read: a broken or circular link, or a file that has just been deleted."""
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or entry.is_symlink():
             reason = f"is a broken link: {error.strerror}" if entry.is_symlink() else f"cannot be read: {error.strerror}"
-            self.found.bad_files.append(BadFile(self.folder / name, reason))
+            self.result.bad_files.append(BadFile(self.folder / name, reason))
 
 
 def scan_directory(folder: Path, *, recursive: bool, excluded: Collection[Path] = ()) -> DirectoryScan:
@@ -181,15 +182,15 @@ def scan_directory(folder: Path, *, recursive: bool, excluded: Collection[Path] 
     identities = {(status.st_dev, status.st_ino) for path in excluded if path.is_dir() for status in [os.stat(path)]}
     scanner = _Scanner(folder, recursive, identities)
     scanner.known_folders.add((root.st_dev, root.st_ino))
-    todo = [""]
-    while todo:
-        todo += scanner.scan_folder(todo.pop())
-        while not todo and scanner.links:
-            todo += scanner.follow_link()
-    found = scanner.found
-    found.images = StampedFiles(scanner.image_names, _table(scanner.image_stats))
-    found.texts = StampedFiles(scanner.text_names, _table(scanner.text_stats))
-    for names in (found.archives, found.tables, found.others, found.folders):
+    pending = [""]
+    while pending:
+        pending += scanner.scan_folder(pending.pop())
+        while not pending and scanner.links:
+            pending += scanner.follow_link()
+    result = scanner.result
+    result.images = StampedFiles(scanner.image_names, _table(scanner.image_stats))
+    result.texts = StampedFiles(scanner.text_names, _table(scanner.text_stats))
+    for names in (result.archives, result.tables, result.others, result.folders):
         names.sort()
-    found.bad_files.sort(key=lambda bad: bad.path)
-    return found
+    result.bad_files.sort(key=lambda bad: bad.path)
+    return result

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.sources.decoding import CONTENT_BYTES
+from utils.data.sources.decoding import HASH_BYTES
 from utils.data.sources.image_files import ImageFile
 from utils.files.columns import Texts
-from utils.files.file_index import FileTable, are_unchanged, match_rows
+from utils.files.file_index import HASHES, FileTable, are_unchanged, match_rows
 
 UNREAD = 0
 """Width stored for an image whose size is not known."""
 NO_ROW = -1
 """Marks a missing row in a column of row numbers."""
+_STORED_NAMES = {"file_ids": "same", "hashes": HASHES}
+"""Fields whose columns have another name in the file index. Stored names never change, since existing indexes have them."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,15 @@ class PairedImages:
     """Masks, or control images, one row each."""
 
     paths: Texts
-    content: np.ndarray
-    """(n, 16) uint8: content hashes; zeros where a hash is not known yet."""
+    hashes: np.ndarray
+    """(n, 16) uint8: hash of each file's bytes; zeros where it is not known yet."""
 
     def file(self, row: int) -> ImageFile:
         return ImageFile(Path(self.paths[row]))
 
 
 def empty_paired_images() -> PairedImages:
-    return PairedImages(Texts.of([]), np.zeros((0, CONTENT_BYTES), np.uint8))
+    return PairedImages(Texts.of([]), np.zeros((0, HASH_BYTES), np.uint8))
 
 
 @dataclass
@@ -56,12 +58,12 @@ class ImageRows:
     """(n, 3) int64: size, mtime and ctime of the file."""
     caption_stamps: np.ndarray
     """(n, 3) int64: size, mtime and ctime of the image's caption text file; zeros if it has none."""
-    same: np.ndarray
-    """(n,) int64 file identity: equal for two names of the same file."""
+    file_ids: np.ndarray
+    """(n,) int64: file identity, equal for two names of the same file."""
     sizes: np.ndarray
     """(n, 2) int32: width and height in pixels; UNREAD where they are unknown or unreadable."""
-    content: np.ndarray
-    """(n, 16) uint8: content hash; zeros where it is not known."""
+    hashes: np.ndarray
+    """(n, 16) uint8: hash of the image file's bytes; zeros where it is not known."""
     start: np.ndarray
     length: np.ndarray
     """(n,) int64: position of the image in its archive, as in ImageFile."""
@@ -83,9 +85,9 @@ class ImageRows:
             names=self.names.where(chosen),
             stamps=self.stamps[chosen],
             caption_stamps=self.caption_stamps[chosen],
-            same=self.same[chosen],
+            file_ids=self.file_ids[chosen],
             sizes=self.sizes[chosen],
-            content=self.content[chosen],
+            hashes=self.hashes[chosen],
             start=self.start[chosen],
             length=self.length[chosen],
             captions=self.captions.where(np.repeat(chosen, counts)),
@@ -100,16 +102,16 @@ def group_offsets(counts: np.ndarray) -> np.ndarray:
     return first
 
 
-def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, same: np.ndarray) -> ImageRows:
+def unread_rows(names: Texts, stamps: np.ndarray, caption_stamps: np.ndarray, file_ids: np.ndarray) -> ImageRows:
     """Returns rows for image files whose sizes, hashes and captions are not known yet."""
     count = len(stamps)
     return ImageRows(
         names=names,
         stamps=stamps,
         caption_stamps=caption_stamps,
-        same=same,
+        file_ids=file_ids,
         sizes=np.full((count, 2), UNREAD, np.int32),
-        content=np.zeros((count, CONTENT_BYTES), np.uint8),
+        hashes=np.zeros((count, HASH_BYTES), np.uint8),
         start=np.zeros(count, np.int64),
         length=np.zeros(count, np.int64),
         captions=Texts.of([]),
@@ -127,7 +129,7 @@ def carry_over(fresh: ImageRows, old: ImageRows, *, captions_too: bool) -> Image
         return fresh
     same_file = are_unchanged(fresh.stamps, old.stamps, sources)
     fresh.sizes[same_file] = old.sizes[sources[same_file]]
-    fresh.content[same_file] = old.content[sources[same_file]]
+    fresh.hashes[same_file] = old.hashes[sources[same_file]]
     same_text = are_unchanged(fresh.caption_stamps, old.caption_stamps, sources)
     same_text &= fresh.caption_stamps.any(axis=1) | captions_too
     if same_text.all() and np.array_equal(sources, np.arange(len(old))):
@@ -145,12 +147,12 @@ def set_captions(rows: ImageRows, captions: Sequence[Sequence[str]]) -> None:
     rows.first_caption = group_offsets(np.fromiter(map(len, captions), np.int64, len(captions)))
 
 
-def add_captions(rows: ImageRows, found: Mapping[int, Sequence[str]]) -> None:
-    """Sets the captions of some rows that had none; `found` maps row -> captions."""
-    if not found:
+def add_captions(rows: ImageRows, new: Mapping[int, Sequence[str]]) -> None:
+    """Sets the captions of some rows that had none; `new` maps row -> captions."""
+    if not new:
         return
     texts, bounds = list(rows.captions), rows.first_caption.tolist()
-    set_captions(rows, [found.get(row) or texts[bounds[row] : bounds[row + 1]] for row in range(len(rows))])
+    set_captions(rows, [new.get(row) or texts[bounds[row] : bounds[row + 1]] for row in range(len(rows))])
 
 
 def load_rows(table: FileTable) -> tuple[ImageRows, dict[str, Any]] | None:
@@ -160,7 +162,7 @@ def load_rows(table: FileTable) -> tuple[ImageRows, dict[str, Any]] | None:
         return None
     columns, header = loaded
     try:
-        values: dict[str, Any] = {field.name: columns[field.name] for field in fields(ImageRows)}
+        values: dict[str, Any] = {field.name: columns[_stored_name(field.name)] for field in fields(ImageRows)}
         return ImageRows(**values), header
     except KeyError:
         return None
@@ -168,4 +170,8 @@ def load_rows(table: FileTable) -> tuple[ImageRows, dict[str, Any]] | None:
 
 def save_rows(table: FileTable, rows: ImageRows, header: Mapping[str, Any]) -> None:
     """Writes the rows and a header, a JSON object."""
-    table.save({field.name: getattr(rows, field.name) for field in fields(ImageRows)}, header)
+    table.save({_stored_name(field.name): getattr(rows, field.name) for field in fields(ImageRows)}, header)
+
+
+def _stored_name(field_name: str) -> str:
+    return _STORED_NAMES.get(field_name, field_name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.sources.caption_sources import first_few, stem_of
-from utils.data.sources.decoding import CONTENT_BYTES, BadFile
+from utils.data.sources.decoding import HASH_BYTES, BadFile
 from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
 from utils.data.sources.image_rows import NO_ROW, ImageRows, PairedImages
 from utils.files.columns import Texts
@@ -17,23 +17,25 @@ from utils.files.file_index import StoredHashes
 
 
 @dataclass(frozen=True)
-class Kind:
+class PairedImageKind:
     """A kind of paired image: masks or control images."""
 
-    word: str
+    name: str
+    """As in messages."""
     key: str
     """Key of the dataset file that names their folder."""
     hint: str
+    """Suffix of the message about an image without one."""
 
 
-MASK = Kind("mask", "mask_path", " (a white image as mask trains on all pixels)")
-CONTROL = Kind("control image", "control_path", "")
+MASK = PairedImageKind("mask", "mask_path", " (a white image as mask trains on all pixels)")
+CONTROL = PairedImageKind("control image", "control_path", "")
 
 
 class PairedImageTable:
     """The paired images of one kind for all directories; each of their folders is indexed once."""
 
-    def __init__(self, kind: Kind, indexer: DirectoryIndexer) -> None:
+    def __init__(self, kind: PairedImageKind, indexer: DirectoryIndexer) -> None:
         self._kind, self._indexer = kind, indexer
         self._indexes: dict[Path, DirectoryIndex] = {}
         self._starts: dict[Path, int] = {}
@@ -52,23 +54,23 @@ class PairedImageTable:
         by_stem: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             by_stem.setdefault(stem_of(name), []).append(row)
-        broken = {stem_of(_relative(bad.path, folder)): bad for bad in index.bad_files}
-        found, bad_files = np.full(len(images), NO_ROW, np.int32), []
+        bad_by_stem = {stem_of(_relative(bad.path, folder)): bad for bad in index.bad_files}
+        paired_rows, bad_files = np.full(len(images), NO_ROW, np.int32), []
         for image, (name, size) in enumerate(zip(images.names, images.sizes.tolist(), strict=True)):
             rows = by_stem.get(stem_of(name), [])
             self._used[folder].update(names[row] for row in rows)
-            if not rows and stem_of(name) in broken:
-                bad = broken[stem_of(name)]
+            if not rows and stem_of(name) in bad_by_stem:
+                bad = bad_by_stem[stem_of(name)]
                 self._used[folder].add(_relative(bad.path, folder))
             else:
                 candidates = [(folder / names[row], sizes[row]) for row in rows]
                 misfit = _misfit(self._kind, path_of(image), size, candidates)
                 if misfit is None:
-                    found[image] = start + rows[0]
+                    paired_rows[image] = start + rows[0]
                     continue
                 bad = misfit
             bad_files.append(bad)
-        return found, bad_files
+        return paired_rows, bad_files
 
     def _index(self, folder: Path, recursive: bool) -> DirectoryIndex:
         if folder not in self._indexes:
@@ -80,14 +82,14 @@ class PairedImageTable:
     def columns(self) -> PairedImages:
         """Returns the paired images of all folders."""
         rows = [index.parts[0].rows for index in self._indexes.values()]
-        content = np.concatenate([np.zeros((0, CONTENT_BYTES), np.uint8), *(part.content for part in rows)])
+        hashes = np.concatenate([np.zeros((0, HASH_BYTES), np.uint8), *(part.hashes for part in rows)])
         paths = (str(folder / name) for folder, part in zip(self._indexes, rows, strict=True) for name in part.names)
-        return PairedImages(Texts.of(paths), content)
+        return PairedImages(Texts.of(paths), hashes)
 
-    def stored_hashes(self, content: np.ndarray) -> list[StoredHashes]:
-        """Returns where the hashes are stored; `content` is the hash column of `columns`."""
+    def stored_hashes(self, hashes: np.ndarray) -> list[StoredHashes]:
+        """Returns where the hashes are stored; `hashes` is the hash column of `columns`."""
         parts = {folder: index.parts[0] for folder, index in self._indexes.items()}
-        return [StoredHashes(content, self._starts[folder], part.table, part.usable) for folder, part in parts.items()]
+        return [StoredHashes(hashes, self._starts[folder], part.table, part.usable) for folder, part in parts.items()]
 
     def warnings(self) -> list[str]:
         """Returns warnings about files in the folders that are paired with no image."""
@@ -98,7 +100,7 @@ class PairedImageTable:
             unused = sorted(names - self._used[folder])
             if unused:
                 warnings.append(
-                    f"{folder}: {len(unused)} files are not the {self._kind.word} of any image: {first_few(unused)}"
+                    f"{folder}: {len(unused)} files are not the {self._kind.name} of any image: {first_few(unused)}"
                 )
         return warnings
 
@@ -108,22 +110,22 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _misfit(
-    kind: Kind, image: Path, size: Sequence[int], candidates: Sequence[tuple[Path, Sequence[int]]]
+    kind: PairedImageKind, image: Path, size: Sequence[int], candidates: Sequence[tuple[Path, Sequence[int]]]
 ) -> BadFile | None:
     """Returns the reason why the image has no usable paired image, None if it has one."""
     if not candidates:
-        return BadFile(image, f"has no {kind.word}: no file in {kind.key} has its name{kind.hint}")
+        return BadFile(image, f"has no {kind.name}: no file in {kind.key} has its name{kind.hint}")
     if len(candidates) > 1:
         paths = ", ".join(str(path) for path, _ in candidates)
-        return BadFile(image, f"has several {kind.word}s: {paths}; keep one")
-    ((path, found),) = candidates
-    if same_shape(found, size):
+        return BadFile(image, f"has several {kind.name}s: {paths}; keep one")
+    ((path, paired_size),) = candidates
+    if have_same_aspect_ratio(paired_size, size):
         return None
-    sizes = [f"{width}x{height}" for width, height in (found, size)]
+    sizes = [f"{width}x{height}" for width, height in (paired_size, size)]
     return BadFile(path, f"is {sizes[0]} pixels, but its image {image.name} is {sizes[1]}: the aspect ratios differ")
 
 
-def same_shape(size: Sequence[int], other: Sequence[int]) -> bool:
+def have_same_aspect_ratio(size: Sequence[int], other: Sequence[int]) -> bool:
     """Returns whether two sizes (width, height) have the same aspect ratio, to within one pixel of the smaller size."""
     (width, height), (larger_width, larger_height) = sorted((tuple(size), tuple(other)))
     return abs(width / larger_width - height / larger_height) <= 1 / larger_width + 1 / larger_height

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from utils.data.buckets import Bucket, CropBox
-from utils.data.sources.decoding import CONTENT_BYTES, BadFile, bad_image, read_mask, read_pixels, read_size
+from utils.data.sources.decoding import HASH_BYTES, BadFile, bad_image, read_mask, read_pixels, read_size
 from utils.data.sources.image_files import ImageFile
 
 NICENESS = 5
@@ -149,10 +149,10 @@ def _reply(channel: socket.socket, task: list[Any], file: ImageFile) -> None:
 def _work(task: list[Any], file: ImageFile) -> Any:
     """Runs a task on one file. Raises BadFile."""
     match task:
-        case ["pixels", box, flipped, content]:
-            return read_pixels(file, _unpack_box(box), flipped=flipped, content=bytes.fromhex(content))
-        case ["mask", box, downscale, content]:
-            return read_mask(file, _unpack_box(box), downscale, content=bytes.fromhex(content))
+        case ["pixels", box, flipped, expected_hash]:
+            return read_pixels(file, _unpack_box(box), flipped=flipped, expected_hash=bytes.fromhex(expected_hash))
+        case ["mask", box, downscale, expected_hash]:
+            return read_mask(file, _unpack_box(box), downscale, expected_hash=bytes.fromhex(expected_hash))
         case ["size"]:
             return read_size(file)
         case ["hash"]:
@@ -164,7 +164,7 @@ def _work(task: list[Any], file: ImageFile) -> Any:
 
 def _hash(file: ImageFile) -> str:
     try:
-        digest = hashlib.blake2b(digest_size=CONTENT_BYTES)  # equals content_hash, for files of any size
+        digest = hashlib.blake2b(digest_size=HASH_BYTES)  # equals content_hash, for files of any size
         with file.open() as content:
             while block := content.read(_BLOCK_BYTES):
                 digest.update(block)

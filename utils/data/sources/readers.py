@@ -57,13 +57,15 @@ class Readers:
         self._running: set[_ReaderProcess] = set()
         self._closed = False
 
-    def pixels(self, file: ImageFile, box: CropBox, *, flipped: bool = False, content: bytes = b"") -> Future[np.ndarray]:
+    def pixels(
+        self, file: ImageFile, box: CropBox, *, flipped: bool = False, expected_hash: bytes = b""
+    ) -> Future[np.ndarray]:
         """Calls `read_pixels` in a reader process."""
-        return self._threads.submit(self._read, file, ["pixels", pack_box(box), flipped, content.hex()])
+        return self._threads.submit(self._read, file, ["pixels", pack_box(box), flipped, expected_hash.hex()])
 
-    def mask(self, file: ImageFile, box: CropBox, downscale: int, *, content: bytes = b"") -> Future[np.ndarray]:
+    def mask(self, file: ImageFile, box: CropBox, downscale: int, *, expected_hash: bytes = b"") -> Future[np.ndarray]:
         """Calls `read_mask` in a reader process."""
-        return self._threads.submit(self._read, file, ["mask", pack_box(box), downscale, content.hex()])
+        return self._threads.submit(self._read, file, ["mask", pack_box(box), downscale, expected_hash.hex()])
 
     def sizes(self, files: Sequence[ImageFile]) -> Future[list[tuple[int, int] | str]]:
         """Returns the `read_size` of each file, or the reason why it failed. Requests should have a few hundred files."""

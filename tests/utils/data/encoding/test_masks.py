@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.utils.data.image_makers import TURNS, left_half, read_mask, read_pixels, save, save_turned, whole
+from tests.utils.data.image_makers import TURNS, left_half, read_mask, read_pixels, save, save_turned, uncropped
 from utils.data.buckets import Bucket, crop_box
 from utils.data.encoding.masks import MaskEncoder
 from utils.data.sources.decoding import BadFile
@@ -127,7 +127,7 @@ def test_16_bit_masks_are_scaled_by_their_range(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
 def test_black_and_white_are_read_equally_in_every_mode(tmp_path: Path, mode: str) -> None:
     path = save(left_half(32, 32).convert(mode), tmp_path / "mask.tif")
-    assert read_mask(path, whole(32, 32), DOWNSCALE)[0, 0].tolist() == [1, 1, 0, 0]
+    assert read_mask(path, uncropped(32, 32), DOWNSCALE)[0, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_palette_images_are_read_by_colour(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_mask_that_is_black_inside_the_crop_is_rejected(tmp_path: Path) -> Non
 def test_a_file_that_is_not_an_image_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"not an image")
     with pytest.raises(BadFile, match="is not an image Pillow can read"):
-        read_mask(tmp_path / "mask.png", whole(32, 32), DOWNSCALE)
+        read_mask(tmp_path / "mask.png", uncropped(32, 32), DOWNSCALE)
 
 
 # --- in the cache ------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_returned_tables_equal_the_given_ones_and_have_hashes(caching: CachingSe
     given = list(caching.examples())
     assert list(table) == given
     for example in given:
-        assert example.content == hashlib.blake2b(example.image.read(), digest_size=16).digest()
+        assert example.image_hash == hashlib.blake2b(example.image.read(), digest_size=16).digest()
 
 
 def test_a_complete_cache_loads_no_encoder_and_reads_no_file(caching: CachingSetup) -> None:
@@ -204,7 +204,7 @@ def test_keys_and_folder_names_never_change(caching: CachingSetup) -> None:
     for example in cached.tables[0]:
         content = hashlib.blake2b(example.image.read(), digest_size=16).hexdigest()
         expected = digest(content, example.box.key(), "pixels 1")
-        assert latents_key(example.content, example.box.key()) == expected
+        assert latents_key(example.image_hash, example.box.key()) == expected
     weights = hashlib.blake2b(b"weights", digest_size=16).hexdigest()
     identity = digest("vae", "mean", "version=1", f"weights.safetensors:{weights}").hex()
     assert cached.data.folders.latents == caching.folder / "cache" / f"vae-{identity[:16]}"

@@ -17,7 +17,7 @@ from tests.utils.data.image_makers import noise, quarters
 Maker = Callable[[np.random.Generator], bytes]
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "avif": "AVIF"}
-ODD_SIZE = (48, 32)
+UNUSUAL_SIZE = (48, 32)
 """Width and height of every unusual image, after EXIF rotation."""
 
 
@@ -27,14 +27,14 @@ ODD_SIZE = (48, 32)
 def make_bad_images(folder: Path, count: int = 200, seed: int = 0) -> dict[str, str]:
     """Writes `count` unusable images and their captions; returns name -> kind of defect."""
     generator = np.random.default_rng(seed)
-    contents, places = _contents(), _places()
-    kinds = [*contents, *places]
+    contents, special_files = _contents(), _special_files()
+    kinds = [*contents, *special_files]
     made = {}
     for number in range(count):
         kind, suffix = kinds[number % len(kinds)]
         path = folder / f"bad{number:04d}.{suffix}"
-        if (kind, suffix) in places:
-            places[kind, suffix](path)
+        if (kind, suffix) in special_files:
+            special_files[kind, suffix](path)
         else:
             path.write_bytes(contents[kind, suffix](generator))
         path.with_suffix(".txt").write_text(f"an image that is bad: {kind}")
@@ -44,11 +44,11 @@ def make_bad_images(folder: Path, count: int = 200, seed: int = 0) -> dict[str, 
 
 def _contents() -> dict[tuple[str, str], Maker]:
     """Returns (kind of defect, suffix) -> function that creates the file's content."""
-    made: dict[tuple[str, str], Maker] = {("cut off", suffix): _cut_off(name) for suffix, name in FORMATS.items()}
-    made |= {("only the beginning", suffix): _first_bytes(name) for suffix, name in FORMATS.items()}
+    made: dict[tuple[str, str], Maker] = {("truncated", suffix): _truncated(name) for suffix, name in FORMATS.items()}
+    made |= {("only the first bytes", suffix): _first_bytes(name) for suffix, name in FORMATS.items()}
     made |= {("damaged in the middle", "png"): _damaged_png, ("a wrong checksum", "png"): _wrong_checksum}
     made |= {("empty", suffix): lambda _: b"" for suffix in ("jpg", "png")}
-    made |= {("text", "png"): lambda _: b"nothing to see\n", ("a web page", "jpg"): _web_page}
+    made |= {("text", "png"): lambda _: b"no image here\n", ("a web page", "jpg"): _web_page}
     made |= {("random bytes", "webp"): lambda generator: generator.bytes(5000), ("zeros", "jpg"): lambda _: bytes(4096)}
     made |= {("declares 60000x60000 pixels", "png"): lambda _: _declaring(60000, 60000)}
     made |= {("declares 60000x60000 pixels", "bmp"): lambda _: _huge_bitmap(), ("declares no pixels", "png"): _no_pixels}
@@ -60,7 +60,7 @@ def _contents() -> dict[tuple[str, str], Maker]:
     return made
 
 
-def _places() -> dict[tuple[str, str], Callable[[Path], object]]:
+def _special_files() -> dict[tuple[str, str], Callable[[Path], object]]:
     """Returns (kind of defect, suffix) -> function that creates an entry that is not a regular file."""
     made: dict[tuple[str, str], Callable[[Path], object]] = {
         ("a folder", "png"): Path.mkdir,
@@ -79,7 +79,7 @@ def _encoded(name: str, image: Image.Image | None = None) -> bytes:
     return file.getvalue()
 
 
-def _cut_off(name: str) -> Maker:
+def _truncated(name: str) -> Maker:
     def make(generator: np.random.Generator) -> bytes:
         content = _encoded(name)
         return content[: int(len(content) * generator.uniform(0.2, 0.97))]
@@ -95,10 +95,10 @@ def _damaged_png(generator: np.random.Generator) -> bytes:
     content = bytearray(_encoded("PNG"))
     start = len(content) // 2 + int(generator.integers(-1000, 1000))
     content[start : start + 64] = bytes(64)
-    return _with_right_end(content, generator)
+    return _with_end_marker(content, generator)
 
 
-def _with_right_end(content: bytearray, generator: np.random.Generator) -> bytes:
+def _with_end_marker(content: bytearray, generator: np.random.Generator) -> bytes:
     """Keeps the end marker, with or without a byte after it, as on a camera's damaged memory card."""
     return bytes(content) + (b"" if generator.random() < 0.5 else b"\x00")
 
@@ -162,19 +162,19 @@ def _empty_box(_: np.random.Generator) -> bytes:
 # --- unusual images ----------------------------------------------------------------------------------------------------
 
 
-def make_odd_images(folder: Path) -> dict[str, str]:
-    """Writes unusual but valid images of ODD_SIZE, and captions; returns name -> kind.
+def make_unusual_images(folder: Path) -> dict[str, str]:
+    """Writes unusual but valid images of UNUSUAL_SIZE, and captions; returns name -> kind.
 
     Images with equal stems share a caption.
     """
-    for name, kind in _ODD.items():
+    for name, kind in _UNUSUAL.items():
         path = folder / name
-        _write_odd(path, kind)
-        path.with_suffix(".txt").write_text(f"an odd image: {kind}")
-    return dict(_ODD)
+        _write_unusual(path, kind)
+        path.with_suffix(".txt").write_text(f"an unusual image: {kind}")
+    return dict(_UNUSUAL)
 
 
-_ODD = {
+_UNUSUAL = {
     "print.jpg": "CMYK",
     "deep.png": "16 bits",
     "deep.tif": "16 bits",
@@ -200,8 +200,8 @@ _ODD = {
 }
 
 
-def _write_odd(path: Path, kind: str) -> None:
-    image, suffix = quarters(*ODD_SIZE), path.suffix[1:].lower()
+def _write_unusual(path: Path, kind: str) -> None:
+    image, suffix = quarters(*UNUSUAL_SIZE), path.suffix[1:].lower()
     if kind == "wrong suffix":
         image.save(path, {"gif": "GIF", "jpeg": "JPEG", "png": "PNG"}[path.name.split("_")[0]])
     elif kind == "EXIF turned":
@@ -211,7 +211,7 @@ def _write_odd(path: Path, kind: str) -> None:
     elif kind == "bytes after the end":
         path.write_bytes(_encoded(FORMATS[suffix], image) + b"made by a camera")
     elif kind == "animated":
-        image.save(path, save_all=True, append_images=[Image.new("RGB", ODD_SIZE, (255, 0, 0))])
+        image.save(path, save_all=True, append_images=[Image.new("RGB", UNUSUAL_SIZE, (255, 0, 0))])
     elif kind == "long texts":
         texts = PngImagePlugin.PngInfo()
         texts.add_text("prompt", "a fox " * 2000, zip=True)
@@ -221,10 +221,10 @@ def _write_odd(path: Path, kind: str) -> None:
     elif kind == "progressive":
         image.save(path, progressive=True)
     else:
-        _in_odd_mode(image, kind).save(path)
+        _in_unusual_mode(image, kind).save(path)
 
 
-def _in_odd_mode(image: Image.Image, kind: str) -> Image.Image:
+def _in_unusual_mode(image: Image.Image, kind: str) -> Image.Image:
     if kind == "16 bits":
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     if kind == "a palette with alpha":

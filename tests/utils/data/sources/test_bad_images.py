@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.utils.data.image_makers import whole
-from tests.utils.data.sources.bad_images import ODD_SIZE, make_bad_images, make_odd_images
+from tests.utils.data.image_makers import uncropped
+from tests.utils.data.sources.bad_images import UNUSUAL_SIZE, make_bad_images, make_unusual_images
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
@@ -55,7 +55,7 @@ def test_every_bad_image_is_reported_with_a_reason(readers: Readers, bad: tuple[
     files = [ImageFile(folder / name) for name in kinds]
     started_at = time.monotonic()
     sizes = readers.sizes(files).result()
-    pixels = [readers.pixels(file, whole(64, 48)) for file in files]
+    pixels = [readers.pixels(file, uncropped(64, 48)) for file in files]
     for file, size, future in zip(files, sizes, pixels, strict=True):
         with pytest.raises(BadFile) as caught:
             future.result()
@@ -67,7 +67,7 @@ def test_every_bad_image_is_reported_with_a_reason(readers: Readers, bad: tuple[
 
 EXPECTED = {
     "empty": "is empty (0 bytes)",
-    "cut off": "is truncated",
+    "truncated": "is truncated",
     "text": "is not an image Pillow can read",
     "a web page": "is not an image Pillow can read",
     "a folder": "cannot be read: Is a directory",
@@ -96,11 +96,11 @@ def test_almost_every_bad_image_is_detected_by_reading_its_size(readers: Readers
     assert passed == {"damaged in the middle", "floating point", "no pixels"}
 
 
-def test_odd_images_are_read(tmp_path: Path, readers: Readers) -> None:
-    odd = make_odd_images(tmp_path)
-    files = [ImageFile(tmp_path / name) for name in odd]
-    assert readers.sizes(files).result() == [ODD_SIZE] * len(odd)
+def test_unusual_images_are_read(tmp_path: Path, readers: Readers) -> None:
+    unusual = make_unusual_images(tmp_path)
+    files = [ImageFile(tmp_path / name) for name in unusual]
+    assert readers.sizes(files).result() == [UNUSUAL_SIZE] * len(unusual)
     for file in files:
-        pixels = readers.pixels(file, whole(*ODD_SIZE)).result()
-        assert pixels.shape == (3, ODD_SIZE[1], ODD_SIZE[0])
-        assert pixels.min() < 100 < 200 < pixels.max(), f"{odd[file.path.name]}: the image is decoded"
+        pixels = readers.pixels(file, uncropped(*UNUSUAL_SIZE)).result()
+        assert pixels.shape == (3, UNUSUAL_SIZE[1], UNUSUAL_SIZE[0])
+        assert pixels.min() < 100 < 200 < pixels.max(), f"{unusual[file.path.name]}: the image is decoded"

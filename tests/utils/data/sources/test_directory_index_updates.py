@@ -15,7 +15,7 @@ import pytest
 from tests.tiny_model import make_tiny_dataset, write_image
 from tests.utils.data.image_makers import left_half, quarters, read_size, save
 from tests.utils.data.scanning import Scan, config_of, names
-from tests.utils.data.sources.test_directory_index import SAMPLES, image, png, write_parquet, write_tar
+from tests.utils.data.sources.test_directory_index import SAMPLES, png, write_captioned_image, write_parquet, write_tar
 from utils.data.dataset import Dataset
 from utils.data.scan import scan
 from utils.data.sources import caption_sources, directory_index
@@ -24,7 +24,7 @@ from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndexer
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
-from utils.files.file_index import FileIndex
+from utils.files.file_index import FileIndex, FileTable
 
 
 class RecordingReaders:
@@ -50,7 +50,7 @@ class Rescanner:
         self.folder, self._recording = folder, RecordingReaders(readers)
         self.images = folder / "images"
         any_readers: Any = self._recording
-        self.scan, self._first = Scan(any_readers, folder / "index"), Scan(readers)
+        self.scan, self._scan_without_index = Scan(any_readers, folder / "index"), Scan(readers)
         self._opened: list[str] = []
         for module, name in (
             (caption_sources, "read_caption"),
@@ -70,13 +70,13 @@ class Rescanner:
         """Scans, compares the result with a scan without file index, and returns it with the names of the opened files."""
         given = changes or {"directory": [{"path": self.images}]}
         self._recording.requested, self._opened = [], []
-        found = self.scan(**given)
+        dataset = self.scan(**given)
         opened = sorted(path.removeprefix(f"{self.images}/") for path in self._recording.requested + self._opened)
-        expected = self._first(**given)
-        assert list(found.examples) == list(expected.examples)
-        assert [str(bad) for bad in found.bad_files] == [str(bad) for bad in expected.bad_files]
-        assert found.warnings == expected.warnings
-        return found, opened
+        expected = self._scan_without_index(**given)
+        assert list(dataset.examples) == list(expected.examples)
+        assert [str(bad) for bad in dataset.bad_files] == [str(bad) for bad in expected.bad_files]
+        assert dataset.warnings == expected.warnings
+        return dataset, opened
 
     def opened(self, **changes: Any) -> list[str]:
         return self.rescan(**changes)[1]
@@ -102,9 +102,9 @@ def test_second_scan_of_unchanged_files_opens_nothing(rescanner: Rescanner) -> N
 def test_only_a_changed_image_is_read_again(rescanner: Rescanner) -> None:
     rescanner.rescan()
     save(quarters(96, 32), rescanner.images / "image_001.png")
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["image_001.png"]
-    assert found.examples.images.sizes.tolist() == [[40, 40], [96, 32], [32, 64]]
+    assert dataset.examples.images.sizes.tolist() == [[40, 40], [96, 32], [32, 64]]
     assert rescanner.opened() == []
 
 
@@ -121,19 +121,19 @@ def test_replaced_image_of_the_same_size_and_mtime_is_read_again(rescanner: Resc
 def test_only_a_changed_caption_is_read_again(rescanner: Rescanner) -> None:
     rescanner.rescan()
     (rescanner.images / "image_002.txt").write_text("another")
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["image_002.txt"]
-    assert [example.caption() for example in found.examples][2] == "another"
+    assert [example.caption() for example in dataset.examples][2] == "another"
     assert rescanner.opened() == []
 
 
 def test_only_an_added_image_is_read_wherever_it_sorts(rescanner: Rescanner) -> None:
     rescanner.rescan()
-    image(rescanner.images, "a_first.png", "added")
-    image(rescanner.images, "image_001b.png", "added")
-    found, opened = rescanner.rescan()
+    write_captioned_image(rescanner.images, "a_first.png", "added")
+    write_captioned_image(rescanner.images, "image_001b.png", "added")
+    dataset, opened = rescanner.rescan()
     assert opened == ["a_first.png", "a_first.txt", "image_001b.png", "image_001b.txt"]
-    assert names(found)[::3] == ["a_first.png", "image_001b.png"]
+    assert names(dataset)[::3] == ["a_first.png", "image_001b.png"]
     assert rescanner.opened() == []
 
 
@@ -142,8 +142,8 @@ def test_removing_an_image_reads_nothing(rescanner: Rescanner, index: int) -> No
     rescanner.rescan()
     for suffix in (".png", ".txt"):
         (rescanner.images / f"image_00{index}{suffix}").unlink()
-    found, opened = rescanner.rescan()
-    assert (opened, len(found.examples)) == ([], 2)
+    dataset, opened = rescanner.rescan()
+    assert (opened, len(dataset.examples)) == ([], 2)
     assert rescanner.opened() == []
 
 
@@ -170,13 +170,13 @@ def test_unusable_files_are_tried_again_and_usable_ones_are_not(rescanner: Resca
     (rescanner.images / "image_001.txt").write_bytes(b"\xff")
     (rescanner.images / "image_002.txt").unlink()
     rescanner.rescan()
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["image_000.png", "image_001.txt"]
-    assert (len(found.examples), len(found.bad_files)) == (0, 3)
+    assert (len(dataset.examples), len(dataset.bad_files)) == (0, 3)
     (rescanner.images / "image_002.txt").write_text("a caption")
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["image_000.png", "image_001.txt", "image_002.txt"]
-    assert names(found) == ["image_002.png"]
+    assert names(dataset) == ["image_002.png"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no such file", None])
@@ -230,14 +230,14 @@ def test_only_an_edited_caption_table_is_read_again(rescanner: Rescanner) -> Non
     rescanner.rescan()
     assert rescanner.opened() == []
     write_captions(rescanner.images, {**table, "image_001.png": "edited"})
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["captions.json"]
-    assert [example.caption() for example in found.examples] == ["zero", "edited", "a blue circle, number 2"]
+    assert [example.caption() for example in dataset.examples] == ["zero", "edited", "a blue circle, number 2"]
     assert rescanner.opened() == []
 
 
 def test_image_outside_the_folder_named_by_a_table_is_indexed(rescanner: Rescanner) -> None:
-    image(rescanner.images, "deep/fox.png")
+    write_captioned_image(rescanner.images, "deep/fox.png")
     write_captions(rescanner.images, {"deep/fox.png": "a fox", "gone.png": "nothing"})
     rescanner.rescan()
     assert rescanner.opened() == []
@@ -245,22 +245,22 @@ def test_image_outside_the_folder_named_by_a_table_is_indexed(rescanner: Rescann
     assert rescanner.opened() == ["deep/fox.png"]
     (rescanner.images / "deep" / "fox.png").unlink()
     assert len(rescanner.rescan()[0].examples) == 3
-    image(rescanner.images, "deep/fox.png")
-    found, opened = rescanner.rescan()
-    assert (len(found.examples), opened) == (4, ["captions.json", "deep/fox.png"])
+    write_captioned_image(rescanner.images, "deep/fox.png")
+    dataset, opened = rescanner.rescan()
+    assert (len(dataset.examples), opened) == (4, ["captions.json", "deep/fox.png"])
 
 
 def test_adding_or_removing_a_text_file_beside_a_table_takes_effect(rescanner: Rescanner) -> None:
     write_captions(rescanner.images, {f"image_00{index}.png": "of the table" for index in range(3)})
     rescanner.rescan()
     (rescanner.images / "image_000.txt").unlink()
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["captions.json"]
-    assert found.examples[0].caption() == "of the table"
+    assert dataset.examples[0].caption() == "of the table"
     (rescanner.images / "image_000.txt").write_text("of the text file")
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["image_000.txt"]
-    assert found.examples[0].caption() == "of the text file"
+    assert dataset.examples[0].caption() == "of the text file"
 
 
 def test_removing_a_table_removes_its_captions(rescanner: Rescanner) -> None:
@@ -268,24 +268,24 @@ def test_removing_a_table_removes_its_captions(rescanner: Rescanner) -> None:
     write_captions(rescanner.images, {"image_000.png": "zero"})
     rescanner.rescan()
     (rescanner.images / "captions.json").unlink()
-    found, opened = rescanner.rescan()
-    assert (opened, names(found)) == ([], ["image_001.png", "image_002.png"])
+    dataset, opened = rescanner.rescan()
+    assert (opened, names(dataset)) == ([], ["image_001.png", "image_002.png"])
 
 
 def test_unreadable_table_is_tried_again(rescanner: Rescanner) -> None:
     (rescanner.images / "image_000.txt").unlink()
     (rescanner.images / "captions.json").write_text("{")
     rescanner.rescan()
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == ["captions.json"]
-    assert len(found.bad_files) == 2
+    assert len(dataset.bad_files) == 2
 
 
 def test_images_outside_the_folder_are_found_once_their_table_is_readable(
     rescanner: Rescanner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table itself has not changed; its disk was temporarily unavailable."""
-    image(rescanner.images, "deep/fox.png")
+    write_captioned_image(rescanner.images, "deep/fox.png")
     write_captions(rescanner.images, {"deep/fox.png": "a fox"})
     with monkeypatch.context() as broken:
         broken.setattr(directory_index, "read_caption_table", lambda path: _raise(BadFile(path, "cannot be read")))
@@ -304,7 +304,7 @@ def test_unchanged_archives_are_listed_once(rescanner: Rescanner) -> None:
     write_tar(rescanner.images / "a.tar", SAMPLES)
     write_parquet(rescanner.images / "b.parquet", {"image": [png(0)], "text": ["first"]})
     write_parquet(rescanner.images / "c.parquet", {"path": ["deep/fox.png"], "text": ["a fox"]})
-    image(rescanner.images, "deep/fox.png")
+    write_captioned_image(rescanner.images, "deep/fox.png")
     _, opened = rescanner.rescan()
     archives = ["a.tar", "a.tar/000/fox.png", "a.tar/000/owl.png", "b.parquet", "b.parquet/row 0", "c.parquet"]
     assert opened == sorted([*EVERYTHING, *archives, "deep/fox.png"])
@@ -317,9 +317,9 @@ def test_unchanged_archives_are_listed_once(rescanner: Rescanner) -> None:
 def test_bad_archive_members_are_reported_at_every_scan(rescanner: Rescanner) -> None:
     write_tar(rescanner.images / "a.tar", {**SAMPLES, "bad.png": png(1), "bad.txt": b"\xff"})
     rescanner.rescan()
-    found, opened = rescanner.rescan()
+    dataset, opened = rescanner.rescan()
     assert opened == []
-    assert [bad.path.name for bad in found.bad_files] == ["bad.txt"]
+    assert [bad.path.name for bad in dataset.bad_files] == ["bad.txt"]
 
 
 def test_masks_and_control_images_are_indexed(rescanner: Rescanner, tmp_path: Path) -> None:
@@ -337,10 +337,10 @@ def test_masks_and_control_images_are_indexed(rescanner: Rescanner, tmp_path: Pa
 # --- hashes ------------------------------------------------------------------------------------------------------------
 
 
-def fill_in_hashes(found: Dataset) -> None:
-    for number, (column, row, _) in enumerate(list(found.examples.unhashed())):
+def fill_in_hashes(dataset: Dataset) -> None:
+    for number, (column, row, _) in enumerate(list(dataset.examples.unhashed())):
         column[row] = np.full(16, number + 1, np.uint8)
-    for stored in found.stored_hashes:
+    for stored in dataset.stored_hashes:
         stored.save()
 
 
@@ -358,10 +358,22 @@ def test_hashes_of_images_masks_and_archives_are_stored_until_the_file_changes(r
     fill_in_hashes(first)
     second = rescanner.scan(**given)
     assert second.examples.num_unhashed() == 0
-    contents = [(example.content, example.mask_content) for example in second.examples]
-    assert contents == [(example.content, example.mask_content) for example in first.examples]
-    assert len({content for pair in contents for content in pair} - {b""}) == 2 * 3
+    hashes = [(example.image_hash, example.mask_hash) for example in second.examples]
+    assert hashes == [(example.image_hash, example.mask_hash) for example in first.examples]
+    assert len({digest for pair in hashes for digest in pair} - {b""}) == 2 * 3
     save(quarters(64, 32), rescanner.images / "image_001.png")
     save(left_half(32, 64), tmp_path / "masks" / "image_002.png")
     third = rescanner.scan(**given)
     assert sorted(file.path.name for _, _, file in third.examples.unhashed()) == ["image_001.png", "image_002.png"]
+
+
+def test_names_of_stored_columns_do_not_change(rescanner: Rescanner) -> None:
+    """Otherwise the indexes of existing caches would be read as damaged, and every file would be opened again."""
+    rescanner.rescan()
+    (path,) = (rescanner.folder / "index" / "files").iterdir()
+    loaded = FileTable(path, may_write=False).load()
+    assert loaded is not None
+    columns, header = loaded
+    names = ["names", "stamps", "caption_stamps", "same", "sizes", "content", "start", "length", "captions", "first_caption"]
+    assert sorted(columns) == sorted(names)
+    assert sorted(header) == ["elsewhere", "nameless", "tables"]

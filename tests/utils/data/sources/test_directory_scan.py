@@ -22,33 +22,33 @@ def touch(folder: Path, *names: str) -> Path:
 
 def test_files_are_classified_by_their_names(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.JPG", "a.txt", "c.tar", "d.parquet", "captions.json", "metadata.jsonl", "notes.md", "e.tgz")
-    found = scan_directory(tmp_path, recursive=False)
-    assert found.images.names == ["a.png", "b.JPG"]
-    assert found.texts.names == ["a.txt"]
-    assert found.archives == ["c.tar", "d.parquet", "e.tgz"]
-    assert found.tables == ["captions.json", "metadata.jsonl"]
-    assert found.others == ["notes.md"]
+    scan = scan_directory(tmp_path, recursive=False)
+    assert scan.images.names == ["a.png", "b.JPG"]
+    assert scan.texts.names == ["a.txt"]
+    assert scan.archives == ["c.tar", "d.parquet", "e.tgz"]
+    assert scan.tables == ["captions.json", "metadata.jsonl"]
+    assert scan.others == ["notes.md"]
 
 
 @pytest.mark.parametrize("recursive", [False, True])
 def test_hidden_files_and_folders_are_ignored(tmp_path: Path, recursive: bool) -> None:
     touch(tmp_path, ".a.png", ".hidden/b.png", ".notes", "c.png")
-    found = scan_directory(tmp_path, recursive=recursive)
-    assert (found.images.names, found.folders, found.others, found.bad_files) == (["c.png"], [], [], [])
+    scan = scan_directory(tmp_path, recursive=recursive)
+    assert (scan.images.names, scan.folders, scan.others, scan.bad_files) == (["c.png"], [], [], [])
 
 
 def test_subfolders_are_listed_but_not_scanned_without_recursive(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "more/b.png", "also/c.png")
-    found = scan_directory(tmp_path, recursive=False)
-    assert (found.images.names, found.folders) == (["a.png"], ["also", "more"])
+    scan = scan_directory(tmp_path, recursive=False)
+    assert (scan.images.names, scan.folders) == (["a.png"], ["also", "more"])
 
 
 def test_recursive_scan_returns_sorted_names_with_slashes(tmp_path: Path) -> None:
     touch(tmp_path, "b/z.png", "b/c/a.png", "a.png", "b/z.txt", "b/captions.json", "b/c/x.tar")
-    found = scan_directory(tmp_path, recursive=True)
-    assert found.images.names == ["a.png", "b/c/a.png", "b/z.png"]
-    assert (found.texts.names, found.tables, found.archives) == (["b/z.txt"], ["b/captions.json"], ["b/c/x.tar"])
-    assert found.folders == []
+    scan = scan_directory(tmp_path, recursive=True)
+    assert scan.images.names == ["a.png", "b/c/a.png", "b/z.png"]
+    assert (scan.texts.names, scan.tables, scan.archives) == (["b/z.txt"], ["b/captions.json"], ["b/c/x.tar"])
+    assert scan.folders == []
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,12 +58,12 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
         (tmp_path / f"{link}.png").symlink_to("nothing")
     expected, real = scan_directory(tmp_path, recursive=True), os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: list(real(path))[::-1])
-    found = scan_directory(tmp_path, recursive=True)
-    assert found.images.names == expected.images.names == sorted(expected.images.names)
-    assert np.array_equal(found.images.stamps, expected.images.stamps)
-    assert np.array_equal(found.images.same, expected.images.same)
-    assert (found.others, found.archives) == (expected.others, expected.archives)
-    reports = [[str(bad) for bad in one.bad_files] for one in (found, expected)]
+    scan = scan_directory(tmp_path, recursive=True)
+    assert scan.images.names == expected.images.names == sorted(expected.images.names)
+    assert np.array_equal(scan.images.stamps, expected.images.stamps)
+    assert np.array_equal(scan.images.file_ids, expected.images.file_ids)
+    assert (scan.others, scan.archives) == (expected.others, expected.archives)
+    reports = [[str(bad) for bad in result.bad_files] for result in (scan, expected)]
     assert reports[0] == reports[1]
     assert len(reports[0]) == 2 * 3
 
@@ -71,32 +71,32 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("recursive", [False, True])
 def test_excluded_folder_is_neither_scanned_nor_listed(tmp_path: Path, recursive: bool) -> None:
     touch(tmp_path, "a.png", "masks/a.png", "more/b.png")
-    found = scan_directory(tmp_path, recursive=recursive, excluded=[tmp_path / "masks", tmp_path / "none"])
-    assert found.images.names == (["a.png", "more/b.png"] if recursive else ["a.png"])
-    assert found.folders == ([] if recursive else ["more"])
+    scan = scan_directory(tmp_path, recursive=recursive, excluded=[tmp_path / "masks", tmp_path / "none"])
+    assert scan.images.names == (["a.png", "more/b.png"] if recursive else ["a.png"])
+    assert scan.folders == ([] if recursive else ["more"])
 
 
 def test_link_to_an_excluded_folder_is_excluded_and_not_bad(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.png", "masks/a.png")
     (tmp_path / "images" / "masks").symlink_to(tmp_path / "masks")
-    found = scan_directory(tmp_path / "images", recursive=True, excluded=[tmp_path / "images" / "masks"])
-    assert (found.images.names, found.bad_files) == (["a.png"], [])
+    scan = scan_directory(tmp_path / "images", recursive=True, excluded=[tmp_path / "images" / "masks"])
+    assert (scan.images.names, scan.bad_files) == (["a.png"], [])
 
 
 def test_folder_reachable_without_a_link_keeps_its_own_name(tmp_path: Path) -> None:
     touch(tmp_path, "b/deep/x.png")
     (tmp_path / "a").symlink_to(tmp_path / "b" / "deep")
-    found = scan_directory(tmp_path, recursive=True)
-    assert found.images.names == ["b/deep/x.png"]
-    assert [bad.path.name for bad in found.bad_files] == ["a"]
+    scan = scan_directory(tmp_path, recursive=True)
+    assert scan.images.names == ["b/deep/x.png"]
+    assert [bad.path.name for bad in scan.bad_files] == ["a"]
 
 
 def test_circular_link_is_reported_and_not_followed(tmp_path: Path) -> None:
     touch(tmp_path, "sub/a.png")
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
-    found = scan_directory(tmp_path, recursive=True)
-    assert found.images.names == ["sub/a.png"]
-    (bad,) = found.bad_files
+    scan = scan_directory(tmp_path, recursive=True)
+    assert scan.images.names == ["sub/a.png"]
+    (bad,) = scan.bad_files
     assert bad.path == tmp_path / "sub" / "up"
     assert bad.reason == "is a link to a folder that is already included"
 
@@ -110,16 +110,16 @@ def test_first_of_several_links_to_a_folder_is_followed(
         (tmp_path / "here" / link).symlink_to(tmp_path / "elsewhere")
     real = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: sorted(real(path), key=lambda entry: entry.name, reverse=backwards))
-    found = scan_directory(tmp_path / "here", recursive=True)
-    assert found.images.names == ["a.png", "first/x.png"]
-    assert [bad.path.name for bad in found.bad_files] == ["second", "third"]
+    scan = scan_directory(tmp_path / "here", recursive=True)
+    assert scan.images.names == ["a.png", "first/x.png"]
+    assert [bad.path.name for bad in scan.bad_files] == ["second", "third"]
 
 
 def test_linked_folder_outside_is_scanned(tmp_path: Path) -> None:
     touch(tmp_path, "elsewhere/b.png", "here/a.png")
     (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
-    found = scan_directory(tmp_path / "here", recursive=True)
-    assert (found.images.names, found.bad_files) == (["a.png", "link/b.png"], [])
+    scan = scan_directory(tmp_path / "here", recursive=True)
+    assert (scan.images.names, scan.bad_files) == (["a.png", "link/b.png"], [])
 
 
 @pytest.mark.parametrize("name", ["gone.png", "notes"])
@@ -140,10 +140,10 @@ def test_link_to_itself_is_reported(tmp_path: Path) -> None:
 def test_unreadable_folder_is_reported(tmp_path: Path) -> None:
     touch(tmp_path, "closed/a.png", "b.png")
     (tmp_path / "closed").chmod(0)
-    found = scan_directory(tmp_path, recursive=True)
+    scan = scan_directory(tmp_path, recursive=True)
     (tmp_path / "closed").chmod(0o755)
-    assert found.images.names == ["b.png"]
-    (bad,) = found.bad_files
+    assert scan.images.names == ["b.png"]
+    (bad,) = scan.bad_files
     assert (bad.path.name, bad.reason) == ("closed", "cannot be listed: Permission denied")
 
 
@@ -151,7 +151,7 @@ def test_links_share_a_file_identity_and_copies_do_not(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "c.png").symlink_to(tmp_path / "a.png")
     os.link(tmp_path / "a.png", tmp_path / "d.png")
-    first, second, third, fourth = scan_directory(tmp_path, recursive=False).images.same.tolist()
+    first, second, third, fourth = scan_directory(tmp_path, recursive=False).images.file_ids.tolist()
     assert first == third == fourth != second
 
 
@@ -183,4 +183,4 @@ def test_files_outside_the_folder_are_merged_in_order_and_missing_ones_skipped(t
     everything = scan_directory(tmp_path, recursive=True).images
     assert joined.names == everything.names == ["b.png", "sub/a.png", "z/c.png"]
     assert np.array_equal(joined.stamps, everything.stamps)
-    assert np.array_equal(joined.same, everything.same)
+    assert np.array_equal(joined.file_ids, everything.file_ids)

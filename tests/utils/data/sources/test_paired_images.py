@@ -13,15 +13,16 @@ from tests.utils.data.image_makers import left_half, quarters, save, save_turned
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.directory_index import DirectoryIndex, DirectoryIndexer, IndexSettings
 from utils.data.sources.image_rows import NO_ROW, ImageRows, unread_rows
-from utils.data.sources.paired_images import CONTROL, MASK, Kind, PairedImageTable, same_shape
+from utils.data.sources.paired_images import CONTROL, MASK, PairedImageKind, PairedImageTable, have_same_aspect_ratio
 from utils.data.sources.readers import Readers
 from utils.files.columns import Texts
 from utils.files.file_index import FileIndex
 
-ELSEWHERE = Path("elsewhere")
+IMAGE_FOLDER = Path("elsewhere")
+"""The folder of the images in messages; it does not exist."""
 
 
-def images(*names: str, size: tuple[int, int] = (48, 32)) -> ImageRows:
+def image_rows(*names: str, size: tuple[int, int] = (48, 32)) -> ImageRows:
     """Returns the rows of indexed images, all of one size."""
     zeros = np.zeros((len(names), 3), np.int64)
     rows = unread_rows(Texts.of(names), zeros, zeros, np.arange(len(names)))
@@ -38,15 +39,15 @@ def find(
     table: PairedImageTable, folder: Path, rows: ImageRows, *, recursive: bool = False
 ) -> tuple[list[Path | None], list[BadFile]]:
     """Returns the mask of each image, and the bad files."""
-    found, bad_files = table.find(folder, recursive, rows, lambda row: ELSEWHERE / rows.names[row])
+    paired_rows, bad_files = table.find(folder, recursive, rows, lambda row: IMAGE_FOLDER / rows.names[row])
     columns = table.columns()
-    return [columns.file(row).path if row != NO_ROW else None for row in found.tolist()], bad_files
+    return [columns.file(row).path if row != NO_ROW else None for row in paired_rows.tolist()], bad_files
 
 
 def reason_of(table: PairedImageTable, folder: Path, name: str) -> BadFile:
     """Returns the bad file that is reported for an image without a mask."""
-    found, (bad,) = find(table, folder, images(name))
-    assert found == [None]
+    masks, (bad,) = find(table, folder, image_rows(name))
+    assert masks == [None]
     return bad
 
 
@@ -55,19 +56,19 @@ def test_mask_has_the_name_of_its_image_with_any_suffix(tmp_path: Path, table: P
     mask = save(left_half(), tmp_path / f"fox.{suffix}")
     save(left_half(), tmp_path / "owl.png")
     (tmp_path / "fox.txt").write_text("no image")
-    assert find(table, tmp_path, images("fox.jpeg")) == ([mask], [])
+    assert find(table, tmp_path, image_rows("fox.jpeg")) == ([mask], [])
 
 
 def test_each_image_has_its_own_mask_in_any_order(tmp_path: Path, table: PairedImageTable) -> None:
     masks = {name: save(left_half(), tmp_path / f"{name}.png") for name in ("owl", "fox", "a.fox", "hen")}
-    found, bad_files = find(table, tmp_path, images("hen.jpg", "a.fox.jpg", "cow.jpg", "fox.jpg"))
+    found, bad_files = find(table, tmp_path, image_rows("hen.jpg", "a.fox.jpg", "cow.jpg", "fox.jpg"))
     assert found == [masks["hen"], masks["a.fox"], None, masks["fox"]]
-    assert [bad.path for bad in bad_files] == [ELSEWHERE / "cow.jpg"]
+    assert [bad.path for bad in bad_files] == [IMAGE_FOLDER / "cow.jpg"]
 
 
 def test_image_without_mask_is_bad_and_the_reason_suggests_a_fix(tmp_path: Path, table: PairedImageTable) -> None:
     bad = reason_of(table, tmp_path, "fox.png")
-    assert bad.path == ELSEWHERE / "fox.png"
+    assert bad.path == IMAGE_FOLDER / "fox.png"
     assert bad.reason == "has no mask: no file in mask_path has its name (a white image as mask trains on all pixels)"
 
 
@@ -91,14 +92,14 @@ def test_mask_with_another_aspect_ratio_is_reported_with_both_sizes(tmp_path: Pa
 
 def test_smaller_mask_of_the_same_aspect_ratio_fits(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save(left_half(24, 16), tmp_path / "fox.png")
-    assert find(table, tmp_path, images("fox.jpg")) == ([mask], [])
+    assert find(table, tmp_path, image_rows("fox.jpg")) == ([mask], [])
 
 
 def test_aspect_ratios_are_compared_after_exif_rotation(tmp_path: Path, table: PairedImageTable) -> None:
     mask = save_turned(left_half(48, 32), tmp_path / "fox.png", 6)
     with Image.open(mask) as stored:
         assert stored.size == (32, 48)
-    assert find(table, tmp_path, images("fox.jpg")) == ([mask], [])
+    assert find(table, tmp_path, image_rows("fox.jpg")) == ([mask], [])
 
 
 def test_damaged_mask_is_reported(tmp_path: Path, table: PairedImageTable) -> None:
@@ -112,9 +113,9 @@ def test_masks_of_images_in_subfolders_are_in_subfolders_of_the_same_name(tmp_pa
     (tmp_path / "wood").mkdir()
     (tmp_path / "yard").mkdir()
     masks = [save(left_half(), tmp_path / name / "fox.png") for name in ("wood", "yard")]
-    found, bad_files = find(table, tmp_path, images("fox.jpg", "wood/fox.jpg", "yard/fox.webp"), recursive=True)
+    found, bad_files = find(table, tmp_path, image_rows("fox.jpg", "wood/fox.jpg", "yard/fox.webp"), recursive=True)
     assert found == [None, *masks]
-    assert [bad.path for bad in bad_files] == [ELSEWHERE / "fox.jpg"]
+    assert [bad.path for bad in bad_files] == [IMAGE_FOLDER / "fox.jpg"]
 
 
 def test_masks_of_images_in_an_archive_are_in_a_folder_of_the_archive_s_name(
@@ -122,7 +123,7 @@ def test_masks_of_images_in_an_archive_are_in_a_folder_of_the_archive_s_name(
 ) -> None:
     (tmp_path / "zoo.tar").mkdir()
     mask = save(left_half(), tmp_path / "zoo.tar" / "fox.png")
-    assert find(table, tmp_path, images("zoo.tar/fox.jpg"), recursive=True) == ([mask], [])
+    assert find(table, tmp_path, image_rows("zoo.tar/fox.jpg"), recursive=True) == ([mask], [])
 
 
 def test_unused_masks_give_a_warning_after_all_directories_are_added(tmp_path: Path, table: PairedImageTable) -> None:
@@ -130,8 +131,8 @@ def test_unused_masks_give_a_warning_after_all_directories_are_added(tmp_path: P
         save(left_half(), tmp_path / name)
     (tmp_path / "notes.md").write_text("about masks")
     (tmp_path / "cow.png").write_bytes(b"nothing")
-    find(table, tmp_path, images("fox.jpg"))
-    find(table, tmp_path, images("owl.jpg"))
+    find(table, tmp_path, image_rows("fox.jpg"))
+    find(table, tmp_path, image_rows("owl.jpg"))
     assert table.warnings() == [f"{tmp_path}: 3 files are not the mask of any image: cow.png, hen.png, notes.md"]
 
 
@@ -151,19 +152,19 @@ def test_mask_folder_shared_by_several_directories_is_indexed_once(
         return real_index(self, folder, settings)
 
     monkeypatch.setattr(DirectoryIndexer, "index", index)
-    rows = images("owl.jpg", "fox.jpg")
+    rows = image_rows("owl.jpg", "fox.jpg")
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
     assert find(table, two, rows)[0] == [two / "owl.png", two / "fox.png"]
     assert find(table, one, rows)[0] == [one / "owl.png", one / "fox.png"]
     assert indexed == [one, two]
-    assert len(table.columns().paths) == len(table.columns().content) == 4
-    assert [stored.start for stored in table.stored_hashes(table.columns().content)] == [0, 2]
+    assert len(table.columns().paths) == len(table.columns().hashes) == 4
+    assert [stored.start for stored in table.stored_hashes(table.columns().hashes)] == [0, 2]
 
 
 @pytest.mark.parametrize("kind", [MASK, CONTROL])
-def test_without_folders_there_are_no_paired_images(readers: Readers, kind: Kind) -> None:
+def test_without_folders_there_are_no_paired_images(readers: Readers, kind: PairedImageKind) -> None:
     table = PairedImageTable(kind, DirectoryIndexer(readers, FileIndex(None)))
-    assert len(table.columns().paths) == len(table.columns().content) == 0
+    assert len(table.columns().paths) == len(table.columns().hashes) == 0
     assert table.warnings() == []
 
 
@@ -175,8 +176,8 @@ def test_without_folders_there_are_no_paired_images(readers: Readers, kind: Kind
 def test_scaling_and_rounding_keep_the_aspect_ratio(size: tuple[int, int], scale: float) -> None:
     for whole_number in (round, int):
         scaled = [max(1, whole_number(side * scale)) for side in size]
-        assert same_shape(scaled, size)
-        assert same_shape(size, scaled)
+        assert have_same_aspect_ratio(scaled, size)
+        assert have_same_aspect_ratio(size, scaled)
 
 
 @pytest.mark.parametrize(
@@ -184,5 +185,5 @@ def test_scaling_and_rounding_keep_the_aspect_ratio(size: tuple[int, int], scale
     [((4000, 2667), (2667, 4000)), ((512, 512), (512, 520)), ((640, 427), (320, 240)), ((90, 60), (60, 60))],
 )
 def test_different_aspect_ratios_are_distinguished(size: Sequence[int], other: Sequence[int]) -> None:
-    assert not same_shape(size, other)
-    assert not same_shape(other, size)
+    assert not have_same_aspect_ratio(size, other)
+    assert not have_same_aspect_ratio(other, size)

@@ -25,7 +25,7 @@ def content_of(name: str) -> bytes:
 
 
 def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
-    return {str(one.path).removeprefix(f"{path}/"): one.reason for one in bad}
+    return {str(bad_file.path).removeprefix(f"{path}/"): bad_file.reason for bad_file in bad}
 
 
 def write_table(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
@@ -49,8 +49,8 @@ def test_every_row_is_an_image_with_its_caption(tmp_path: Path, form: str) -> No
         "plain": [image["bytes"] for image in IMAGES],
     }
     path = write_table(tmp_path / "a.parquet", {"seed": range(5), "image": forms[form], "text": TEXTS})
-    found, column, bad = list_parquet(path, None, None)
-    assert found == [ArchiveEntry(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
+    entries, column, bad = list_parquet(path, None, None)
+    assert entries == [ArchiveEntry(str(row), row, 0, captions) for row, captions in enumerate(CAPTIONS)]
     assert column == "image" and bad == []
 
 
@@ -58,14 +58,14 @@ def test_configured_columns_or_the_first_usable_ones_are_read(tmp_path: Path) ->
     images = [b"x", b"y"]
     columns = {"path": ["p", "q"], "image": [1, 2], "bytes": images, "jpg": images, "prompt": ["a", "b"]}
     path = write_table(tmp_path / "a.parquet", {**columns, "caption": ["c", "d"], "mine": [["e", "f"], ["g"]]})
-    found, column, _ = list_parquet(path, None, None)
-    assert (column, [one.captions for one in found]) == ("jpg", [["c"], ["d"]])
-    found, column, _ = list_parquet(path, "bytes", "mine")
-    assert (column, [one.captions for one in found]) == ("bytes", [["e", "f"], ["g"]])
-    found, column, _ = list_parquet(path, "path", "prompt")
-    assert (column, found[1]) == ("path", ArchiveEntry("q", NOT_INSIDE, 0, ["b"]))
-    found, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": images}), None, None)
-    assert [one.captions for one in found] == [None, None]
+    entries, column, _ = list_parquet(path, None, None)
+    assert (column, [entry.captions for entry in entries]) == ("jpg", [["c"], ["d"]])
+    entries, column, _ = list_parquet(path, "bytes", "mine")
+    assert (column, [entry.captions for entry in entries]) == ("bytes", [["e", "f"], ["g"]])
+    entries, column, _ = list_parquet(path, "path", "prompt")
+    assert (column, entries[1]) == ("path", ArchiveEntry("q", NOT_INSIDE, 0, ["b"]))
+    entries, _, _ = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": images}), None, None)
+    assert [entry.captions for entry in entries] == [None, None]
 
 
 def test_rows_with_bytes_and_with_paths_are_distinguished(tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_rows_with_bytes_and_with_paths_are_distinguished(tmp_path: Path) -> Non
     images = [IMAGES[0], *only_paths, {"bytes": b"", "path": None}]
     for statistics in (True, False):
         path = write_table(tmp_path / "a.parquet", {"image": images}, write_statistics=statistics)
-        found, column, bad = list_parquet(path, None, None)
-        assert [(one.name, one.start) for one in found] == [("0", 0), ("sub/1.png", -1), ("2.png", -1), ("3", 3)]
+        entries, column, bad = list_parquet(path, None, None)
+        assert [(entry.name, entry.start) for entry in entries] == [("0", 0), ("sub/1.png", -1), ("2.png", -1), ("3", 3)]
         assert column == "image" and not bad
 
 
@@ -83,8 +83,8 @@ def test_rows_without_a_usable_image_or_caption_are_reported(tmp_path: Path) -> 
     texts = [["a"], ["b"], ["c"], [], ["d", None], ["e"]]
     for statistics in (True, False):
         path = write_table(tmp_path / "a.parquet", {"image": images, "text": texts}, write_statistics=statistics)
-        found, _, bad = list_parquet(path, None, None)
-        assert found == [ArchiveEntry("5", 5, 0, ["e"])]
+        entries, _, bad = list_parquet(path, None, None)
+        assert entries == [ArchiveEntry("5", 5, 0, ["e"])]
         assert reasons(bad, path) == {
             "row 0": "has no image",
             "row 1": "has no image",
@@ -92,8 +92,8 @@ def test_rows_without_a_usable_image_or_caption_are_reported(tmp_path: Path) -> 
             "row 3": "is an empty list: must be a string or a list of at least one",
             "row 4": "has null: must be a string or a list of strings",
         }
-    found, _, bad = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": [b"x", None, b"y"]}), None, None)
-    assert [one.start for one in found] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no image"}
+    entries, _, bad = list_parquet(write_table(tmp_path / "b.parquet", {"jpg": [b"x", None, b"y"]}), None, None)
+    assert [entry.start for entry in entries] == [0, 2] and reasons(bad, tmp_path / "b.parquet") == {"row 1": "has no image"}
 
 
 def test_wrong_columns_are_rejected_with_the_existing_ones(tmp_path: Path) -> None:
@@ -164,10 +164,12 @@ def test_unreadable_and_irregular_files_are_rejected(tmp_path: Path) -> None:
 def test_reader_process_lists_the_same_entries(tmp_path: Path, readers: Readers, image_column: str | None) -> None:
     images = [*IMAGES, None, {"bytes": None, "path": "sub/ä.png"}]
     path = write_table(tmp_path / "a.parquet", {"image": images, "text": [*TEXTS, "five", "six"]})
-    found, column, bad = readers.parquet(path, image_column, None).result()
+    entries, column, bad = readers.parquet(path, image_column, None).result()
     expected = list_parquet(path, image_column, None)
-    assert (found, column) == expected[:2] and [one.start for one in found] == [0, 1, 2, 3, 4, NOT_INSIDE]
-    assert [str(one) for one in bad] == [str(one) for one in expected[2]] == [f"{path}/row 5: has no image"]
+    assert (entries, column) == expected[:2] and [entry.start for entry in entries] == [0, 1, 2, 3, 4, NOT_INSIDE]
+    assert (
+        [str(bad_file) for bad_file in bad] == [str(bad_file) for bad_file in expected[2]] == [f"{path}/row 5: has no image"]
+    )
 
 
 def test_errors_from_a_reader_process_use_the_user_s_path(
@@ -180,7 +182,7 @@ def test_errors_from_a_reader_process_use_the_user_s_path(
     with pytest.raises(BadFile, match="^a.parquet: has no column 'word' with strings"):
         readers.parquet(Path("a.parquet"), None, "word").result()
     _, _, bad = readers.parquet(Path("a.parquet"), None, None).result()
-    assert [str(one) for one in bad] == ["a.parquet/row 1: has no image"]
+    assert [str(bad_file) for bad_file in bad] == ["a.parquet/row 1: has no image"]
 
 
 def test_damaged_footer_ends_only_a_reader_process(tmp_path: Path) -> None:
@@ -218,9 +220,9 @@ def test_table_that_kills_its_reader_is_reported_and_the_rest_is_used(
     folder = make_tiny_dataset(tmp_path / "images", 3)
     (folder / "a.parquet").write_bytes(b"any")
     with Readers(1) as pool:
-        found = Scan(pool)(folder)
-    assert len(found.examples) == 3
-    assert [str(bad) for bad in found.bad_files] == [f"{folder}/a.parquet: the process that read it died (signal 6)"]
+        dataset = Scan(pool)(folder)
+    assert len(dataset.examples) == 3
+    assert [str(bad) for bad in dataset.bad_files] == [f"{folder}/a.parquet: the process that read it died (signal 6)"]
 
 
 def test_listing_a_table_has_a_separate_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,7 @@ from PIL import Image
 
 from tests.utils.data.image_makers import left_half, noise, save
 from utils.data.buckets import Bucket, crop_box
-from utils.data.sources import decoding as images
-from utils.data.sources import reader_process, readers
+from utils.data.sources import decoding, reader_process, readers
 from utils.data.sources.decoding import BadFile
 from utils.data.sources.image_files import ImageFile
 from utils.data.sources.readers import Readers
@@ -71,12 +70,13 @@ def pool() -> Iterator[Readers]:
         yield readers
 
 
-def trap(path: Path, kind: str) -> ImageFile:
+def write_trap(path: Path, kind: str) -> ImageFile:
+    """Writes a file that crashes or hangs its decoder; see TRAPS."""
     path.write_bytes(kind.encode() + b" and no image")
     return ImageFile(path)
 
 
-def image(path: Path, shade: int = 0) -> ImageFile:
+def write_image(path: Path, shade: int = 0) -> ImageFile:
     """Writes an image; different shades give different contents."""
     return ImageFile(save(Image.eval(noise(), lambda value: (value + shade) % 256), path))
 
@@ -109,24 +109,24 @@ def has_ended(pid: int) -> bool:
 
 
 def test_pixels_equal_those_read_in_this_process(tmp_path: Path, pool: Readers) -> None:
-    file = image(tmp_path / "fox.png")
+    file = write_image(tmp_path / "fox.png")
     for flipped in (False, True):
         pixels = pool.pixels(file, BOX, flipped=flipped).result()
         assert pixels.dtype == np.uint8
         assert pixels.flags.writeable
-        assert np.array_equal(pixels, images.read_pixels(file, BOX, flipped=flipped))
+        assert np.array_equal(pixels, decoding.read_pixels(file, BOX, flipped=flipped))
 
 
 def test_masks_equal_those_read_in_this_process(tmp_path: Path, pool: Readers) -> None:
     file = ImageFile(save(left_half(50, 37), tmp_path / "mask.png"))
     mask = pool.mask(file, BOX, 8).result()
     assert mask.dtype == np.float32
-    assert np.array_equal(mask, images.read_mask(file, BOX, 8))
+    assert np.array_equal(mask, decoding.read_mask(file, BOX, 8))
 
 
 def test_sizes_and_hashes_are_in_file_order(tmp_path: Path, pool: Readers) -> None:
     files = [ImageFile(save(noise(20 + number, 30), tmp_path / f"{number}.png")) for number in range(20)]
-    files.insert(7, trap(tmp_path / "bad.png", "no trap"))
+    files.insert(7, write_trap(tmp_path / "bad.png", "no trap"))
     files.insert(9, ImageFile(tmp_path / "none.png"))
     sizes = pool.sizes(files).result()
     assert sizes[7] == "is not an image Pillow can read"
@@ -140,10 +140,10 @@ def test_sizes_and_hashes_are_in_file_order(tmp_path: Path, pool: Readers) -> No
 
 
 def test_concurrent_futures_return_their_own_results(tmp_path: Path, pool: Readers) -> None:
-    files = [image(tmp_path / f"{number}.png", number) for number in range(20)]
+    files = [write_image(tmp_path / f"{number}.png", number) for number in range(20)]
     futures = [pool.pixels(file, BOX) for file in files]
     for file, future in zip(files, futures, strict=True):
-        assert np.array_equal(future.result(), images.read_pixels(file, BOX))
+        assert np.array_equal(future.result(), decoding.read_pixels(file, BOX))
 
 
 def test_unreadable_image_is_reported_with_the_user_s_path(
@@ -151,36 +151,36 @@ def test_unreadable_image_is_reported_with_the_user_s_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadFile) as caught:
-        pool.pixels(trap(Path("bad.png"), "no trap"), BOX).result()
+        pool.pixels(write_trap(Path("bad.png"), "no trap"), BOX).result()
     assert str(caught.value) == "bad.png: is not an image Pillow can read"
     with pytest.raises(BadFile, match="^shard.tar/fox.png: cannot be read: "):
         pool.mask(ImageFile(Path("shard.tar"), "fox.png", 512, 100), BOX, 8).result()
 
 
 def test_archive_members_are_read(tmp_path: Path, pool: Readers) -> None:
-    content = image(tmp_path / "fox.png").read()
+    content = write_image(tmp_path / "fox.png").read()
     (tmp_path / "shard.tar").write_bytes(b"before" + content)
     member = ImageFile(tmp_path / "shard.tar", "fox.png", 6, len(content))
     assert pool.sizes([member]).result() == [(200, 150)]
     assert pool.hashes([member]).result() == [hashlib.blake2b(content, digest_size=16).digest()]
-    assert np.array_equal(pool.pixels(member, BOX).result(), images.read_pixels(member, BOX))
+    assert np.array_equal(pool.pixels(member, BOX).result(), decoding.read_pixels(member, BOX))
 
 
 def test_arbitrary_file_names_are_transmitted(tmp_path: Path, pool: Readers) -> None:
     for name in (b"\xff\xfe no UTF-8.png", "Füchse\n2.png".encode(), b"-c.png"):
-        assert pool.sizes([image(tmp_path / os.fsdecode(name))]).result() == [(200, 150)]
+        assert pool.sizes([write_image(tmp_path / os.fsdecode(name))]).result() == [(200, 150)]
 
 
 def test_program_error_is_not_attributed_to_an_image(tmp_path: Path, pool: Readers) -> None:
     with pytest.raises(RuntimeError, match="(?s)error in a reader process.*ValueError"):
-        pool.mask(image(tmp_path / "fox.png"), BOX, 0).result()
+        pool.mask(write_image(tmp_path / "fox.png"), BOX, 0).result()
 
 
 # --- processes ----------------------------------------------------------------------------------------------
 
 
 def test_processes_start_on_demand_and_end_on_close(tmp_path: Path) -> None:
-    file = image(tmp_path / "fox.png")
+    file = write_image(tmp_path / "fox.png")
     with Readers(3) as pool:
         assert workers() == []
         pool.sizes([file]).result()
@@ -192,11 +192,11 @@ def test_processes_start_on_demand_and_end_on_close(tmp_path: Path) -> None:
 
 
 def test_killed_process_is_detected_at_once(tmp_path: Path, traps: None) -> None:
-    good = [image(tmp_path / f"{number}.png", number) for number in range(4)]
+    good = [write_image(tmp_path / f"{number}.png", number) for number in range(4)]
     with Readers(2) as pool:
         pool.sizes(good).result()
         (worker,) = workers()
-        hanging = pool.pixels(trap(tmp_path / "hanging.png", "HANG"), BOX)
+        hanging = pool.pixels(write_trap(tmp_path / "hanging.png", "HANG"), BOX)
         wait_until("reading", 5.0, hanging.running)
         time.sleep(0.2)
         others = [pool.pixels(file, BOX) for file in good]
@@ -207,13 +207,13 @@ def test_killed_process_is_detected_at_once(tmp_path: Path, traps: None) -> None
         assert time.monotonic() - killed_at < 2
         assert str(caught.value) == f"{tmp_path / 'hanging.png'}: the process that read it died (signal 9)"
         for file, future in zip(good, others, strict=True):
-            assert np.array_equal(future.result(), images.read_pixels(file, BOX))
+            assert np.array_equal(future.result(), decoding.read_pixels(file, BOX))
 
 
 @pytest.mark.parametrize("what", ["sizes", "pixels"])
 def test_only_the_image_that_crashes_its_decoder_is_reported(tmp_path: Path, traps: None, what: str) -> None:
-    files = [image(tmp_path / f"{number}.png", number) for number in range(6)]
-    files[2:2] = [trap(tmp_path / "crash.png", "CRASH"), trap(tmp_path / "crash too.png", "CRASH")]
+    files = [write_image(tmp_path / f"{number}.png", number) for number in range(6)]
+    files[2:2] = [write_trap(tmp_path / "crash.png", "CRASH"), write_trap(tmp_path / "crash too.png", "CRASH")]
     died = "the process that read it died (signal 11)"
     with Readers(2) as pool:
         if what == "sizes":
@@ -229,7 +229,7 @@ def test_only_the_image_that_crashes_its_decoder_is_reported(tmp_path: Path, tra
 
 
 def test_image_is_not_reported_if_its_retry_succeeds(tmp_path: Path, traps: None) -> None:
-    files = [image(tmp_path / "fox.png"), trap(tmp_path / "once.png", "ONCE"), image(tmp_path / "owl.png")]
+    files = [write_image(tmp_path / "fox.png"), write_trap(tmp_path / "once.png", "ONCE"), write_image(tmp_path / "owl.png")]
     with Readers(1) as pool:
         assert pool.sizes(files).result() == [(200, 150), "is not an image Pillow can read", (200, 150)]
     assert (tmp_path / "mark").exists()
@@ -237,7 +237,7 @@ def test_image_is_not_reported_if_its_retry_succeeds(tmp_path: Path, traps: None
 
 @pytest.mark.parametrize("what", ["sizes", "pixels"])
 def test_image_that_exceeds_the_time_limit_is_reported(tmp_path: Path, traps: None, what: str) -> None:
-    files = [image(tmp_path / "fox.png"), trap(tmp_path / "slow.png", "HANG"), image(tmp_path / "owl.png")]
+    files = [write_image(tmp_path / "fox.png"), write_trap(tmp_path / "slow.png", "HANG"), write_image(tmp_path / "owl.png")]
     reason = "took longer than 1 s to read"
     with Readers(1, limit_seconds=1.0) as pool:
         if what == "sizes":
@@ -251,7 +251,7 @@ def test_image_that_exceeds_the_time_limit_is_reported(tmp_path: Path, traps: No
 
 
 def test_killed_idle_process_is_not_attributed_to_an_image(tmp_path: Path, pool: Readers) -> None:
-    file = image(tmp_path / "fox.png")
+    file = write_image(tmp_path / "fox.png")
     pool.sizes([file]).result()
     (worker,) = workers()
     worker.kill()
@@ -261,7 +261,7 @@ def test_killed_idle_process_is_not_attributed_to_an_image(tmp_path: Path, pool:
 
 def test_interrupt_does_not_end_a_reader(tmp_path: Path, pool: Readers) -> None:
     """Ctrl-C is sent to the foreground process group of a terminal, to which readers do not belong."""
-    file = image(tmp_path / "fox.png")
+    file = write_image(tmp_path / "fox.png")
     pool.sizes([file]).result()
     (worker,) = workers()
     assert os.getpgid(worker.pid) != os.getpgid(0)
@@ -272,7 +272,7 @@ def test_interrupt_does_not_end_a_reader(tmp_path: Path, pool: Readers) -> None:
 
 def test_close_cancels_pending_reads(tmp_path: Path, traps: None) -> None:
     pool = Readers(1)
-    futures = [pool.pixels(trap(tmp_path / "slow.png", "HANG"), BOX) for _ in range(5)]
+    futures = [pool.pixels(write_trap(tmp_path / "slow.png", "HANG"), BOX) for _ in range(5)]
     wait_until("starting", 5.0, workers)
     started_at = time.monotonic()
     pool.close()
@@ -305,7 +305,7 @@ time.sleep(60)
 @pytest.mark.parametrize("how", ["kill", "exit"])
 def test_no_reader_outlives_its_parent(tmp_path: Path, traps: None, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Neither an idle reader nor one that hangs at an image."""
-    paths = [str(image(tmp_path / "fox.png").path), str(trap(tmp_path / "slow.png", "HANG").path)]
+    paths = [str(write_image(tmp_path / "fox.png").path), str(write_trap(tmp_path / "slow.png", "HANG").path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
     with subprocess.Popen([sys.executable, "-c", PARENT, *paths, how], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -324,7 +324,7 @@ def test_readers_start_from_any_working_directory(tmp_path: Path, monkeypatch: p
     (tmp_path / "utils").mkdir()
     (tmp_path / "utils" / "__init__.py").write_text("raise ImportError('not this one')")
     (tmp_path / "elsewhere").mkdir()
-    image(tmp_path / "fox.png")
+    write_image(tmp_path / "fox.png")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     with Readers(1) as pool:
@@ -334,7 +334,7 @@ def test_readers_start_from_any_working_directory(tmp_path: Path, monkeypatch: p
 
 
 def test_failed_reader_start_reports_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = image(tmp_path / "fox.png")
+    file = write_image(tmp_path / "fox.png")
     broken = tmp_path / "broken" / "utils" / "data" / "sources"
     broken.mkdir(parents=True)
     (broken / "reader_process.py").write_text("import a_module_that_is_not_there")
@@ -353,5 +353,5 @@ def test_reader_does_not_import_torch() -> None:
     """Importing torch takes as much time and memory as reading twenty images."""
     module = "utils.data.sources.reader_process"
     code = f"import sys, {module}; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert completed.stdout == "[]\n"

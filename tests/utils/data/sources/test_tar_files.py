@@ -42,13 +42,13 @@ def write_tar(
 
 
 def captions_in(path: Path, *, caption_per_line: bool = False) -> dict[str, list[str] | None]:
-    found, bad, others = list_tar(path, caption_per_line=caption_per_line)
+    entries, bad, others = list_tar(path, caption_per_line=caption_per_line)
     assert not bad and not others
-    return {image.name: image.captions for image in found}
+    return {image.name: image.captions for image in entries}
 
 
 def reasons(bad: Sequence[BadFile], path: Path) -> dict[str, str]:
-    return {str(one.path).removeprefix(f"{path}/"): one.reason for one in bad}
+    return {str(bad_file.path).removeprefix(f"{path}/"): bad_file.reason for bad_file in bad}
 
 
 @pytest.mark.parametrize("tar_format", FORMATS)
@@ -57,10 +57,10 @@ def test_entry_position_contains_the_member_s_bytes(tmp_path: Path, tar_format: 
     names += [LONG] if tar_format != "ustar" else []
     members = {name: content_of(name) if name != "empty.bmp" else b"" for name in names}
     path = write_tar(tmp_path / "a.tar", members, FORMATS[tar_format])
-    found, bad, others = list_tar(path, caption_per_line=False)
+    entries, bad, others = list_tar(path, caption_per_line=False)
     whole = path.read_bytes()
-    assert {one.name: whole[one.start : one.start + one.length] for one in found} == members
-    assert [one.name for one in found] == names and not bad and not others
+    assert {entry.name: whole[entry.start : entry.start + entry.length] for entry in entries} == members
+    assert [entry.name for entry in entries] == names and not bad and not others
 
 
 def test_captions_are_found_by_name_and_sample_anywhere_in_the_archive(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_each_line_is_a_caption_with_caption_per_line(tmp_path: Path) -> None:
 
 def test_only_members_without_an_image_are_listed_as_unused(tmp_path: Path) -> None:
     names = ["a.jpg", "a.cls", "a.emb.npy", "b.txt", "c/a.cls", "README", ".hidden.jpg", "d/._a.jpg", "e.json"]
-    found, bad, others = list_tar(write_tar(tmp_path / "a.tar", names), caption_per_line=False)
-    assert [one.name for one in found] == ["a.jpg"] and not bad
+    entries, bad, others = list_tar(write_tar(tmp_path / "a.tar", names), caption_per_line=False)
+    assert [entry.name for entry in entries] == ["a.jpg"] and not bad
     assert others == ["b.txt", "c/a.cls", "README", "e.json"]
 
 
@@ -129,8 +129,8 @@ def test_unusable_members_are_reported_with_the_reason(tmp_path: Path) -> None:
         "/abs/f.txt": b"\xff",
     }
     path = write_tar(tmp_path / "a.tar", members)
-    found, bad, others = list_tar(path, caption_per_line=False)
-    assert [one.name for one in found] == ["a.jpg"] and not others
+    entries, bad, others = list_tar(path, caption_per_line=False)
+    assert [entry.name for entry in entries] == ["a.jpg"] and not others
     assert reasons(bad, path) == {
         "a.seg.png": "shares its name up to the first dot with 'a.jpg': a sample can have only one image",
         "b.txt": "is not UTF-8: byte 3 is 0xe9",
@@ -146,8 +146,8 @@ def test_duplicate_member_counts_once(tmp_path: Path) -> None:
     with tarfile.open(path, "w:") as tar:
         for name in ("a.jpg", "a.txt", "a.jpg", "a.txt"):
             tar.addfile(tarfile.TarInfo(name))
-    found, bad, _ = list_tar(path, caption_per_line=False)
-    assert len(found) == 1 and [one.path.name for one in bad] == ["a.jpg", "a.txt"]
+    entries, bad, _ = list_tar(path, caption_per_line=False)
+    assert len(entries) == 1 and [bad_file.path.name for bad_file in bad] == ["a.jpg", "a.txt"]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_duplicate_member_counts_once(tmp_path: Path) -> None:
 )
 def test_members_that_are_not_regular_files_are_rejected(tmp_path: Path, kind: bytes, reason: str) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b""}, type=kind, linkname="other.jpg")
-    found, bad, _ = list_tar(path, caption_per_line=False)
-    assert found == [] and reasons(bad, path) == {"a.jpg": reason}
+    entries, bad, _ = list_tar(path, caption_per_line=False)
+    assert entries == [] and reasons(bad, path) == {"a.jpg": reason}
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="requires the program tar")
@@ -176,8 +176,8 @@ def test_sparse_members_are_rejected_and_later_ones_are_found(tmp_path: Path, ve
     (tmp_path / "b.jpg").write_bytes(b"whole")
     path, form = tmp_path / "a.tar", version.split()
     subprocess.run(["tar", "--sparse", "--format", *form, "-cf", path, "-C", tmp_path, "a.jpg", "b.jpg"], check=True)
-    found, bad, _ = list_tar(path, caption_per_line=False)
-    assert [path.read_bytes()[one.start : one.start + one.length] for one in found] == [b"whole"]
+    entries, bad, _ = list_tar(path, caption_per_line=False)
+    assert [path.read_bytes()[entry.start : entry.start + entry.length] for entry in entries] == [b"whole"]
     assert reasons(bad, path) == {"a.jpg": "is stored as a sparse file, which cannot be read in place"}
 
 
@@ -189,15 +189,17 @@ def test_folders_are_ignored(tmp_path: Path) -> None:
 def test_truncated_tar_gives_the_images_before_the_cut(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{index}/{LONG}": b"x" * 700 for index in range(4)}, tarfile.PAX_FORMAT)
     expected, whole = list_tar(path, caption_per_line=False)[0], path.read_bytes()
-    end = max(one.start + one.length for one in expected)
-    for cut in [*range(512, end + 1200, 64), *(one.start + one.length for one in expected)]:
+    end = max(entry.start + entry.length for entry in expected)
+    for cut in [*range(512, end + 1200, 64), *(entry.start + entry.length for entry in expected)]:
         path.write_bytes(whole[:cut])
-        found, bad, _ = list_tar(path, caption_per_line=False)
-        complete = [one for one in expected if one.start + one.length <= cut]
-        assert found == complete, cut
+        entries, bad, _ = list_tar(path, caption_per_line=False)
+        complete = [entry for entry in expected if entry.start + entry.length <= cut]
+        assert entries == complete, cut
         has_end_marker = cut >= -(-end // 512) * 512 + 512
-        assert [one.reason for one in bad] == ([] if has_end_marker else [f"is truncated after {len(complete)} images"]), cut
-        assert all(one.path == path for one in bad)
+        assert [bad_file.reason for bad_file in bad] == (
+            [] if has_end_marker else [f"is truncated after {len(complete)} images"]
+        ), cut
+        assert all(bad_file.path == path for bad_file in bad)
 
 
 def test_damaged_header_is_reported(tmp_path: Path) -> None:
@@ -206,18 +208,18 @@ def test_damaged_header_is_reported(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[place + 3] ^= 1
     path.write_bytes(damaged)
-    found, bad, _ = list_tar(path, caption_per_line=False)
-    assert [one.name for one in found] == ["a.jpg"]
-    assert [one.reason for one in bad] == [f"is damaged at byte {place} after 1 images"]
+    entries, bad, _ = list_tar(path, caption_per_line=False)
+    assert [entry.name for entry in entries] == ["a.jpg"]
+    assert [bad_file.reason for bad_file in bad] == [f"is damaged at byte {place} after 1 images"]
 
 
 def test_data_after_the_end_marker_is_reported(tmp_path: Path) -> None:
     first, second = write_tar(tmp_path / "a.tar", ["a.jpg"]), write_tar(tmp_path / "b.tar", ["b.jpg"])
     end = list_tar(first, caption_per_line=False)[0][0].start + 512
     first.write_bytes(first.read_bytes() + second.read_bytes())
-    found, bad, _ = list_tar(first, caption_per_line=False)
-    assert [one.name for one in found] == ["a.jpg"]
-    assert [one.reason for one in bad] == [
+    entries, bad, _ = list_tar(first, caption_per_line=False)
+    assert [entry.name for entry in entries] == ["a.jpg"]
+    assert [bad_file.reason for bad_file in bad] == [
         f"has an end marker at byte {end} and more data after it, which is not read (joined by cat?), after 1 images"
     ]
 
@@ -234,14 +236,14 @@ def test_impossible_sizes_neither_hang_nor_exhaust_memory(tmp_path: Path, size: 
     path = tmp_path / "a.tar"
     path.write_bytes(header_of(0) + header_of(size, kind) + header_of(0) + bytes(1024))
     _, bad, _ = list_tar(path, caption_per_line=False)
-    assert len(bad) >= 1 and all("\n" not in one.reason for one in bad)
+    assert len(bad) >= 1 and all("\n" not in bad_file.reason for bad_file in bad)
 
 
 def test_endless_extension_headers_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(header_of(0) + header_of(0, tarfile.GNUTYPE_LONGNAME) * 20_000 + bytes(1024))
     _, bad, _ = list_tar(path, caption_per_line=False)
-    assert [one.reason for one in bad] == ["is damaged at byte 512 after 1 images"]
+    assert [bad_file.reason for bad_file in bad] == ["is damaged at byte 512 after 1 images"]
 
 
 @pytest.mark.parametrize(
@@ -296,8 +298,8 @@ def test_listing_reads_only_headers_and_captions(tmp_path: Path, monkeypatch: py
     num_read: list[int] = []
     monkeypatch.setattr(os, "pread", count_bytes(os.pread, num_read))
     monkeypatch.setattr(tar_files._HeaderFile, "read", count_bytes(tar_files._HeaderFile.read, num_read))
-    found, bad, _ = list_tar(path, caption_per_line=False)
-    assert len(found) == num_samples and not bad and found[-1].captions == ["a fox"]
+    entries, bad, _ = list_tar(path, caption_per_line=False)
+    assert len(entries) == num_samples and not bad and entries[-1].captions == ["a fox"]
     assert 2 * num_samples * 512 <= sum(num_read) < 2 * num_samples * 600
 
 
