@@ -78,13 +78,18 @@ def state_text(step: int, identity: Mapping[str, Any], events: Mapping[str, dict
 
 def identity_errors(saved: SavedState, identity: dict[str, Any]) -> list[str]:
     """Why a run of `identity` cannot resume from a checkpoint: one line for each difference."""
-    different = [key for key, value in identity.items() if saved.identity.get(key) != value]
+    # Some entries, such as parameter groups, are present only if they are configured: compare those of either side.
+    different = [key for key in {**identity, **saved.identity} if saved.identity.get(key) != identity.get(key)]
     return [
         (
             f"the weights file of the network is not the one that {saved.folder} was trained from"
             if key == NETWORK_FILES
-            else f"{key} was {saved.identity.get(key)!r} in {saved.folder} and is {identity[key]!r} now"
+            else f"{key} was {_shown(saved.identity, key)} in {saved.folder} and is {_shown(identity, key)} now"
         )
         + "; resuming would be a different training"
         for key in different
     ]
+
+
+def _shown(identity: Mapping[str, Any], key: str) -> str:
+    return repr(identity[key]) if key in identity else "not set"

@@ -21,6 +21,8 @@ from utils.trainable.name_lists import shortened
 from utils.trainable.peft_layers import PARAMETER_SUFFIXES, collect, inject
 from utils.trainable.targets import LoraTargets
 
+ARCHITECTURE = "modelspec.architecture"
+"""Header entry that names the network; for an adapter with "/lora" at its end."""
 Convert = Callable[[Mapping[str, ModuleAdapter]], dict[str, Tensor]]
 """Native module name -> adapter, to the tensors of a file by key."""
 
@@ -101,7 +103,7 @@ class LoraTraining:
     def export_files(self, formats: Sequence[ExportFormat]) -> list[ExportFile]:
         """Native: the keys that ComfyUI and sd-scripts read. diffusers: its own keys, without alpha."""
         name = self.settings.type
-        architecture = {key: f"{value}/lora" for key, value in self.family.export_metadata().items()}
+        architecture = {ARCHITECTURE: f"{self.family.export_metadata()[ARCHITECTURE]}/lora"}
         native = functools.partial(_tensors, self.family.native_adapter)
         diffusers = functools.partial(_tensors, self.family.diffusers_adapter)
         files = {

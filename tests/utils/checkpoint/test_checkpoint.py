@@ -63,6 +63,16 @@ def test_every_difference_of_identity_is_reported_with_both_values(tmp_path: Pat
     assert "adapter was 'none'" in errors[1]
 
 
+def test_entry_of_one_identity_only_is_a_difference(tmp_path: Path) -> None:
+    """Parameter groups, say: a checkpoint with them is not resumed without them, nor the reverse."""
+    groups = {"optimizer.groups": [["biases", ".*bias"]]}
+    shown = "[['biases', '.*bias']]"
+    (removed,) = identity_errors(SavedState(tmp_path, 1, {**IDENTITY, **groups}), IDENTITY)
+    (added,) = identity_errors(SavedState(tmp_path, 1, IDENTITY), {**IDENTITY, **groups})
+    assert removed.startswith(f"optimizer.groups was {shown} in {tmp_path} and is not set now")
+    assert added.startswith(f"optimizer.groups was not set in {tmp_path} and is {shown} now")
+
+
 @pytest.mark.parametrize("text", ["{ half a", "[]", "{}", '{"format": 99, "step": 1, "identity": {}}'])
 def test_damaged_checkpoint_is_an_error_with_its_folder(tmp_path: Path, text: str) -> None:
     folder = make_checkpoint(tmp_path, 10)

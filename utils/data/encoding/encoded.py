@@ -23,7 +23,7 @@ from utils.data.sources.decoding import PIXELS_VERSION
 
 
 def latents_key(file_hash: bytes, geometry: str, *, flipped: bool = False) -> bytes:
-    """Returns the key of an image's or control image's latents. geometry: CropBox.key(). file_hash: of the file's bytes."""
+    """The key of the latents of an image or control image. geometry: CropBox.key(). file_hash: of the file's bytes."""
     return content_key(file_hash.hex(), geometry + FLIPPED_SUFFIX if flipped else geometry, f"pixels {PIXELS_VERSION}")
 
 
