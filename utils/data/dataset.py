@@ -49,11 +49,11 @@ def resolution_errors(config: DatasetConfig, latent: LatentSpec) -> list[tuple[s
     errors: list[tuple[str, str]] = []
     for index, directory in enumerate(config.directory):
         is_own = directory.resolutions != config.resolutions
-        place = f"directory[{index}].resolutions" if is_own else "resolutions"
+        key = f"directory[{index}].resolutions" if is_own else "resolutions"
         for number, resolution in enumerate(directory.resolutions):
             message = _resolution_error(directory, resolution, latent)
-            if message is not None and (f"{place}[{number}]", message) not in errors:
-                errors.append((f"{place}[{number}]", message))
+            if message is not None and (f"{key}[{number}]", message) not in errors:
+                errors.append((f"{key}[{number}]", message))
     return errors
 
 
@@ -73,14 +73,14 @@ def directory_errors(config: DatasetConfig) -> list[tuple[str, str]]:
     """Returns missing folders, and folders used for two purposes, as (key, message)."""
     errors = []
     for index, entry in enumerate(config.directory):
-        place = f"directory[{index}]"
+        table = f"directory[{index}]"
         if not _is_source(entry.path):
-            errors.append((f"{place}.path", f"{entry.path} is neither a folder nor a .tar or .parquet file"))
+            errors.append((f"{table}.path", f"{entry.path} is neither a folder nor a .tar or .parquet file"))
         for key, folder in (("mask_path", entry.mask_path), ("control_path", entry.control_path)):
             if folder is not None and not folder.is_dir():
-                errors.append((f"{place}.{key}", f"{folder} is not a folder"))
+                errors.append((f"{table}.{key}", f"{folder} is not a folder"))
             if folder is not None and folder.resolve() == entry.path.resolve():
-                errors.append((f"{place}.{key}", "must be a different folder than path"))
+                errors.append((f"{table}.{key}", "must be a different folder than path"))
     return errors
 
 

@@ -131,7 +131,7 @@ class ExampleTable(Sequence[Example]):
         control, control_hash = paired_image_of(images.control, image, self.controls)
         first, last = images.first_caption[image : image + 2].tolist()
         return Example(
-            key=f"{directory.place}/{name}",
+            key=f"{directory.key_prefix}/{name}",
             image=self.file(image),
             captions=tuple(images.captions[number] for number in range(first, last)),
             box=self._box(image, self.buckets[bucket], directory, name),
@@ -151,7 +151,7 @@ class ExampleTable(Sequence[Example]):
 
     def name_of(self, image: int) -> str:
         """Returns the part of an example's key before its resolution, for a row of `images`."""
-        return f"{self.directories[self.images.directory[image]].place}/{self.images.names[image]}"
+        return f"{self.directories[self.images.directory[image]].key_prefix}/{self.images.names[image]}"
 
     def file(self, image: int) -> ImageFile:
         """Returns the location of an image's bytes, for a row of `images`."""

@@ -21,8 +21,8 @@ _NO_HASH = bytes(HASH_BYTES)
 class Directory:
     """The settings shared by all examples of one [[directory]]."""
 
-    place: str
-    """Number of the directory in its dataset file, "0"; "eval/faces/0" in an evaluation set. Prefix of example keys."""
+    key_prefix: str
+    """First part of its examples' keys: its number in the dataset file ("0"), in an evaluation set "eval/faces/0"."""
     path: str
     resolutions: tuple[int, ...]
     repeats: float

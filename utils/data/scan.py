@@ -55,7 +55,7 @@ class _Scanner:
         self._paired_images = {kind: PairedImageTable(kind, indexer) for kind in (MASK, CONTROL)}
         self._enlarged: list[np.ndarray] = []
 
-    def add(self, directory: DirectoryConfig, place: str) -> None:
+    def add(self, directory: DirectoryConfig, key_prefix: str) -> None:
         settings = IndexSettings(
             directory.recursive,
             directory.caption_per_line,
@@ -68,7 +68,7 @@ class _Scanner:
         self._dataset.bad_files.extend(index.bad_files)
         self._dataset.warnings.extend(index.warnings)
         number = len(self._directories)
-        self._directories.append(_directory_of(directory, place))
+        self._directories.append(_directory_of(directory, key_prefix))
         num_examples = sum(map(len, self._rows))
         for part in index.parts:
             self._add_part(part, number, directory)
@@ -177,18 +177,18 @@ class _Scanner:
         if len(enlarged):
             examples = first_few([images.names[int(row)] for row in enlarged[:6]], total=len(enlarged))
             warnings.append(f"{len(enlarged)} images are smaller than their bucket and are enlarged: {examples}")
-        stored = [StoredHashes(images.hashes, *place) for place in self._tables]
+        stored = [StoredHashes(images.hashes, *part) for part in self._tables]
         stored += [*masks.stored_hashes(table.masks.hashes), *controls.stored_hashes(table.controls.hashes)]
         return replace(self._dataset, examples=table, warnings=warnings, stored_hashes=stored)
 
 
-def _directory_of(directory: DirectoryConfig, place: str) -> Directory:
+def _directory_of(directory: DirectoryConfig, key_prefix: str) -> Directory:
     """Returns the settings shared by the examples of a directory."""
     shuffle = None
     if directory.cache_shuffle_num > 1:
         shuffle = TagShuffle(directory.cache_shuffle_num, directory.cache_shuffle_delimiter, directory.keep_tokens)
     return Directory(
-        place=place,
+        key_prefix=key_prefix,
         path=str(directory.path),
         resolutions=tuple(directory.resolutions),
         repeats=directory.num_repeats,

@@ -15,7 +15,7 @@ from utils.data.sources.image_rows import NO_ROW, PairedImages, group_offsets
 from utils.files.columns import Texts
 
 DIRECTORY = Directory(
-    place="0",
+    key_prefix="0",
     path="images",
     resolutions=(32,),
     repeats=1,

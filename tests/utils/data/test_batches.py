@@ -223,7 +223,7 @@ def test_the_examples_with_an_extra_draw_depend_on_the_seed() -> None:
 def test_no_two_draws_of_an_epoch_are_the_same(repeats: float, epoch: int) -> None:
     """Otherwise a repeat would have the noise and timestep of an earlier draw."""
     images = images_of({SQUARE: 5, TALL: 1}, replace(DIRECTORY, repeats=repeats))
-    images += images_of({SQUARE: 3}, replace(DIRECTORY, place="1", repeats=1.5))
+    images += images_of({SQUARE: 3}, replace(DIRECTORY, key_prefix="1", repeats=1.5))
     batches = epoch_of(BatchOrder(table_of(images), 16, seed=0), epoch)
     draws = [(draw.example.key, draw.epoch, draw.occurrence) for batch in batches for draw in batch]
     assert len(set(draws)) == len(draws)
@@ -234,7 +234,7 @@ def test_no_two_draws_of_an_epoch_are_the_same(repeats: float, epoch: int) -> No
 
 
 def test_an_example_with_many_repeats_has_exactly_that_many_draws() -> None:
-    images = images_of({SQUARE: 4}) + images_of({SQUARE: 1}, replace(DIRECTORY, place="1", repeats=8))
+    images = images_of({SQUARE: 4}) + images_of({SQUARE: 1}, replace(DIRECTORY, key_prefix="1", repeats=8))
     counts = Counter(keys(epoch_of(BatchOrder(table_of(images), 4, seed=0), 0)))
     assert counts["1/32x32-0.png@32"] == 8
     assert set(counts.values()) == {1, 8}
@@ -243,8 +243,8 @@ def test_an_example_with_many_repeats_has_exactly_that_many_draws() -> None:
 def test_directories_with_different_repeats_share_a_bucket() -> None:
     images = [
         image
-        for place, repeats in enumerate((0.5, 1, 2.5))
-        for image in images_of({SQUARE: 4}, replace(DIRECTORY, place=str(place), repeats=repeats))
+        for number, repeats in enumerate((0.5, 1, 2.5))
+        for image in images_of({SQUARE: 4}, replace(DIRECTORY, key_prefix=str(number), repeats=repeats))
     ]
     order = BatchOrder(table_of(images), 2, seed=0)
     assert order.num_fillers == 0

@@ -153,8 +153,8 @@ def test_paired_images_must_be_in_a_separate_existing_folder(tmp_path: Path, key
     (tmp_path / "link").symlink_to(images)
 
     def error(folder: Path) -> str:
-        ((place, message),) = directory_errors(config_of(directory=[{"path": images, key: folder}]))
-        assert place == f"directory[0].{key}"
+        ((error_key, message),) = directory_errors(config_of(directory=[{"path": images, key: folder}]))
+        assert error_key == f"directory[0].{key}"
         return message
 
     assert error(tmp_path / "none") == f"{tmp_path / 'none'} is not a folder"

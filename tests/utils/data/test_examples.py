@@ -31,7 +31,7 @@ SHUFFLE = TagShuffle(2, ", ", 1)
 PLAIN = replace(DIRECTORY, path="/data/plain", resolutions=(32, 64))
 SPECIAL = replace(
     DIRECTORY,
-    place="eval/faces/1",
+    key_prefix="eval/faces/1",
     path=f"/data/{os.fsdecode(bytes([0xFE]))}",
     repeats=2.5,
     loss_weight=0.5,
@@ -40,7 +40,7 @@ SPECIAL = replace(
     skip_bad=True,
     shuffle=SHUFFLE,
 )
-SINGLE_ARCHIVE = replace(DIRECTORY, place="2", path="/data/zoo.tar")
+SINGLE_ARCHIVE = replace(DIRECTORY, key_prefix="2", path="/data/zoo.tar")
 
 
 def digest(number: int) -> bytes:
@@ -90,12 +90,12 @@ def expected_examples() -> list[Example]:
         image_hash=digest(1),
         mask_hash=digest(22),
     )
-    place = fraction(0, "crop", f"{NON_UTF8_NAME}@32")
+    crop_position = fraction(0, "crop", f"{NON_UTF8_NAME}@32")
     special = Example(
         f"eval/faces/1/{NON_UTF8_NAME}@32",
         ImageFile(Path(SPECIAL.path) / NON_UTF8_NAME),
         ("x, y, z",),
-        crop_box(100, 16, WIDE, place),
+        crop_box(100, 16, WIDE, crop_position),
         repeats=2.5,
         mask=ImageFile(Path(f"/masks/{NON_UTF8_NAME}")),
         control=ImageFile(Path("/control/c.png")),
@@ -151,7 +151,13 @@ def test_accessors_agree_with_the_examples() -> None:
     table, examples = mixed_table(), expected_examples()
     assert [table.box(index) for index in range(len(table))] == [example.box for example in examples]
     assert table.repeats.tolist() == [example.repeats for example in examples]
-    assert [table.directory_of(index).place for index in range(len(table))] == ["0", "0", "0", *["eval/faces/1"] * 2, "2"]
+    assert [table.directory_of(index).key_prefix for index in range(len(table))] == [
+        "0",
+        "0",
+        "0",
+        *["eval/faces/1"] * 2,
+        "2",
+    ]
     assert [table.name_of(image) for image in (0, 2, 4)] == ["0/fox.png", f"eval/faces/1/{NON_UTF8_NAME}", "2/b/cow.png"]
     assert table.num_images == 5
     assert table.bucket_counts() == {SQUARE: 2, WIDE: 2, LARGE: 2}
@@ -230,7 +236,7 @@ def test_random_crops_are_uniform_and_other_crops_centered() -> None:
 def test_random_crop_depends_only_on_name_and_resolution() -> None:
     """Moving a directory, in its dataset file or on disk, does not re-encode it."""
     lefts = crops(replace(DIRECTORY, random_crop=True))
-    assert crops(replace(DIRECTORY, random_crop=True, place="7", path="/elsewhere", repeats=3)) == lefts
+    assert crops(replace(DIRECTORY, random_crop=True, key_prefix="7", path="/elsewhere", repeats=3)) == lefts
     both = table_of([ImageSpec(size=(96, 32), directory=replace(DIRECTORY, random_crop=True, resolutions=(32, 48)))])
     assert both[0].box != both[1].box
 

@@ -30,5 +30,5 @@ class TagShuffle:
         kept, moved = tags[: self.keep_tokens], tags[self.keep_tokens :]
         if number == 0 or len(moved) < 2:
             return caption
-        places = randomness.permutation(0, "tag order", caption, number, length=len(moved))
-        return self.delimiter.join([*kept, *(moved[place] for place in places)])
+        positions = randomness.permutation(0, "tag order", caption, number, length=len(moved))
+        return self.delimiter.join([*kept, *(moved[position] for position in positions)])

@@ -191,10 +191,10 @@ def test_damaged_footer_ends_only_a_reader_process(tmp_path: Path) -> None:
     start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     num_rejected = 0
     with Readers(1) as pool:
-        for place in range(start, len(whole), 4):
+        for position in range(start, len(whole), 4):
             damaged = bytearray(whole)
-            damaged[place] ^= 0x10
-            path = tmp_path / f"{place}.parquet"
+            damaged[position] ^= 0x10
+            path = tmp_path / f"{position}.parquet"
             path.write_bytes(damaged)
             try:
                 pool.parquet(path, None, None).result()

@@ -169,8 +169,8 @@ def test_members_that_are_not_regular_files_are_rejected(tmp_path: Path, kind: b
 @pytest.mark.parametrize("version", ["gnu", *(f"pax --sparse-version={number}" for number in ("0.0", "0.1", "1.0"))])
 def test_sparse_members_are_rejected_and_later_ones_are_found(tmp_path: Path, version: str) -> None:
     with (tmp_path / "a.jpg").open("wb") as file:
-        for place in (0, 2**20, 2**22):
-            file.seek(place)
+        for position in (0, 2**20, 2**22):
+            file.seek(position)
             file.write(b"a fox")
         file.truncate(2**23)
     (tmp_path / "b.jpg").write_bytes(b"whole")
@@ -204,13 +204,13 @@ def test_truncated_tar_gives_the_images_before_the_cut(tmp_path: Path) -> None:
 
 def test_damaged_header_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", ["a.jpg", "b.jpg", "c.jpg"], tarfile.USTAR_FORMAT)
-    place = list_tar(path, caption_per_line=False)[0][1].start - 512
+    header_start = list_tar(path, caption_per_line=False)[0][1].start - 512
     damaged = bytearray(path.read_bytes())
-    damaged[place + 3] ^= 1
+    damaged[header_start + 3] ^= 1
     path.write_bytes(damaged)
     entries, bad, _ = list_tar(path, caption_per_line=False)
     assert [entry.name for entry in entries] == ["a.jpg"]
-    assert [bad_file.reason for bad_file in bad] == [f"is damaged at byte {place} after 1 images"]
+    assert [bad_file.reason for bad_file in bad] == [f"is damaged at byte {header_start} after 1 images"]
 
 
 def test_data_after_the_end_marker_is_reported(tmp_path: Path) -> None:
