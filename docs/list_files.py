@@ -19,8 +19,12 @@ START, END = "<!-- files -->\n", "<!-- end of files -->\n"
 @cache
 def program_files() -> list[str]:
     """Paths of the program's files, relative to the root; empty files are not listed."""
-    paths = [ROOT / "train.py", *sorted((ROOT / "models").rglob("*.py")), *sorted((ROOT / "utils").rglob("*.py"))]
+    paths = [ROOT / "train.py", *_by_folder(ROOT / "models"), *_by_folder(ROOT / "utils")]
     return [str(path.relative_to(ROOT)) for path in paths if path.read_text(encoding="utf-8").strip()]
+
+
+def _by_folder(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.py"), key=lambda path: (path.parent, path.name))
 
 
 @cache
@@ -48,9 +52,9 @@ def level(file: str) -> int:
 
 
 def first_sentence(file: str) -> str:
-    """The first sentence of the file's docstring."""
+    """The first sentence of the file's docstring, for a cell of a Markdown table."""
     text = " ".join((ast.get_docstring(_tree(file)) or "").split("\n\n")[0].split())
-    return text.split(". ")[0].rstrip(".")
+    return text.split(". ")[0].rstrip(".").replace("|", r"\|")
 
 
 def table() -> str:

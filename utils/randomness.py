@@ -1,4 +1,4 @@
-"""All random draws of a run, each a pure function of the seed, its purpose and a key.
+"""All random numbers of a run, as pure functions of the seed, their purpose and a key.
 
 Each draw has its own generator, seeded by a hash of (seed, purpose, key). The key names the example and the draw; it never
 contains a rank, a worker or a number of draws so far. Any number of processes therefore draws the same samples, the first

@@ -1,4 +1,4 @@
-"""Writes adapters in public formats: the native one of sd-scripts and ComfyUI, and diffusers'."""
+"""Tensors of adapters in public formats: the native one of sd-scripts and ComfyUI, and diffusers'."""
 
 from __future__ import annotations
 

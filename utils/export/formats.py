@@ -1,4 +1,4 @@
-"""From an ExportFile to tensors on disk: which tensors a rank contributes, their entries in a header, their rounding."""
+"""Tensors of an ExportFile: which ones a rank contributes, their shapes and dtypes in the file, their rounding."""
 
 from __future__ import annotations
 

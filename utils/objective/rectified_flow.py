@@ -1,4 +1,4 @@
-"""Rectified flow: the path from data to noise, the velocity along it, and what the network predicts of it. Pure functions.
+"""Rectified flow: the path from data to noise, the velocity along it, and the network's prediction. Pure functions.
 
 A straight path connects data and noise. With t the flow time (0 = data, 1 = noise), sigma = shift(t) is the noise fraction,
 

@@ -1,4 +1,4 @@
-"""Errors of the `[objective]` table that no single key shows, and keys that have no effect."""
+"""Errors in the `[objective]` table that involve several keys, and keys that have no effect."""
 
 from __future__ import annotations
 

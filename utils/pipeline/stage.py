@@ -1,4 +1,4 @@
-"""One pipeline stage as a module: this rank's layers, and the two ends where streams become tensors and back.
+"""One pipeline stage as a module: this rank's layers, with streams packed into one tensor at both borders.
 
 DeepSpeed's engine passes a tuple of tensors into the first stage and one tensor between stages. Only this file knows that:
 layers take and return named tensors (models/streams.py), a stage unpacks what it receives and packs what it sends. The

@@ -1,4 +1,4 @@
-"""A run that has been checked completely, as data."""
+"""The checked configuration of a run with all that was made from it: model family, datasets, trainable, stages."""
 
 from __future__ import annotations
 

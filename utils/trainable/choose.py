@@ -1,4 +1,4 @@
-"""Chooses what a run trains. The only file that tests whether the configuration has an `[adapter]` table."""
+"""Chooses the Trainable of a run: every weight, or the adapters of the `[adapter]` table. The only file that tests whether the configuration has an `[adapter]` table."""
 
 from __future__ import annotations
 

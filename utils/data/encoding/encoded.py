@@ -1,4 +1,4 @@
-"""Reads the cache for training: latents, masks and control latents of examples, and text embeddings of captions.
+"""Cache keys of latents, masks and captions, and reading the entries for training.
 
 The key of an entry is computed from its input: the hash of the image file and the crop, or the text of the caption. No
 index of examples is stored or sent between processes.
