@@ -1,4 +1,7 @@
-"""Chooses the Trainable of a run: every weight, or the adapters of the `[adapter]` table. The only file that tests whether the configuration has an `[adapter]` table."""
+"""Chooses the Trainable of a run: every weight, or the adapters of the `[adapter]` table.
+
+The only file that tests whether the configuration has that table.
+"""
 
 from __future__ import annotations
 

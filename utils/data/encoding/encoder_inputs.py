@@ -1,4 +1,4 @@
-"""The inputs of the encoders: how an item is read, under which key its output is stored, and which of the outputs are stored."""
+"""The inputs of the encoders: how an item is read, its cache key, and which outputs are stored."""
 
 from __future__ import annotations
 
