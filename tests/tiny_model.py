@@ -265,7 +265,7 @@ def _experiment(folder: Path, model: Path) -> dict[str, Any]:
         "pipeline": {"pipeline_stages": "auto", "micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2},
         "optimizer": {"type": "AdamW", "learning_rate": 1e-3},
         "save": {"dtype": "float32"},
-        "monitoring": {"tensorboard": False},
+        "monitoring": {"tensorboard": False, "report": False},
     }
 
 

@@ -10,5 +10,5 @@ from tests.distributed.lab import Lab
 
 
 @pytest.fixture(scope="session")
-def lab(tiny_model: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tiny_model, tiny_dataset, tmp_path_factory.mktemp("lab"))
+def lab(tiny_model: Path, tiny_dataset: Path, common_folder: Path) -> Lab:
+    return Lab(tiny_model, tiny_dataset, common_folder / "lab")

@@ -1,8 +1,11 @@
-"""Experiments on the tiny model and their runs; runs with equal settings are shared between tests."""
+"""Experiments on the tiny model and their runs; runs with equal settings are shared between tests of all workers."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,16 +45,18 @@ class Run:
 
 
 class Lab:
-    """Writes experiments on the tiny model and runs them; all use one cache of latents and text embeddings."""
+    """Writes experiments on the tiny model and runs them; all use one cache of latents and text embeddings.
+
+    Test workers may have a folder in common: the first that asks for a shared run starts it, the others wait for its end.
+    """
 
     def __init__(self, model: Path, dataset: Path, folder: Path) -> None:
         self.model, self.dataset, self.folder = model, dataset, folder
         self._runs: dict[str, Run] = {}
-        self._num_experiments = 0
+        folder.mkdir(parents=True, exist_ok=True)
 
     def experiment(self, changes: Mapping[str, Any], dataset: Path | None = None) -> Path:
         """experiment.toml in a new folder: six steps of four micro-batches of one image, with gradients that are clipped."""
-        self._num_experiments += 1
         settings = {
             "max_steps": 6,
             "cache_dir": str(self.folder / "cache"),
@@ -61,7 +66,7 @@ class Lab:
             "save.checkpoint_every_n_steps": 2,
             **changes,
         }
-        folder = self.folder / f"experiment_{self._num_experiments:03d}"
+        folder = Path(tempfile.mkdtemp(prefix="experiment_", dir=self.folder))
         return write_experiment(folder, self.model, dataset or self.dataset, **settings)
 
     def start(self, num_processes: int, experiment: Path, *arguments: str) -> Ranks:
@@ -82,5 +87,16 @@ class Lab:
         """A finished run with these changes, started at the first call. Tests must not change its files."""
         key = json.dumps([num_processes, changes], sort_keys=True)
         if key not in self._runs:
-            self._runs[key] = self.run(num_processes, self.experiment(changes))
+            self._runs[key] = self._find_or_run(key, num_processes, changes)
         return self._runs[key]
+
+    def _find_or_run(self, key: str, num_processes: int, changes: Mapping[str, Any]) -> Run:
+        """The run of any worker; `key`.json has its paths once it has ended."""
+        record = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        with record.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not record.exists():
+                run = self.run(num_processes, self.experiment(changes))
+                record.write_text(json.dumps([str(run.experiment), str(run.folder), run.output]), encoding="utf-8")
+            experiment, folder, output = json.loads(record.read_text(encoding="utf-8"))
+        return Run(Path(experiment), Path(folder), output)

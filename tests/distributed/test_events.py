@@ -23,7 +23,7 @@ def test_curves_and_run_page_have_the_density_and_every_evaluation(lab: Lab) -> 
     changes = {
         "objective": OBJECTIVE,
         "eval": {"holdout_images": 3, "every_n_steps": 2},
-        "monitoring": {"tensorboard": True},
+        "monitoring": {"tensorboard": True, "report": True},
         "max_steps": 4,
     }
     run = lab.shared_run(2, changes)
@@ -44,6 +44,10 @@ def test_curves_and_run_page_have_the_density_and_every_evaluation(lab: Lab) -> 
     assert "mode by sampling" in page
     assert "objective        " in run.output and "loss weight mode by sampling" in run.output
     assert "evaluation on holdout" in run.output
+
+
+def test_no_run_page_is_written_unless_wanted(lab: Lab) -> None:
+    assert not (lab.shared_run(2, {}).folder / "report.html").exists()
 
 
 def test_lost_evaluations_do_not_make_a_worse_step_the_best(lab: Lab) -> None:

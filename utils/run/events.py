@@ -86,7 +86,8 @@ def make_events(run: Run, log: RunLog) -> list[Event]:
             events.append(ExportBest(run, evaluate))
     if run.experiment.prompts:
         events.append(Preview(run))
-    events.append(Report(run))
+    if config.monitoring.report:
+        events.append(Report(run))
     events.append(Export(run))
     events.append(SaveCheckpoint(run, events))
     return events

@@ -166,7 +166,7 @@ def test_misspelt_key_of_a_directory_has_its_index(tmp_path: Path) -> None:
 def test_unknown_key_without_similar_ones_lists_all_keys(tmp_path: Path) -> None:
     _, key, message = only_error(write(tmp_path, **{"monitoring.xyzzy": 1}))
     assert key == "monitoring.xyzzy"
-    assert message == "unknown key; this table has tensorboard"
+    assert message == "unknown key; this table has tensorboard, report"
 
 
 # --- wrong values ------------------------------------------------------------------------------------------------------

@@ -11,3 +11,4 @@ class MonitoringConfig(Table):
     """Logs of a run."""
 
     tensorboard: Bool = Field(True, description="Write TensorBoard events to the run folder, besides `metrics.jsonl`.")
+    report: Bool = Field(True, description="Write the page `report.html` to the run folder and keep it up to date.")
