@@ -201,6 +201,8 @@ class ModelFamily(ABC):
     layers: tuple[PipelineLayer, ...]
     input_names: tuple[str, ...]
     """Names of the tensors the first layer takes."""
+    stream_width: int
+    """Width of the streams between layers."""
     adaptable_modules: Mapping[str, tuple[int, ...]]
     """Native name of every module that can have an adapter -> shape of its weight."""
     lora_target_groups: Mapping[str, str]

@@ -214,7 +214,8 @@ def test_run_folder_has_the_resolved_configuration(lab: Lab, tmp_path: Path) -> 
 
 @pytest.mark.distributed
 def test_run_folder_has_no_partial_and_no_executable_files(lab: Lab) -> None:
-    run = lab.shared_run(1, {"adapter": {"type": "lora", "rank": 2}, "sampling.prompts": []})
+    changes = {"adapter": {"type": "lora", "rank": 2}, "sampling.prompts": [], "monitoring.report": True}
+    run = lab.shared_run(1, changes)
     files = [path for path in run.experiment.parent.rglob("*") if path.is_file() and "log_" not in path.name]
     assert {path.suffix for path in files} == {".toml", ".jsonl", ".json", ".safetensors", ".html"}
     assert not [path for path in files if path.name.startswith(".")]

@@ -75,7 +75,7 @@ class SD3Family(ModelFamily):
             patch=config.patch_size,
             max_side_pixels=config.pos_embed_max_size * config.patch_size * vae_files.SPATIAL_DOWNSCALE,
         )
-        self.num_blocks = config.depth
+        self.num_blocks, self.stream_width = config.depth, config.hidden_size
         self.adaptable_modules = adaptable_modules(config)
         self.layers = tuple(self._layer(index) for index in range(num_layers(config)))
         merges = () if files is None else files.merges

@@ -23,7 +23,7 @@ from utils.distributed.world import world
 from utils.optim.registry import make_optimizer
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
-from utils.pipeline.optimizer_state import EMA
+from utils.pipeline.optimizer_step import EMA
 from utils.pipeline.stage import MicroBatch, StagePlan
 from utils.trainable.base import ParameterGroup
 
@@ -63,7 +63,7 @@ class Trained:
         config = OptimizerConfig(type=optimizer, learning_rate=1.0, args=arguments)
         self._dtype = dtype
         self._pipeline = Pipeline(
-            StagePlan([PipelineLayer("layer", "layer.", 1.0, {}, Layer)], ("rows",), [0, 1]),
+            StagePlan([PipelineLayer("layer", "layer.", 1.0, {}, Layer)], ("rows",), 5, [0, 1]),
             EngineSettings(micro_batch_size=2, num_micro_batches=1, gradient_clipping=0.0, dtype=dtype),
             loss=lambda output, target, shape: nn.functional.mse_loss(output, target[0]),
             prepare=lambda layer, module: None,

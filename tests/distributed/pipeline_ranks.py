@@ -20,6 +20,7 @@ from models.family import PipelineLayer
 from tests.distributed.toy_network import (
     INPUT_NAMES,
     RATES,
+    WIDTH,
     group_of,
     loss_of,
     make_groups,
@@ -87,7 +88,7 @@ class Trained:
                 parameter.requires_grad_(group_of(layer.prefix + name) in case.trained)
 
         self.pipeline = Pipeline(
-            StagePlan(make_layers(case.dtype), INPUT_NAMES, BOUNDS[num_stages]),
+            StagePlan(make_layers(case.dtype), INPUT_NAMES, WIDTH, BOUNDS[num_stages]),
             EngineSettings(BATCH, NUM_MICRO_BATCHES // self._num_replicas, gradient_clipping=CLIP, dtype=case.dtype),
             loss=loss_of,
             prepare=prepare,

@@ -19,7 +19,7 @@ from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert
 from tests.distributed.test_resume import copy_of, prepare_resume
 from utils.checkpoint.manifest import step_folder
 from utils.config.load import ConfigError
-from utils.pipeline.optimizer_state import EMA, MASTER
+from utils.pipeline.optimizer_step import EMA, MASTER
 
 pytestmark = pytest.mark.distributed
 

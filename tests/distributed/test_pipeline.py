@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.distributed.launch import start_ranks
 from tests.distributed.pipeline_ranks import BATCH, CASES, CLIP, NUM_MICRO_BATCHES, NUM_STEPS, rates_of
 from tests.distributed.toy_network import PlainNetwork, group_of, loss_of, make_groups, sample_of, target_of
-from utils.pipeline.optimizer_state import EMA, MASTER
+from utils.pipeline.optimizer_step import EMA, MASTER
 
 pytestmark = pytest.mark.distributed
 
@@ -106,7 +106,7 @@ def test_predictions_differ_without_a_block_and_with_the_averaged_weights(layout
 
 def test_a_stage_has_the_groups_of_its_own_parameters(layouts: Layouts) -> None:
     assert layouts.outcome("groups", 2).groups == [["tokens", "base", "branch"], ["branch", "base"]]
-    assert layouts.outcome("tokens alone", 3).groups == [["tokens"], [], []], "the other stages have an anchor"
+    assert layouts.outcome("tokens alone", 3).groups == [["tokens"], [], []]
 
 
 # --- groups ------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_groups_train_as_in_a_plain_loop(layouts: Layouts, case: str, optimizer:
         for group in groups
     ]
     plain, metrics = optimizer(entries, lr=1.0), []
-    for parameter in network.parameters():  # ZeRO-1 has zeros, and so weight decay, where torch has no gradient
+    for parameter in network.parameters():  # the step has zeros, and so weight decay, where torch has no gradient
         parameter.grad = torch.zeros_like(parameter)
     for step in range(NUM_STEPS):
         for group, entry in zip(groups, plain.param_groups, strict=True):

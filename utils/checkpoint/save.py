@@ -15,7 +15,7 @@ from utils.distributed import group
 from utils.distributed.world import world
 from utils.files.atomic import remove_folder, replace_file, sync_folder, write_text
 from utils.pipeline.engine import Pipeline
-from utils.pipeline.optimizer_state import MASTER
+from utils.pipeline.optimizer_step import MASTER
 from utils.pipeline.stage import LocalLayer
 
 SEPARATOR = "//"

@@ -1,19 +1,16 @@
-"""Training the network over all processes with DeepSpeed's pipeline engine.
+"""Training the network over all processes: DeepSpeed's pipeline schedule with this program's own optimizer step.
 
-What this package adds to the engine, and why (DeepSpeed 0.19.8):
-* each rank builds and reads the layers of its own stage only (stage.py), cut where partition.py says;
-* a stage in which nothing is trained gets an anchor, a parameter that is multiplied by zero;
-* the norm that clips has the same bits on any number of stages (gradient_norm.py);
-* the engine's record of activation shapes is reset before every step, because steps differ in resolution.
+Each rank builds and reads the layers of its own stage only (stage.py). DeepSpeed 0.19.8 divides the processes into stages and
+replicas and orders the passes of the micro-batches (instructions.py); the optimizer step follows (optimizer_step.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
@@ -23,23 +20,13 @@ from torch import Tensor, nn
 
 import utils.distributed.library_settings  # noqa: F401  before DeepSpeed, which reads the environment when it is imported
 from models.streams import Sample, SampleShape
-from utils.pipeline.gradient_norm import use_exact_norm
-from utils.pipeline.optimizer_state import (
-    link_states,
-    read_state,
-    read_weights,
-    restore_groups,
-    update_ema,
-    write_states,
-)
+from utils.distributed import group
+from utils.pipeline.instructions import Instructions, LossFunction, Position, ScheduleEngine
+from utils.pipeline.optimizer_step import MakeOptimizer, Network, OptimizerStep, Replicas, StepReport
 from utils.pipeline.stage import LocalLayer, MicroBatch, PrepareLayer, Stage, StagePlan
 from utils.trainable.base import ParameterGroup
 
-LossFunction = Callable[[Tensor, tuple[Tensor, ...], SampleShape], Tensor]
-"""(output of the last layer, target of the micro-batch, its shape) -> loss."""
 MakeGroups = Callable[[Mapping[str, nn.Parameter]], list[ParameterGroup]]
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""torch's dictionaries of parameter groups -> optimizer."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +48,19 @@ class StepResult:
     """Mean over the global batch."""
     grad_norm: float
     """Over all stages, before clipping."""
+    bad_parameter: str | None = None
+    """The parameter in whose gradient the first non-finite number arose, if any did."""
 
 
 class _StageSpec(LayerSpec):
     """One stage, which DeepSpeed takes for a layer and builds on the stage's ranks only."""
 
-    def __init__(self, plan: StagePlan, index: int, prepare: PrepareLayer) -> None:
+    def __init__(self, plan: StagePlan, index: int, prepare: PrepareLayer, dtype: torch.dtype) -> None:
         super().__init__(nn.Module)
-        self._plan, self._index, self._prepare = plan, index, prepare
+        self._arguments = (plan, index, prepare, dtype)
 
     def build(self, log: bool = False) -> nn.Module:
-        return Stage(self._plan, self._index, self._prepare)
+        return Stage(*self._arguments)
 
 
 class Pipeline:
@@ -88,37 +77,37 @@ class Pipeline:
         make_optimizer: MakeOptimizer,
     ) -> None:
         """`prepare` may freeze and change each layer after it is built; `groups` sorts a stage's trainable parameters."""
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a layer table; the start banner has ours
-            module = PipelineModule(
-                layers=[_StageSpec(plan, index, prepare) for index in range(plan.num_stages)],
-                num_stages=plan.num_stages,
-                partition_method="uniform",
-                loss_fn=lambda output, target: loss(output, target, self._stage.current_shape),
-            )
-            (stage,) = module.forward_funcs
-            assert isinstance(stage, Stage)
-            self._stage: Stage = stage
-            trainable = stage.named_trainable()
-            self.groups = groups(trainable) if trainable else []
-            """The parameter groups of this stage; other stages may have others."""
-            _check_groups(self.groups, trainable)
-            optimizer = make_optimizer(self._optimizer_groups())
-            torch_groups = optimizer.param_groups
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=_deepspeed_config(settings))
-        restore_groups(self._engine.optimizer, torch_groups)
-        self._states_are_linked = False
-        use_exact_norm(self._engine, settings.gradient_clipping)
-
-    def _optimizer_groups(self) -> list[dict[str, Any]]:
-        """The groups as the optimizer takes them; the anchor's where there are none."""
-        entries: list[dict[str, Any]] = []
-        for group in self.groups:
-            decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-            entries.append({"params": list(group.parameters.values()), "lr": group.schedule.peak, **decay})
-        entries = entries or [{"params": [self._stage.add_anchor()]}]
-        for parameter in (parameter for entry in entries for parameter in entry["params"]):
-            parameter.model_parallel = True  # else DeepSpeed leaves all stages but the first out of the gradient norm
-        return entries
+        self._engine = _start_engine(plan, settings, prepare)
+        (stage,) = self._engine.module.forward_funcs
+        assert isinstance(stage, Stage)
+        self._stage: Stage = stage
+        trainable = stage.named_trainable()
+        self.groups = groups(trainable) if trainable else []
+        """The parameter groups of this stage; other stages may have others."""
+        _check_groups(self.groups, trainable)
+        names = dict(group.gather((self.stage, list(trainable))))
+        num_before = sum(len(names[index]) for index in range(self.stage))
+        position = Position(
+            stage=self.stage,
+            num_stages=self.num_stages,
+            num_micro_batches=settings.num_micro_batches,
+            is_trained_before=num_before > 0,
+            is_trained_until_here=num_before + len(trainable) > 0,
+        )
+        self._engine.instructions = Instructions(stage, loss, position, self.device)
+        grid = self._engine.grid
+        self._replicas = Replicas(list(grid.dp_group), self.replica, grid.get_data_parallel_group())
+        self._optimizer_step = OptimizerStep(
+            self.groups,
+            Network(
+                [name for index in range(self.num_stages) for name in names[index]],
+                num_losses=settings.num_micro_batches * self._replicas.count,
+            ),
+            self._replicas,
+            make_optimizer=make_optimizer,
+            max_norm=settings.gradient_clipping,
+            device=self.device,
+        )
 
     @property
     def stage(self) -> int:
@@ -140,6 +129,20 @@ class Pipeline:
         """This rank's layers, in order."""
         return self._stage.layers
 
+    def close(self) -> None:
+        """Frees the memory of weights, gradients and optimizer state. Nothing can be done with the pipeline afterwards.
+
+        DeepSpeed's engine is part of reference cycles, and module-level variables of DeepSpeed refer to its last module.
+        """
+        self._optimizer_step.close()
+        for tensor in (*self._stage.parameters(), *self._stage.buffers()):
+            tensor.grad = None
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+        self._engine.instructions.begin((), ())
+        self._engine.destroy()
+        del self._engine
+        gc.collect()
+
     # --- training and prediction -------------------------------------------------------------------------------------
 
     def train_step(
@@ -151,23 +154,16 @@ class Pipeline:
     ) -> StepResult:
         """Forward, backward and one optimizer step over one global batch.
 
-        `shapes`: one for each micro-batch of this replica, on every stage. `learning_rates`: by group name, for the groups
-        of this stage at least. `ema_decay`: the fraction of the average that is kept when the new weights are added, given
-        in all steps of a run or in none; None: no average is kept.
+        `shapes`: one for each micro-batch of this replica, on every stage; they may differ. `learning_rates`: by group name,
+        for the groups of this stage at least. `ema_decay`: the fraction of the average that is kept when the new weights are
+        added, given in all steps of a run or in none; None: no average is kept. A step with a loss or gradient that is not
+        finite changes nothing.
         """
-        if self.groups:
-            for group, entry in zip(self.groups, self._engine.optimizer.optimizer.param_groups, strict=True):
-                entry["lr"] = learning_rates[group.name]
-        self._engine.reset_activation_shape()
-        pairs = zip(micro_batches, shapes, strict=False)  # lazily: micro-batches are prepared while earlier ones are used
-        with self._stage.expecting(shapes):
-            loss = self._engine.train_batch((self._stage.input_tuple(one.sample, shape), one.target) for one, shape in pairs)
-        if not self._states_are_linked:
-            link_states(self._engine.optimizer)
-            self._states_are_linked = True
-        if ema_decay is not None:
-            update_ema(self._engine.optimizer, ema_decay)
-        return StepResult(loss=float(loss), grad_norm=float(self._engine.get_global_grad_norm()))
+        self._optimizer_step.set_learning_rates(learning_rates)
+        report = self._optimizer_step.run(self._engine.run(micro_batches, shapes))
+        if ema_decay is not None and report.is_finite:
+            self._optimizer_step.update_averages(ema_decay)
+        return StepResult(_mean_loss(report, self._replicas.count), report.grad_norm, report.bad_parameter)
 
     def predict(
         self,
@@ -177,42 +173,24 @@ class Pipeline:
     ) -> list[Tensor] | None:
         """The last layer's output of each micro-batch, without gradients; None off the last stage.
 
-        `shapes`: of all micro-batches, on every stage; they must be equal. `samples`: one for each shape on the first
-        stage, not read on others. `skipped_blocks` are skipped in this pass.
+        `shapes`: of all micro-batches, on every stage. `samples`: one for each shape on the first stage, not read on others.
+        `skipped_blocks` are skipped in this pass.
         """
-        self._engine.reset_activation_shape()
-        self._engine.total_loss = None  # eval_batch adds to what the last training step left
-        no_target = torch.empty(0)
-        inputs: list[tuple[Tensor, ...]] = [() for _ in shapes]
         if self.stage == 0:
-            inputs = [self._stage.input_tuple(sample, shape) for sample, shape in zip(samples, shapes, strict=True)]
-        with self._stage.skipping(skipped_blocks), self._stage.expecting(shapes):
-            outputs = self._engine.eval_batch(
-                iter([(entry, no_target) for entry in inputs]),
-                compute_loss=False,
-                reduce_output=None,
-                bcast_loss=False,
-                num_micro_batches=len(shapes),
-            )
-        self._engine.total_loss = None
-        self._engine.fwd_outputs = []
-        self._engine.reset_activation_shape()
-        return outputs if self._engine.is_last_stage() else None
+            batches = [MicroBatch(sample, ()) for sample, _ in zip(samples, shapes, strict=True)]
+        else:
+            batches = [MicroBatch(None, ()) for _ in shapes]
+        with self._stage.skipping(skipped_blocks):
+            outputs = self._engine.predict(batches, shapes)
+        return outputs if self.stage == self.num_stages - 1 else None
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Within it, the network computes with the average of the weights; afterwards with the same weights as before.
 
-        For evaluation and previews: no training step and no `write_states` within it. An average must exist, see
-        `read_weights`. The working weights are always the optimizer's float32 weights, rounded, so no copy is kept.
+        For evaluation and previews: no training step, and no reading or writing of states. An average must exist, see
+        `read_weights`.
         """
-        with torch.no_grad():
-            for layer in self.local_layers():
-                for parameter in layer.trainable().values():
-                    parameter.copy_(read_weights(parameter, ema=True))
-        yield
-        # Not in a `finally`: ranks wait for each other here, and where one has failed the others would wait for ever.
-        self._engine.optimizer.update_lp_params()
+        return self._optimizer_step.averaged_weights()
 
     def from_last_stage(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
         """The last stage's float32 tensor of this shape, on every rank of this replica."""
@@ -227,20 +205,46 @@ class Pipeline:
     # --- training state ----------------------------------------------------------------------------------------------
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Float32 weights and optimizer state of one parameter, on the CPU; all replicas in the same order."""
-        return read_state(self._engine.optimizer, parameter)
+        """Float32 weights, average and optimizer state of one parameter, on the CPU; all replicas in the same order."""
+        return self._optimizer_step.read_state(parameter)
 
     def read_weights(self, parameter: nn.Parameter, *, ema: bool = False) -> Tensor:
         """Float32 weights of one parameter, or their average, on the CPU; all replicas in the same order.
 
         An average exists after a step with `ema_decay`, or once a checkpoint of such a run was loaded.
         """
-        return read_weights(parameter, ema=ema).cpu()
+        return self._optimizer_step.read_weights(parameter, ema=ema)
 
-    def write_states(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
-        """Sets what `read_state` returned, for every trainable parameter of this rank; of `master` alone, for any."""
-        if states:
-            write_states(self._engine.optimizer, states)
+    def write_states(self, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Sets what `read_state` returned, for any of this rank's trainable parameters; of `master` alone, the weights."""
+        self._optimizer_step.write_states(states)
+
+
+def _start_engine(plan: StagePlan, settings: EngineSettings, prepare: PrepareLayer) -> ScheduleEngine:
+    """Builds this rank's stage and DeepSpeed's engine around it, with an optimizer of DeepSpeed's that has nothing to do."""
+    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
+    config = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.num_micro_batches,
+        "steps_per_print": None,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a layer table; the start banner has ours
+        module = PipelineModule(
+            layers=[_StageSpec(plan, index, prepare, settings.dtype) for index in range(plan.num_stages)],
+            num_stages=plan.num_stages,
+            partition_method="uniform",
+        )
+        engine, *_ = deepspeed.initialize(model=module, optimizer=idle, config=config)
+    engine.__class__ = ScheduleEngine
+    assert isinstance(engine, ScheduleEngine)
+    return engine
+
+
+def _mean_loss(report: StepReport, num_replicas: int) -> float:
+    """The mean over the micro-batches, then over the replicas, summed in float32 and in order."""
+    losses = torch.tensor(report.losses).view(num_replicas, -1)
+    totals = [sum(losses[replica], torch.zeros(())) / losses.shape[1] for replica in range(num_replicas)]
+    return float(sum(totals, torch.zeros(())) / num_replicas)
 
 
 def _check_groups(groups: Sequence[ParameterGroup], trainable: Mapping[str, nn.Parameter]) -> None:
@@ -248,21 +252,3 @@ def _check_groups(groups: Sequence[ParameterGroup], trainable: Mapping[str, nn.P
     assert sorted(names) == sorted(trainable), "the groups must hold each trainable parameter exactly once"
     assert all(group.parameters for group in groups), "a group without parameters"
     assert len({group.name for group in groups}) == len(groups), "two groups of one name"
-
-
-def _deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.num_micro_batches,
-        "gradient_clipping": settings.gradient_clipping,
-        "steps_per_print": None,
-        # The only mode with correct norms on several stages, and with optimizer state that can be read by parameter.
-        "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True,
-    }
-    if settings.dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Else accumulated gradients are rounded to bfloat16 when they are sent between replicas, even with one replica.
-        config["communication_data_type"] = "fp32"
-    return config

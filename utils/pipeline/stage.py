@@ -1,15 +1,12 @@
 """One pipeline stage as a module: this rank's layers, with streams packed into one tensor at both borders.
 
-DeepSpeed's engine passes a tuple of tensors into the first stage and one tensor between stages. Only this file knows that:
-layers take and return named tensors (models/streams.py), a stage unpacks what it receives and packs what it sends. The
-sizes of a micro-batch are not sent. Every rank computes them from (seed, step) and gives them to its stage before a pass,
-one `SampleShape` for each forward.
+Layers take and return named tensors (models/streams.py); a stage unpacks what it receives and packs what it sends. The
+sizes of a micro-batch are not sent: every rank computes them from (seed, step).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +36,8 @@ class StagePlan:
     layers: Sequence[PipelineLayer]
     input_names: tuple[str, ...]
     """Names of the tensors the first layer takes."""
+    stream_width: int
+    """Width of every stream."""
     bounds: Sequence[int]
     """Stage i has the layers bounds[i] to bounds[i + 1] - 1."""
 
@@ -66,81 +65,52 @@ class LocalLayer:
 
 
 class Stage(nn.Module):
-    """The layers of one stage, from what DeepSpeed passes in to what it sends on."""
+    """The layers of one stage, from what it receives to what it sends on."""
 
-    anchor: nn.Parameter | None
+    def __init__(self, plan: StagePlan, index: int, prepare: PrepareLayer, dtype: torch.dtype) -> None:
+        """Builds the layers of stage `index`; `prepare` may freeze and change each layer once it is built.
 
-    def __init__(self, plan: StagePlan, index: int, prepare: PrepareLayer) -> None:
-        """Builds the layers of stage `index`; `prepare` may freeze and change each layer once it is built."""
+        Parameters are then converted to `dtype`, which is also that of the tensors between stages. Buffers stay as they are.
+        """
         super().__init__()
-        self._input_names, self._received = plan.input_names, plan.received(index)
+        self._input_names, self._received, self._width = plan.input_names, plan.received(index), plan.stream_width
+        self.dtype = dtype
         self.layers: list[LocalLayer] = []
         for number in range(plan.bounds[index], plan.bounds[index + 1]):
             module = plan.layers[number].build()
             prepare(plan.layers[number], module)
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
             self.layers.append(LocalLayer(number, plan.layers[number], module))
         self._modules_in_order = nn.ModuleList(layer.module for layer in self.layers)
-        self.register_parameter("anchor", None)
-        self._shapes: deque[SampleShape] = deque()
-        self._current: SampleShape | None = None
-
-    def add_anchor(self) -> nn.Parameter:
-        """Gives a stage without trainable weights a parameter that is multiplied by zero; returns it.
-
-        DeepSpeed's engine needs an output to run backward through, and its optimizer a parameter to hold.
-        """
-        self.anchor = nn.Parameter(torch.zeros(1, device=next(self.parameters()).device))
-        return self.anchor
 
     def named_trainable(self) -> dict[str, nn.Parameter]:
-        """Native parameter name -> parameter, of the trainable parameters; without the anchor."""
+        """Native parameter name -> parameter, of the trainable parameters."""
         return {
             layer.layer.prefix + name: parameter for layer in self.layers for name, parameter in layer.trainable().items()
         }
 
-    # --- the shapes of a pass ----------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def expecting(self, shapes: Sequence[SampleShape]) -> Iterator[None]:
-        """Announces the shapes of the next forwards, one for each, in their order."""
-        assert not self._shapes
-        self._shapes.extend(shapes)
-        yield
-        assert not self._shapes, f"{len(self._shapes)} of {len(shapes)} micro-batches were not forwarded"
-
-    @property
-    def current_shape(self) -> SampleShape:
-        """The shape of the micro-batch that was forwarded last."""
-        assert self._current is not None
-        return self._current
-
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """The input tuple or the packed streams of the stage before -> packed streams or the network's output."""
-        self._current = self._shapes.popleft()
-        value: Streams | Tensor = self._open(inputs, self._current)
+    def forward(self, inputs: Streams | Tensor, shape: SampleShape) -> Tensor:
+        """Inputs of the first layer, or packed streams of the stage before -> packed streams, or the network's output."""
+        value: Streams | Tensor = unpack(inputs, self._received, shape) if isinstance(inputs, Tensor) else inputs
         outputs: tuple[StreamSpec, ...] = ()
         for local in self.layers:
             value, outputs = local.module(value), local.layer.outputs
             if outputs:
                 assert not isinstance(value, Tensor)
                 value = passed_on(value, outputs)
-        output = value if isinstance(value, Tensor) else pack(value, outputs)
-        return output if self.anchor is None else output + self.anchor.to(output.dtype) * 0
+        return value if isinstance(value, Tensor) else pack(value, outputs)
 
-    def _open(self, inputs: Tensor | tuple[Tensor, ...], shape: SampleShape) -> Streams:
-        if isinstance(inputs, Tensor):
-            return unpack(inputs, self._received, shape)
-        return dict(zip(self._input_names, inputs, strict=True))
+    def received_size(self, shape: SampleShape) -> tuple[int, int, int]:
+        """The size of the packed tensor that this stage receives for a micro-batch of that shape."""
+        return shape.batch, sum(spec.length(shape) for spec in self._received), self._width
 
-    def input_tuple(self, sample: Sample | None, shape: SampleShape) -> tuple[Tensor, ...]:
-        """A sample of the announced shape as the tuple that `forward` takes in the first stage; empty for None."""
-        if sample is None:
-            return ()
+    def check_sample(self, sample: Sample, shape: SampleShape) -> None:
+        """Asserts that the sample has the announced shape and the tensors that the first layer takes."""
         assert sample.shape == shape, f"a sample of {sample.shape} was announced as {shape}"
         assert sample.tensors.keys() == set(self._input_names), f"{sorted(sample.tensors)} are not {self._input_names}"
-        return tuple(sample.tensors[name] for name in self._input_names)
 
     @contextlib.contextmanager
     def skipping(self, blocks: frozenset[int]) -> Iterator[None]:

@@ -20,7 +20,7 @@ from utils.optim.registry import make_optimizer
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
-from utils.pipeline.optimizer_state import MASTER
+from utils.pipeline.optimizer_step import MASTER
 from utils.pipeline.stage import StagePlan
 from utils.run.experiment import Experiment
 from utils.run.schedule import Clock
@@ -89,7 +89,7 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         dtype=config.model.torch_dtype,
     )
     pipeline = Pipeline(
-        StagePlan(family.layers, family.input_names, experiment.bounds),
+        StagePlan(family.layers, family.input_names, family.stream_width, experiment.bounds),
         settings,
         loss=loss,
         prepare=trainable.prepare,

@@ -111,9 +111,10 @@ class StopIfNotFinite(Event):
         assert result is not None
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             names = ", ".join(draw.example.key for draw in self._order.global_batch(step - 1))
+            origin = f" (first in {result.bad_parameter})" if result.bad_parameter and math.isfinite(result.loss) else ""
             raise FloatingPointError(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the batch was {names}. "
-                "Nothing of this step was saved."
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}{origin}; the batch was {names}. "
+                "No weight was changed, and nothing of this step was saved."
             )
 
 

@@ -52,24 +52,22 @@ LAYERS = (
 )
 
 
-def stages(*bounds: int, frozen: bool = False) -> list[Stage]:
+def stages(*bounds: int) -> list[Stage]:
     """The stages of one network, with the same weights however it is cut."""
 
     def prepare(layer: PipelineLayer, module: nn.Module) -> None:
         generator = torch.Generator().manual_seed(len(layer.name))
         for parameter in module.parameters():
             nn.init.normal_(parameter, generator=generator)
-            parameter.requires_grad_(not frozen)
 
-    plan = StagePlan(LAYERS, ("ids",), bounds)
-    return [Stage(plan, index, prepare) for index in range(plan.num_stages)]
+    plan = StagePlan(LAYERS, ("ids",), WIDTH, bounds)
+    return [Stage(plan, index, prepare, torch.float32) for index in range(plan.num_stages)]
 
 
 def run(parts: list[Stage], ids: Tensor) -> Tensor:
-    value: Tensor | tuple[Tensor, ...] = parts[0].input_tuple(Sample({"ids": ids}, SHAPE), SHAPE)
+    value: Streams | Tensor = {"ids": ids}
     for part in parts:
-        with part.expecting([SHAPE]):
-            value = part(value)
+        value = part(value, SHAPE)
     assert isinstance(value, Tensor)
     return value
 
@@ -122,57 +120,33 @@ def test_a_skipped_block_returns_its_streams_and_is_not_skipped_afterwards() -> 
 # --- shapes ------------------------------------------------------------------------------------------------------------
 
 
-def test_each_forward_takes_the_next_announced_shape() -> None:
-    _, second = stages(0, 1, 3)
-    shapes = [SampleShape(1, 1, 2, 0), SampleShape(3, 2, 2, 0)]
-    with second.expecting(shapes):
-        for shape in shapes:
-            tokens, scale = torch.randn(shape.batch, TOKENS.length(shape), WIDTH), torch.randn(shape.batch, 1, WIDTH)
-            output = second(pack({"tokens": tokens, "scale": scale}, (TOKENS, SCALE)))
-            assert output.shape == (shape.batch, TOKENS.length(shape), 1)
-            assert second.current_shape == shape
+def test_a_stage_knows_the_size_of_what_it_receives() -> None:
+    first, second = stages(0, 1, 3)
+    for shape in (SampleShape(1, 1, 2, 0), SampleShape(3, 2, 2, 0)):
+        ids = torch.zeros(shape.batch, TOKENS.length(shape), dtype=torch.long)
+        sent = first({"ids": ids}, shape)
+        assert sent.shape == second.received_size(shape)
+        assert second(sent, shape).shape == (shape.batch, TOKENS.length(shape), 1)
 
 
-def test_micro_batches_that_were_announced_and_not_forwarded_are_noticed() -> None:
-    (stage,) = stages(0, 3)
-    with pytest.raises(AssertionError, match="1 of 1 micro-batches were not forwarded"), stage.expecting([SHAPE]):
-        pass
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_get_the_dtype_of_the_training_and_buffers_keep_theirs(dtype: torch.dtype) -> None:
+    def prepare(_layer: PipelineLayer, module: nn.Module) -> None:
+        module.register_buffer("constant", torch.ones(1))
+
+    stage = Stage(StagePlan(LAYERS, ("ids",), WIDTH, (0, 3)), 0, prepare, dtype)
+    assert {parameter.dtype for parameter in stage.parameters()} == {dtype}
+    assert {buffer.dtype for buffer in stage.buffers()} == {torch.float32}
 
 
 def test_a_sample_of_another_shape_than_announced_is_refused() -> None:
     (stage,) = stages(0, 3)
     with pytest.raises(AssertionError, match="was announced as"):
-        stage.input_tuple(Sample({"ids": IDS}, SHAPE), SampleShape(2, 1, 4, 0))
+        stage.check_sample(Sample({"ids": IDS}, SHAPE), SampleShape(2, 1, 4, 0))
 
 
 @pytest.mark.parametrize("names", [(), ("ids", "more"), ("other",)])
 def test_a_sample_of_other_tensors_than_declared_is_refused(names: tuple[str, ...]) -> None:
     (stage,) = stages(0, 3)
     with pytest.raises(AssertionError, match="are not"):
-        stage.input_tuple(Sample(dict.fromkeys(names, IDS), SHAPE), SHAPE)
-
-
-# --- the anchor --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("index", [0, 1])
-def test_an_anchor_changes_no_output_and_receives_a_zero_gradient(dtype: torch.dtype, index: int) -> None:
-    stage = stages(0, 1, 3, frozen=True)[index].to(dtype)
-    inputs = (IDS,) if index == 0 else torch.randn(2, 4, WIDTH).to(dtype)
-    with stage.expecting([SHAPE, SHAPE]):
-        expected = stage(inputs)
-        anchor = stage.add_anchor()
-        output = stage(inputs)
-    assert output.dtype == dtype
-    assert torch.equal(output, expected)
-    output.sum().backward()
-    assert anchor.grad is not None
-    assert anchor.grad == 0
-
-
-def test_an_anchor_is_the_only_trainable_parameter_and_is_not_the_network_s() -> None:
-    (stage,) = stages(0, 3, frozen=True)
-    anchor = stage.add_anchor()
-    assert [parameter for parameter in stage.parameters() if parameter.requires_grad] == [anchor]
-    assert stage.named_trainable() == {}
+        stage.check_sample(Sample(dict.fromkeys(names, IDS), SHAPE), SHAPE)
