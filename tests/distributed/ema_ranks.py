@@ -101,7 +101,7 @@ class Trained:
         """Within the context the layer computes with the average; before and after it with the same weights, bit for bit."""
         weights, working, output, state = self.weights(), self.working(), self.output(), self.state()
         average = [tensor.to(self._dtype) for tensor in self.weights(ema=True)]
-        with self._pipeline.averaged_weights():
+        with self._pipeline.evaluated_weights(ema=True):
             assert_equal(self.working(), average, "working weights")
             assert_equal(self.weights(), weights, "the optimizer's weights within the context")
             averaged_output = self.output()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe import p2p
 from torch import Tensor, nn
 
 from models.family import PipelineLayer
@@ -33,8 +34,8 @@ from tests.distributed.toy_network import (
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.distributed import group
 from utils.distributed.world import world
-from utils.optim.registry import make_optimizer
-from utils.pipeline.engine import EngineSettings, MakeGroups, Pipeline
+from utils.optim.registry import make_optimizer, num_sums
+from utils.pipeline.engine import EngineSettings, MakeGroups, Pipeline, StepResult
 from utils.pipeline.stage import MicroBatch, StagePlan
 
 BOUNDS = {1: [0, 5], 2: [0, 2, 5], 3: [0, 1, 3, 5]}
@@ -54,6 +55,8 @@ class Case:
     groups: MakeGroups = make_groups
     trained: tuple[str, ...] = tuple(RATES)
     """Parameters of other groups are frozen."""
+    only: str = ""
+    """Beginning of the names of the parameters that are trained; others are frozen."""
 
 
 CASES = {
@@ -61,8 +64,16 @@ CASES = {
     "groups in bfloat16": Case(dtype=torch.bfloat16),
     "groups of Adagrad": Case("Adagrad"),
     "groups of SGD": Case("SGD"),
+    "groups of Muon": Case("Muon"),
+    "groups of AdamW8bit in bfloat16": Case("AdamW8bit", torch.bfloat16),
+    "groups of Prodigy": Case("Prodigy"),
+    "tokens alone with Prodigy": Case("Prodigy", trained=("tokens",)),
+    "schedule-free": Case("AdamWScheduleFree"),
+    "schedule-free in bfloat16": Case("AdamWScheduleFree", torch.bfloat16),
+    "groups of SOAP": Case("SOAP"),
     "branch alone": Case(trained=("branch",)),
     "tokens alone": Case(trained=("tokens",)),
+    "output alone": Case(only="output."),
     "one group": Case(groups=one_group),
     "groups of equal settings": Case(groups=partial(make_groups, decays=dict.fromkeys(RATES))),
 }
@@ -82,20 +93,22 @@ class Trained:
     def __init__(self, case: Case, num_stages: int) -> None:
         self._case = case
         self._num_replicas = world().size // num_stages
+        config = OptimizerConfig(type=case.optimizer, learning_rate=1.0)
 
         def prepare(layer: PipelineLayer, module: nn.Module) -> None:
             for name, parameter in module.named_parameters():
-                parameter.requires_grad_(group_of(layer.prefix + name) in case.trained)
+                is_chosen = (layer.prefix + name).startswith(case.only)
+                parameter.requires_grad_(is_chosen and group_of(layer.prefix + name) in case.trained)
 
         self.pipeline = Pipeline(
             StagePlan(make_layers(case.dtype), INPUT_NAMES, WIDTH, BOUNDS[num_stages]),
-            EngineSettings(BATCH, NUM_MICRO_BATCHES // self._num_replicas, gradient_clipping=CLIP, dtype=case.dtype),
+            EngineSettings(BATCH, NUM_MICRO_BATCHES // self._num_replicas, CLIP, case.dtype, num_sums(config)),
             loss=loss_of,
             prepare=prepare,
             groups=case.groups,
-            make_optimizer=partial(make_optimizer, OptimizerConfig(type=case.optimizer, learning_rate=1.0)),
+            make_optimizer=partial(make_optimizer, config),
         )
-        self._parameters = {
+        self.parameters = {
             layer.layer.prefix + name: parameter
             for layer in self.pipeline.local_layers()
             for name, parameter in layer.trainable().items()
@@ -103,11 +116,14 @@ class Trained:
 
     def step(self, step: int) -> tuple[float, float]:
         """(loss, gradient norm)."""
-        indices = range(self.pipeline.replica, NUM_MICRO_BATCHES, self._num_replicas)
-        shapes = [shape_of(step, BATCH) for _ in indices]
-        rates = rates_of(self._case, step)
-        result = self.pipeline.train_step(self._micro_batches(step, indices), shapes, rates, EMA_DECAY)
+        result = self.result(step)
         return result.loss, result.grad_norm
+
+    def result(self, step: int) -> StepResult:
+        indices = range(self.pipeline.replica, NUM_MICRO_BATCHES, self._num_replicas)
+        shapes = [shape_of(step, index, BATCH) for index in indices]
+        rates = rates_of(self._case, step)
+        return self.pipeline.train_step(self._micro_batches(step, indices), shapes, rates, EMA_DECAY)
 
     def _micro_batches(self, step: int, indices: range) -> Iterator[MicroBatch]:
         is_first = self.pipeline.stage == 0
@@ -122,13 +138,27 @@ class Trained:
         return self.pipeline.predict(shapes, samples if self.pipeline.stage == 0 else [], skipped_blocks) or []
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: self.pipeline.read_weights(parameter) for name, parameter in self._parameters.items()}
+        return {name: self.pipeline.read_weights(parameter) for name, parameter in self.parameters.items()}
 
     def states(self) -> dict[str, dict[str, Tensor]]:
-        return {name: self.pipeline.read_state(parameter) for name, parameter in self._parameters.items()}
+        return {name: self.pipeline.read_state(parameter) for name, parameter in self.parameters.items()}
 
     def set_states(self, states: dict[str, dict[str, Tensor]]) -> None:
-        self.pipeline.write_states({self._parameters[name]: state for name, state in states.items()})
+        self.pipeline.write_states({self.parameters[name]: state for name, state in states.items()})
+
+
+_SENT: set[str] = set()
+"""What this rank has sent to neighbouring stages."""
+
+
+def record_sends() -> None:
+    send = p2p.send
+
+    def recording(tensor: Tensor, stage: int) -> None:
+        _SENT.add("activation" if stage > p2p._grid.get_stage_id() else "gradient")
+        send(tensor, stage)
+
+    p2p.send = recording
 
 
 def flat(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -146,6 +176,7 @@ def run(case: Case, num_stages: int) -> dict[str, Any]:
     straight, resumed = Trained(case, num_stages), Trained(case, num_stages)
     start = straight.weights()
     metrics = []
+    _SENT.clear()
     for step in range(NUM_STEPS):
         metrics.append(straight.step(step))
         if step + 1 == STOP:
@@ -153,18 +184,24 @@ def run(case: Case, num_stages: int) -> dict[str, Any]:
             assert_equal(flat(resumed.states()), flat(straight.states()))
         elif step + 1 > STOP:
             assert resumed.step(step) == metrics[-1]
+    sent = sorted(_SENT)
     states = flat(straight.states())
     assert_equal(flat(resumed.states()), states)
     predicted = {"plain": straight.predictions(), "without block 1": straight.predictions(frozenset({1}))}
-    with straight.pipeline.averaged_weights():
-        predicted["averaged"] = straight.predictions()
+    for name, ema in (("evaluated", False), ("averaged", True)):
+        with straight.pipeline.evaluated_weights(ema=ema):
+            predicted[name] = straight.predictions()
+    assert_equal(flat(straight.states()), states)
     groups = [group.name for group in straight.pipeline.groups]
-    return {"metrics": metrics, "start": start, "states": states, "predicted": predicted, "groups": groups}
+    straight.pipeline.close()
+    resumed.pipeline.close()
+    return {"metrics": metrics, "start": start, "states": states, "predicted": predicted, "groups": groups, "sent": sent}
 
 
 def main() -> None:
     folder, num_stages = Path(sys.argv[1]), int(sys.argv[2])
     group.start()
+    record_sends()
     results = {}
     for name in sys.argv[3:]:
         try:

@@ -21,8 +21,11 @@ from utils.pipeline.optimizer_step import EMA, MASTER
 pytestmark = pytest.mark.distributed
 
 REPLICA_TOLERANCE = 1e-5
-FEW_CASES = {(3, 1): ("groups", "tokens alone"), (1, 2): ("groups of SGD", "groups in bfloat16"), (2, 2): ("groups of SGD",)}
-"""(stages, replicas) -> cases that are run, where not all are: making DeepSpeed's optimizer takes half a second."""
+FEW_CASES = {
+    (3, 1): ("groups", "tokens alone", "output alone", "groups of Prodigy"),
+    (2, 2): ("groups of SGD", "groups of Prodigy"),
+}
+"""(stages, replicas) -> cases that are run, where not all are."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Layouts:
         self._factory = factory
         self._results: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
-    def outcome(self, case: str, num_stages: int, num_replicas: int = 1) -> Outcome:
+    def stages(self, case: str, num_stages: int, num_replicas: int = 1) -> list[dict[str, Any]]:
+        """What the first replica of each stage has saved."""
         layout = (num_stages, num_replicas)
         if layout not in self._results:
             folder, num_ranks = self._factory.mktemp("pipeline"), num_stages * num_replicas
@@ -57,7 +61,10 @@ class Layouts:
             finished = start_ranks(num_ranks, arguments, folder / "log.txt", module=module).wait()
             assert finished.exit_code == 0, finished.output
             self._results[layout] = [torch.load(folder / f"rank_{rank}.pt") for rank in range(num_ranks)]
-        stages = [results[case] for results in self._results[layout][::num_replicas]]
+        return [results[case] for results in self._results[layout][::num_replicas]]
+
+    def outcome(self, case: str, num_stages: int, num_replicas: int = 1) -> Outcome:
+        stages = self.stages(case, num_stages, num_replicas)
         assert all(stage["metrics"] == stages[0]["metrics"] for stage in stages)
         return Outcome(
             metrics=stages[0]["metrics"],
@@ -98,10 +105,26 @@ def test_norms_are_clipped_in_every_case(layouts: Layouts) -> None:
 
 
 def test_predictions_differ_without_a_block_and_with_the_averaged_weights(layouts: Layouts) -> None:
-    plain, skipped, averaged = layouts.outcome("groups", 2).predicted.values()
-    for one, other, third in zip(plain, skipped, averaged, strict=True):
+    plain, skipped, evaluated, averaged = layouts.outcome("groups", 2).predicted.values()
+    for one, other, third, fourth in zip(plain, skipped, evaluated, averaged, strict=True):
         assert not torch.equal(one, other)
-        assert not torch.equal(one, third)
+        assert torch.equal(one, third)
+        assert not torch.equal(one, fourth)
+
+
+@pytest.mark.parametrize("case", ["schedule-free", "schedule-free in bfloat16"])
+def test_schedule_free_weights_are_evaluated_at_their_average(layouts: Layouts, case: str) -> None:
+    """With the weights y of the last step and z, it is x with y = 0.1 z + 0.9 x."""
+    outcome = layouts.outcome(case, 1)
+    plain, _, evaluated, _ = outcome.predicted.values()
+    assert not torch.equal(plain[0], evaluated[0])
+    network = PlainNetwork(CASES[case].dtype)
+    with torch.no_grad():
+        for name, parameter in network.named().items():
+            y, z = outcome.states[f"{name}//{MASTER}"], outcome.states[f"{name}//z"]
+            parameter.copy_((y - 0.1 * z) / 0.9)
+    expected = network(sample_of(1, 0, BATCH, CASES[case].dtype))
+    torch.testing.assert_close(evaluated[0], expected, rtol=1e-2 if "bfloat16" in case else 1e-5, atol=1e-2)
 
 
 def test_a_stage_has_the_groups_of_its_own_parameters(layouts: Layouts) -> None:
@@ -172,6 +195,16 @@ def test_every_parameter_of_every_group_has_moments_and_an_average(layouts: Layo
         parameter, _, state = name.partition("//")
         states.setdefault(parameter, set()).add(state)
     assert set(map(frozenset, states.values())) == {frozenset({MASTER, EMA, "step", "exp_avg", "exp_avg_sq"})}
+
+
+# --- what a step sends and refuses -----------------------------------------------------------------------------------------
+
+
+def test_no_gradient_is_sent_to_stages_that_need_none(layouts: Layouts) -> None:
+    """Cut into three stages, of which only the first or only the last is trained."""
+    sent = [stage["sent"] for stage in layouts.stages("tokens alone", 3)]
+    assert sent == [["activation"], ["activation", "gradient"], ["gradient"]]
+    assert [stage["sent"] for stage in layouts.stages("output alone", 3)] == [["activation"], ["activation"], []]
 
 
 # --- replicas ----------------------------------------------------------------------------------------------------------

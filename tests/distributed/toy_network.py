@@ -21,7 +21,7 @@ from utils.trainable.base import ParameterGroup
 WIDTH, CHANNELS, NUM_TOKEN_IDS = 6, 2, 11
 INPUT_NAMES = ("latents", "control_latents", "token_ids", "timestep")
 SIZES = ((2, 3, 4), (1, 5, 2), (3, 2, 3))
-"""(height, width, number of text tokens) of the steps, in turn."""
+"""(height, width, number of text tokens) of the micro-batches, in turn."""
 STREAMS = (
     StreamSpec("text", lambda shape: shape.num_text_tokens),
     StreamSpec("image", lambda shape: shape.height * shape.width),
@@ -101,14 +101,15 @@ def make_layers(dtype: torch.dtype) -> list[PipelineLayer]:
 # --- samples -----------------------------------------------------------------------------------------------------------
 
 
-def shape_of(step: int, batch: int) -> SampleShape:
-    height, width, num_text_tokens = SIZES[step % len(SIZES)]
+def shape_of(step: int, index: int, batch: int) -> SampleShape:
+    """The shape of a micro-batch; it differs within a step and from step to step."""
+    height, width, num_text_tokens = SIZES[(step + index) % len(SIZES)]
     return SampleShape(batch, height, width, num_text_tokens)
 
 
 def sample_of(step: int, index: int, batch: int, dtype: torch.dtype) -> Sample:
     """Sample `index` of a step."""
-    shape = shape_of(step, batch)
+    shape = shape_of(step, index, batch)
 
     def draw(name: str, *size: int) -> Tensor:
         return randomness.normal(1, name, step, index, shape=(batch, *size))
@@ -125,7 +126,7 @@ def sample_of(step: int, index: int, batch: int, dtype: torch.dtype) -> Sample:
 
 def target_of(step: int, index: int, batch: int) -> Tensor:
     """(B, C, H, W) float32."""
-    shape = shape_of(step, batch)
+    shape = shape_of(step, index, batch)
     return 3 * randomness.normal(1, "target", step, index, shape=(batch, CHANNELS, shape.height, shape.width))
 
 

@@ -11,7 +11,6 @@ a batch of its own repeats one. No random generator of the training is used.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ class Evaluation:
         Raises FloatingPointError on every rank when a loss is non-finite.
         """
         averaged = self._config.weights == "ema" and step > 0
-        with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
+        with self._pipeline.evaluated_weights(ema=averaged):
             now = Measurement(step, self._measure())
         self._has_results = True
         result = None

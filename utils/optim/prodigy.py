@@ -39,10 +39,11 @@ class Prodigy(torch.optim.Optimizer):
         d_coef: float = 1.0,
         growth_rate: float = math.inf,
     ) -> None:
-        """`beta3`: decay of the sums, by default the root of the second beta. `growth_rate`: largest factor of d in a step."""
-        names = ("lr", "betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup")
-        values = (lr, betas, beta3, eps, weight_decay, decouple, use_bias_correction, safeguard_warmup)
-        super().__init__(params, {**dict(zip(names, values, strict=True)), "d0": d0, "d_coef": d_coef, "growth_rate": growth_rate})
+        """`beta3`: decay of the sums; None: root of the second beta. `growth_rate`: largest factor of d in one step."""
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "beta3": beta3, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "decouple": decouple}
+        defaults |= {"use_bias_correction": use_bias_correction, "safeguard_warmup": safeguard_warmup}
+        super().__init__(params, defaults | {"d0": d0, "d_coef": d_coef, "growth_rate": growth_rate})
 
     def _members(self) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
         """(parameter, state, group) of each parameter that has a gradient."""
@@ -86,7 +87,8 @@ class Prodigy(torch.optim.Optimizer):
                 d = min(float(state["d_max"]), d * group["growth_rate"])
                 state["d"].fill_(d)
                 if group["weight_decay"] and group["decouple"]:
-                    parameter.mul_(1 - group["weight_decay"] * rate)
+                    # Not mul_(1 - decay), which float32 cannot represent while d is small.
+                    parameter.add_(parameter, alpha=-group["weight_decay"] * rate)
                 root = state["exp_avg_sq"].sqrt().add_(d * group["eps"])
                 parameter.addcdiv_(state["exp_avg"], root, value=-rate)
             state["k"] += 1

@@ -1,59 +1,151 @@
-"""Optimizers of torch.optim by name: which of them can be used, the errors of their arguments, and their construction."""
+"""Optimizers by name: where their classes are, the errors of names and arguments, and their construction.
+
+Names are found without regard to case, hyphens and underscores, in this order: the program's own, torch.optim, schedulefree,
+pytorch-optimizer, bitsandbytes. A package in front of the name ("pytorch_optimizer.muon") chooses another. Packages other
+than torch are optional.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib
 import inspect
-from collections.abc import Iterable
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from utils.config.schema.optimizer import OptimizerConfig
+from utils.optim.adamw_8bit import AdamW8bit
+from utils.optim.arguments import allowed_arguments, argument_errors
+from utils.optim.muon import MuonWithAdamW, split_matrices
+from utils.optim.prodigy import Prodigy
+from utils.optim.refused import OTHER_NAMES, REFUSED
 
-# DeepSpeed's ZeRO-1 passes each parameter group to the optimizer as one flat vector, partitioned over the replicas.
-_UNSUITABLE = {
-    "LBFGS": "it evaluates the network several times per step",
-    "SparseAdam": "it accepts sparse gradients only",
-    "Adafactor": "its update depends on each weight's shape, but weights reach the optimizer as one flat vector",
-    "Muon": "its update depends on each weight's shape, but weights reach the optimizer as one flat vector",
-}
-_RESERVED_ARGUMENTS = ("self", "params", "lr")
-
-
-def optimizer_names() -> list[str]:
-    """Returns the names of all classes of torch.optim that a run can use, sorted."""
-    found = [name for name in dir(torch.optim) if _is_optimizer(name)]
-    return sorted(name for name in found if name not in _UNSUITABLE)
+OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT = "own", "torch.optim", "schedulefree", "pytorch_optimizer", "bitsandbytes"
+INSTALLATION = {SCHEDULE_FREE: "schedulefree", COLLECTION: "pytorch-optimizer", LOW_BIT: "bitsandbytes"}
+"""Package -> what pip calls it."""
+_WITH_FLAG = ("muon", "adamuon", "normuon", "adago")
+"""Optimizers of pytorch-optimizer that take matrices and other parameters in groups with the flag `use_muon`."""
 
 
-def _is_optimizer(name: str) -> bool:
-    member = getattr(torch.optim, name, None)
-    return isinstance(member, type) and issubclass(member, torch.optim.Optimizer) and member is not torch.optim.Optimizer
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer and where it comes from."""
+
+    package: str
+    name: str
+    load: Callable[[], type]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a run cannot use it; None if it can."""
+        return REFUSED.get(self.package, {}).get(self.name)
+
+    @property
+    def num_sums(self) -> int:
+        """How many sums over all parameters of the network a step needs."""
+        return Prodigy.num_sums if self.package == OWN and self.name == "Prodigy" else 0
+
+    @property
+    def is_schedule_free(self) -> bool:
+        return "schedulefree" in self.name.lower()
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _own() -> Iterator[OptimizerKind]:
+    for kind in (AdamW8bit, Prodigy):
+        yield OptimizerKind(OWN, kind.__name__, partial(_itself, kind))
+
+
+def _itself(kind: type) -> type:
+    return kind
+
+
+def _members(package: str, module: Any) -> Iterator[OptimizerKind]:
+    for name in sorted(dir(module)):
+        member = getattr(module, name)
+        is_optimizer = isinstance(member, type) and issubclass(member, torch.optim.Optimizer)
+        if is_optimizer and member is not torch.optim.Optimizer:
+            yield OptimizerKind(package, name, partial(_itself, member))
+
+
+def _collection(module: Any) -> Iterator[OptimizerKind]:
+    for name in sorted(module.get_supported_optimizers()):
+        yield OptimizerKind(COLLECTION, name, partial(module.load_optimizer, name))
+
+
+@cache
+def _installed(package: str) -> tuple[OptimizerKind, ...]:
+    """The optimizers of a package; none where it is not installed."""
+    if package == OWN:
+        return tuple(_own())
+    module_name = f"{package}.optim" if package == LOW_BIT else package
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            return ()
+    return tuple(_collection(module) if package == COLLECTION else _members(package, module))
+
+
+PACKAGES = (OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT)
+
+
+def all_kinds() -> Iterator[OptimizerKind]:
+    """Every optimizer of the installed packages, in order of precedence."""
+    for package in PACKAGES:
+        yield from _installed(package)
+
+
+def find(name: str) -> OptimizerKind | None:
+    """The optimizer of that name; None if no installed package has it. A usable one comes before a refused one."""
+    package, _, short = name.rpartition(".")
+    found = [
+        kind
+        for place in ([package] if package else PACKAGES)
+        if place in PACKAGES
+        for kind in _installed(place)
+        if _key(kind.name) == _key(short)
+    ]
+    return next((kind for kind in found if kind.refusal is None), found[0] if found else None)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------------
 
 
 def optimizer_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
     """Returns the errors of the optimizer's name and arguments as (key, message)."""
-    if config.type in _UNSUITABLE:
-        return [("optimizer.type", f"= {config.type!r}: cannot be used here: {_UNSUITABLE[config.type]}")]
-    if config.type not in optimizer_names():
-        close = difflib.get_close_matches(config.type, optimizer_names(), n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"torch.optim has {', '.join(optimizer_names())}"
-        return [("optimizer.type", f"= {config.type!r}: unknown; {advice}")]
-    signature = inspect.signature(getattr(torch.optim, config.type))
-    allowed = [name for name in signature.parameters if name not in _RESERVED_ARGUMENTS]
-    unknown = [name for name in config.args if name not in allowed]
-    if unknown:
-        return [
-            (f"optimizer.args.{name}", f"not an argument of {config.type}; its arguments are {', '.join(allowed)}")
-            for name in unknown
-        ]
+    kind = find(config.type)
+    refusal = kind.refusal if kind is not None else OTHER_NAMES.get(_key(config.type))
+    if refusal is not None:
+        return [("optimizer.type", f"= {config.type!r}: cannot be used here: {refusal}")]
+    if kind is None:
+        return [("optimizer.type", f"= {config.type!r}: unknown; {_advice(config.type)}")]
+    errors = argument_errors(config.type, kind.load(), config.args)
+    if errors:
+        return [(f"optimizer.args.{argument}", text) for argument, text in errors]
+    weights = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    trial = {"names": ["blocks.0.weight", "bias"], "params": weights}
     try:
-        make_optimizer(config, [nn.Parameter(torch.zeros(1))])
+        make_optimizer(config, [trial])
     except Exception as error:  # some classes check their arguments, others fail on them with any exception
-        return [("optimizer.args", f"{config.type} rejects them: {error if isinstance(error, ValueError) else repr(error)}")]
-    if "weight_decay" in allowed:
+        text = str(error) if isinstance(error, ValueError) else repr(error)
+        return [("optimizer.args", f"{config.type} rejects them: {text}")]
+    if "weight_decay" in allowed_arguments(kind.load()):
         return []
     return [
         (
@@ -65,12 +157,53 @@ def optimizer_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
     ]
 
 
-def make_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
-) -> torch.optim.Optimizer:
-    """Returns the configured optimizer over parameters, or over torch's dictionaries of parameter groups.
+def _advice(name: str) -> str:
+    names = {_key(kind.name): kind.name for kind in reversed(list(all_kinds())) if kind.refusal is None}
+    close = difflib.get_close_matches(_key(name.rpartition(".")[2]), names, n=1)
+    missing = [pip for package, pip in INSTALLATION.items() if not _installed(package)]
+    more = f"; further optimizers come with: pip install {' '.join(missing)}" if missing else ""
+    if close:
+        return f"did you mean {names[close[0]]!r}?{more}"
+    return f"torch.optim has {', '.join(kind.name for kind in _installed(TORCH) if kind.refusal is None)}{more}"
 
-    Keys that a group's dictionary lacks ("lr", "weight_decay", ...) have the values of the config.
+
+# --- construction ------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(config: OptimizerConfig, entries: Sequence[Mapping[str, Any]]) -> Any:
+    """Returns the configured optimizer over torch's dictionaries of parameter groups.
+
+    Each has the parameters' native "names". Keys that a dictionary lacks ("lr", "weight_decay", ...) have the values of the
+    config. What is returned has `param_groups`, `state` and `step` of a torch optimizer.
     """
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
-    return getattr(torch.optim, config.type)(list(parameters), lr=config.learning_rate, **arguments)
+    kind = find(config.type)
+    assert kind is not None
+    config_arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
+    rate = {"lr": config.learning_rate} if "lr" in _signature(kind) else {}
+    groups = [dict(entry) for entry in entries]
+    if kind.package == TORCH and kind.name == "Muon":
+        return MuonWithAdamW(*split_matrices(groups), config.learning_rate, config_arguments)
+    if kind.package == COLLECTION and kind.name in _WITH_FLAG:
+        matrices, rest = split_matrices(groups)
+        groups = [{**entry, "use_muon": True} for entry in matrices] + [{**entry, "use_muon": False} for entry in rest]
+    optimizer = kind.load()(groups, **rate, **config_arguments)
+    if kind.is_schedule_free:
+        optimizer.train()
+    return optimizer
+
+
+def num_sums(config: OptimizerConfig) -> int:
+    """Returns how many sums over all parameters of the network a step of the configured optimizer needs."""
+    kind = find(config.type)
+    return kind.num_sums if kind is not None else 0
+
+
+def canonical_name(name: str) -> str:
+    """Returns the one spelling of an optimizer's name, by which checkpoints are compared."""
+    kind = find(name)
+    return name if kind is None else kind.name if kind.package in (OWN, TORCH) else f"{kind.package}.{kind.name}"
+
+
+@cache
+def _signature(kind: OptimizerKind) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.load()).parameters)

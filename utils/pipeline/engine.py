@@ -1,7 +1,7 @@
 """Training the network over all processes: DeepSpeed's pipeline schedule with this program's own optimizer step.
 
-Each rank builds and reads the layers of its own stage only (stage.py). DeepSpeed 0.19.8 divides the processes into stages and
-replicas and orders the passes of the micro-batches (instructions.py); the optimizer step follows (optimizer_step.py).
+Each rank builds and reads the layers of its own stage only (stage.py). DeepSpeed 0.19.8 divides the processes into stages
+and replicas and orders the passes of the micro-batches (instructions.py); the optimizer step follows (optimizer_step.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -38,6 +38,8 @@ class EngineSettings:
     gradient_clipping: float
     """Largest norm of the gradients; 0: no clipping."""
     dtype: torch.dtype
+    num_optimizer_sums: int = 0
+    """Sums over all parameters that a step of the optimizer needs, see optim/prodigy.py."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Pipeline:
             Network(
                 [name for index in range(self.num_stages) for name in names[index]],
                 num_losses=settings.num_micro_batches * self._replicas.count,
+                num_sums=settings.num_optimizer_sums,
             ),
             self._replicas,
             make_optimizer=make_optimizer,
@@ -184,13 +187,12 @@ class Pipeline:
             outputs = self._engine.predict(batches, shapes)
         return outputs if self.stage == self.num_stages - 1 else None
 
-    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, the network computes with the average of the weights; afterwards with the same weights as before.
+    def evaluated_weights(self, *, ema: bool) -> contextlib.AbstractContextManager[None]:
+        """Within it, the network computes with the weights of `read_weights`; afterwards with the same weights as before.
 
-        For evaluation and previews: no training step, and no reading or writing of states. An average must exist, see
-        `read_weights`.
+        For evaluation and previews: no training step, and no writing of states.
         """
-        return self._optimizer_step.averaged_weights()
+        return self._optimizer_step.evaluated_weights(ema=ema)
 
     def from_last_stage(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
         """The last stage's float32 tensor of this shape, on every rank of this replica."""
@@ -209,9 +211,11 @@ class Pipeline:
         return self._optimizer_step.read_state(parameter)
 
     def read_weights(self, parameter: nn.Parameter, *, ema: bool = False) -> Tensor:
-        """Float32 weights of one parameter, or their average, on the CPU; all replicas in the same order.
+        """Float32 weights of one parameter to evaluate and export, on the CPU; all replicas in the same order.
 
-        An average exists after a step with `ema_decay`, or once a checkpoint of such a run was loaded.
+        They are those of the last step, or the average where a schedule-free optimizer trains. `ema`: their moving average.
+
+        The latter exists after a step with `ema_decay`, or once a checkpoint of such a run was loaded.
         """
         return self._optimizer_step.read_weights(parameter, ema=ema)
 

@@ -135,6 +135,7 @@ class Instructions:
 
     def receive_gradient(self, buffer_id: int) -> None:
         flight = self._in_flight[buffer_id]
+        assert flight.output is not None
         if self.position.is_trained_until_here:
             flight.gradient = torch.empty_like(flight.output)
             p2p.recv(flight.gradient, self.position.stage + 1)

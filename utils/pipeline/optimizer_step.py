@@ -19,16 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.optim.schedule_free import evaluation_weights
+from utils.optim.state_tensors import from_tensors, to_tensors
 from utils.pipeline.ownership import assign_owners, make_buckets
 from utils.trainable.base import ParameterGroup
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-"""torch's dictionaries of parameter groups -> optimizer."""
+MakeOptimizer = Callable[[list[dict[str, Any]]], Any]
+"""torch's dictionaries of parameter groups, each with the parameters' "names" and the group's "name" -> optimizer."""
 
 MASTER = "master"
 """Name of the float32 weights in a parameter's state, beside the optimizer's own states."""
 EMA = "ema"
 """Name of the average of the float32 weights over the steps in a parameter's state."""
+GROUP_NUMBER = "group."
+"""Beginning of the names of numbers that an optimizer keeps for a whole group; each parameter's state has a copy."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Network:
     """Native names of the trained parameters of all stages, in the network's order."""
     num_losses: int
     """Micro-batches of all replicas together."""
+    num_sums: int = 0
+    """Sums over all parameters of all stages that the optimizer needs in each step."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,12 @@ class TrainedParameter:
     """The owner's moving average of the float32 weights; None until there is one."""
     gradient: Tensor | None = None
     """The float32 sum over the micro-batches so far, then the mean over the replicas; None between steps."""
+
+    @property
+    def summed(self) -> Tensor:
+        """The gradient, where there must be one."""
+        assert self.gradient is not None
+        return self.gradient
 
     def collect(self, weight: Tensor) -> None:
         """Adds the gradient of a micro-batch. A hook that runs once backward has computed it."""
@@ -156,25 +168,33 @@ class OptimizerStep:
         self._hooks = [one.weight.register_post_accumulate_grad_hook(one.collect) for one in self._parameters]
         self._buckets = make_buckets(sizes, owners) if replicas.count > 1 else []
         self._slots = torch.tensor([parameter.index for parameter in self._owned], dtype=torch.long, device=device)
-        entries = {group.name: self._entry(group) for group in groups}
-        self._entries = {name: entry for name, entry in entries.items() if entry["params"]}
-        self._optimizer = make_optimizer(list(self._entries.values())) if self._entries else None
-        self._is_averaged = False
-        """Whether float32 weights and averages are exchanged, see `averaged_weights`."""
+        entries = [entry for entry in map(self._entry, groups) if entry["params"]]
+        self._optimizer = make_optimizer(entries) if entries else None
+        self._first_numbers = [_numbers(entry) for entry in self._torch_groups]
+        groups_of_masters = enumerate(self._torch_groups)
+        self._group_of = {master: index for index, entry in groups_of_masters for master in entry["params"]}
+        """Float32 weights -> index of their torch parameter group."""
+        self._kept: dict[TrainedParameter, Tensor] = {}
+        """Float32 working weights that are replaced by those to evaluate."""
 
     def _entry(self, group: ParameterGroup) -> dict[str, Any]:
         """The group as torch's optimizers take it: of the parameters that this replica owns."""
         own = [self._of_weight[weight] for weight in group.parameters.values()]
+        own = [parameter for parameter in own if parameter.master is not None]
         decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-        return {"params": [one.master for one in own if one.master is not None], "lr": group.schedule.peak, **decay}
+        names, masters = [parameter.name for parameter in own], [parameter.master for parameter in own]
+        return {"name": group.name, "params": masters, "names": names, "lr": group.schedule.peak, **decay}
+
+    @property
+    def _torch_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups if self._optimizer is not None else []
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def set_learning_rates(self, rates: Mapping[str, float]) -> None:
         """Sets the learning rate of each group, given by name."""
-        if self._optimizer is not None:
-            for name, entry in zip(self._entries, self._optimizer.param_groups, strict=True):
-                entry["lr"] = rates[name]
+        for entry in self._torch_groups:
+            entry["lr"] = rates[entry["name"]]
 
     @torch.no_grad()
     def run(self, losses: Sequence[Tensor]) -> StepReport:
@@ -197,11 +217,11 @@ class OptimizerStep:
                 parameter.gradient = torch.zeros_like(parameter.weight, dtype=torch.float32)
         for bucket in self._buckets:
             members = [self._parameters[member] for member in bucket.members]
-            vector = torch.cat([one.gradient.div_(self._replicas.count).flatten() for one in members])  # type: ignore[union-attr]
+            vector = torch.cat([one.summed.div_(self._replicas.count).flatten() for one in members])
             self._replicas.reduce(vector, bucket.owner)
             for member, part in zip(members, _split(vector, members), strict=True):
                 if bucket.owner == self._replicas.index:
-                    member.gradient.copy_(part)  # type: ignore[union-attr]
+                    member.summed.copy_(part)
                 else:
                     member.gradient = None
 
@@ -214,8 +234,8 @@ class OptimizerStep:
         count = len(self._network.parameter_names)
         values = torch.zeros(count + self._network.num_losses, dtype=torch.float64, device=self._device)
         if self._owned:
-            norms = torch._foreach_norm([one.gradient for one in self._owned], 2, dtype=torch.float64)
-            values[self._slots] = torch.stack(norms)
+            own_norms = torch._foreach_norm([one.summed for one in self._owned], 2, dtype=torch.float64)
+            values[self._slots] = torch.stack(list(own_norms))
         if losses:
             start = count + self._replicas.index * len(losses)
             values[start : start + len(losses)] = torch.stack(list(losses)).double()
@@ -228,18 +248,32 @@ class OptimizerStep:
         return StepReport(found, float(norms.square().sum().sqrt().float()), name)
 
     def _update(self, grad_norm: float) -> None:
-        gradients = [parameter.gradient for parameter in self._owned]
+        gradients = [parameter.summed for parameter in self._owned]
         if self._max_norm > 0 and gradients:
             factor = float((self._max_norm / (torch.tensor(grad_norm) + 1e-6)).clamp(max=1.0))
             if factor < 1:
                 torch._foreach_mul_(gradients, factor)
-        if self._optimizer is not None:
-            for parameter in self._owned:
-                parameter.master.grad = parameter.gradient  # type: ignore[union-attr]
+        for parameter in self._owned:
+            parameter.master.grad = parameter.gradient  # type: ignore[union-attr]
+        if self._network.num_sums:
+            self._step_with_sums()
+        elif self._optimizer is not None:
             self._optimizer.step()
-            for parameter in self._owned:
-                parameter.master.grad = None  # type: ignore[union-attr]
+        for parameter in self._owned:
+            parameter.master.grad = None  # type: ignore[union-attr]
         self._refresh_weights()
+
+    def _step_with_sums(self) -> None:
+        """A step of an optimizer with `sums` and `finish` (optim/prodigy.py). Ranks that own nothing take part, too."""
+        shape = (len(self._network.parameter_names), self._network.num_sums)
+        rows = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        if self._optimizer is not None:
+            index_of = {parameter.master: parameter.index for parameter in self._owned}
+            order = [index_of[master] for entry in self._torch_groups for master in entry["params"]]
+            rows[torch.tensor(order, device=self._device)] = self._optimizer.sums().to(self._device)
+        dist.all_reduce(rows)
+        if self._optimizer is not None:
+            self._optimizer.finish(rows.cpu().sum(dim=0).tolist())
 
     @torch.no_grad()
     def update_averages(self, decay: float) -> None:
@@ -253,13 +287,19 @@ class OptimizerStep:
 
     # --- working weights -----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _refresh_weights(self) -> None:
         """Rounds the owners' float32 weights to the working weights and sends these to the other replicas."""
-        pairs = [(one.weight, one.master) for one in self._owned if one.master is not one.weight]
-        if pairs:
-            torch._foreach_copy_([weight for weight, _ in pairs], [master for _, master in pairs])
+        weights, masters = list[Tensor](), list[Tensor]()
+        for parameter in self._owned:
+            if parameter.master is not None and parameter.master is not parameter.weight:
+                weights.append(parameter.weight)
+                masters.append(parameter.master)
+        if weights:
+            torch._foreach_copy_(weights, masters)
         self._share_weights()
 
+    @torch.no_grad()
     def _share_weights(self) -> None:
         for bucket in self._buckets:
             members = [self._parameters[member] for member in bucket.members]
@@ -269,23 +309,40 @@ class OptimizerStep:
                 torch._foreach_copy_([one.weight for one in members], list(_split(vector, members)))
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Within it, the working weights are the average; afterwards the same weights as before. All replicas together."""
-        self._swap_averages()
+    def evaluated_weights(self, *, ema: bool) -> Iterator[None]:
+        """Within it, the working weights are those to evaluate, see `read_weights`; afterwards the same weights as before.
+
+        All replicas together.
+        """
+        if not (ema or self._is_schedule_free):
+            yield
+            return
+        for parameter in self._owned:
+            shown = self._shown(parameter, ema=ema)
+            if parameter.master is parameter.weight:
+                self._kept[parameter] = parameter.weight.detach().clone()
+            parameter.weight.detach().copy_(shown)
+        self._share_weights()
         yield
         # Not in a `finally`: ranks wait for each other here, and where one has failed the others would wait for ever.
-        self._swap_averages()
-
-    @torch.no_grad()
-    def _swap_averages(self) -> None:
-        """Exchanges float32 weights and their average."""
-        for parameter in self._owned:
-            assert parameter.master is not None and parameter.average is not None
-            master = parameter.master.detach().clone()
-            parameter.master.copy_(parameter.average)
-            parameter.average.copy_(master)
-        self._is_averaged = not self._is_averaged
+        for parameter, kept in self._kept.items():
+            parameter.weight.detach().copy_(kept)
+        self._kept.clear()
         self._refresh_weights()
+
+    def _shown(self, parameter: TrainedParameter, *, ema: bool) -> Tensor:
+        """An owned parameter's float32 weights as they are evaluated and exported."""
+        if ema:
+            assert parameter.average is not None
+            return parameter.average
+        assert parameter.master is not None and self._optimizer is not None
+        weights = self._kept.get(parameter, parameter.master.detach())
+        group = self._torch_groups[self._group_of[parameter.master]]
+        return evaluation_weights(weights, self._optimizer.state.get(parameter.master, {}), group)
+
+    @property
+    def _is_schedule_free(self) -> bool:
+        return any("train_mode" in entry for entry in self._torch_groups)
 
     # --- training state ----------------------------------------------------------------------------------------------
 
@@ -298,24 +355,30 @@ class OptimizerStep:
         tensors: dict[str, Tensor] | None = None
         if parameter.master is not None:
             assert self._optimizer is not None
-            state = self._optimizer.state.get(parameter.master, {})
+            state = to_tensors(self._optimizer.state.get(parameter.master, {}))
             average = {} if parameter.average is None else {EMA: parameter.average}
-            own = {name: torch.as_tensor(value) for name, value in state.items()}
-            tensors = {MASTER: parameter.master.detach(), **own, **average}
+            tensors = {MASTER: parameter.master.detach(), **state, **average, **self._group_numbers(parameter)}
         return self._replicas.share(tensors, parameter.owner, self._device)
 
+    def _group_numbers(self, parameter: TrainedParameter) -> dict[str, Tensor]:
+        """The numbers of the parameter's group that have changed since the start, such as a count of steps."""
+        index = self._group_of[parameter.master]
+        numbers, first = _numbers(self._torch_groups[index]), self._first_numbers[index]
+        changed = {name: value for name, value in numbers.items() if first.get(name) != value}
+        return {f"{GROUP_NUMBER}{name}": tensor for name, tensor in to_tensors(changed).items()}
+
     def read_weights(self, weight: nn.Parameter, *, ema: bool = False) -> Tensor:
-        """The float32 weights of one parameter, or their average, on the CPU; as `read_state`. An average must exist."""
+        """The float32 weights of one parameter that are evaluated and exported, or their average, on the CPU.
+
+        They are those of the last step, but for schedule-free optimizers. Called as `read_state`. An average must exist.
+        """
         parameter = self._of_weight[weight]
-        tensor = parameter.average if ema != self._is_averaged else parameter.master
-        tensors = {MASTER: tensor.detach()} if tensor is not None else None
+        tensors = {MASTER: self._shown(parameter, ema=ema)} if parameter.master is not None else None
         return self._replicas.share(tensors, parameter.owner, self._device)[MASTER]
 
     @torch.no_grad()
     def write_states(self, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Sets what `read_state` returned, for any of the parameters; of `master` alone, the weights only."""
-        entries = self._optimizer.param_groups if self._optimizer is not None else []
-        entry_of = {master: entry for entry in entries for master in entry["params"]}
         for weight, state in states.items():
             parameter = self._of_weight[weight]
             weight.copy_(state[MASTER])
@@ -325,27 +388,35 @@ class OptimizerStep:
             parameter.master.copy_(state[MASTER])
             if EMA in state:
                 parameter.average = state[EMA].to(self._device, copy=True)
-            own = {
-                name: _placed(name, value, self._device, entry_of[parameter.master])
-                for name, value in state.items()
-                if name not in (MASTER, EMA)
-            }
+            entry, own = self._torch_groups[self._group_of[parameter.master]], dict[str, Tensor]()
+            numbers = {name.removeprefix(GROUP_NUMBER): value for name, value in state.items() if GROUP_NUMBER in name}
+            entry.update(from_tensors(numbers))
+            for name, value in state.items():
+                if name not in (MASTER, EMA) and GROUP_NUMBER not in name:
+                    own[name] = _placed(name, value, self._device, entry)
             if own:
-                self._optimizer.state[parameter.master] = own
+                self._optimizer.state[parameter.master] = from_tensors(own)
 
     def close(self) -> None:
         """Releases gradients, float32 weights, averages and optimizer state; no step can follow."""
         for hook in self._hooks:
             hook.remove()
+        for parameter in self._parameters:
+            parameter.master = parameter.average = parameter.gradient = None
         self._parameters, self._owned, self._optimizer = [], [], None
         self._of_weight.clear()
-        self._entries.clear()
+        self._group_of.clear()
 
 
 def _split(vector: Tensor, members: Sequence[TrainedParameter]) -> Iterator[Tensor]:
     """The parts of a bucket's vector, in the shapes of its parameters."""
     for part, member in zip(vector.split([one.weight.numel() for one in members]), members, strict=True):
         yield part.view_as(member.weight)
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers of a torch parameter group but its learning rate, which the schedule sets."""
+    return {name: value for name, value in entry.items() if name != "lr" and type(value) in (int, float)}
 
 
 def _placed(name: str, value: Tensor, device: torch.device, entry: Mapping[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Which replica owns which trained parameter, and in which buckets parameters travel between replicas. Pure.
 
-Of the replicas of a stage, one owns each parameter: it holds the float32 weights and the optimizer's state, and updates them.
-Parameters are owned whole, because some optimizers need the matrix and checkpoints are saved by parameter.
+Of the replicas of a stage, one owns each parameter: it holds the float32 weights and the optimizer's state, and updates
+them. Parameters are owned whole, because some optimizers need the matrix and checkpoints are saved by parameter.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ processes, so all replicas make the same passes, and a replica without a batch o
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ class Previews:
     def generate(self, step: int) -> None:
         """Generates the image of every prompt with the weights after `step` steps, and writes them."""
         averaged = self._config.weights == "ema" and step > 0  # there is no average before the first step
-        with self._pipeline.averaged_weights() if averaged else contextlib.nullcontext():
+        with self._pipeline.evaluated_weights(ema=averaged):
             latents = self._sample_all()
         if world().is_main:
             entries = [

@@ -16,7 +16,7 @@ from utils.data.batches import BatchOrder
 from utils.data.encoding.encoded import EncodedData
 from utils.objective.loss import LossTarget
 from utils.objective.objective import Objective
-from utils.optim.registry import make_optimizer
+from utils.optim.registry import make_optimizer, num_sums
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
@@ -87,6 +87,7 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         num_micro_batches=config.pipeline.gradient_accumulation_steps,
         gradient_clipping=config.optimizer.gradient_clipping,
         dtype=config.model.torch_dtype,
+        num_optimizer_sums=num_sums(config.optimizer),
     )
     pipeline = Pipeline(
         StagePlan(family.layers, family.input_names, family.stream_width, experiment.bounds),

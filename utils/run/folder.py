@@ -17,6 +17,7 @@ from models.family import ModelFamily
 from utils.checkpoint.manifest import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_errors
 from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml
 from utils.files.atomic import write_text
+from utils.optim.registry import canonical_name
 from utils.trainable.base import Trainable
 
 CHECKPOINTS = "checkpoints"
@@ -97,7 +98,7 @@ def run_identity(config: Config, family: ModelFamily, trainable: Trainable, glob
         NETWORK_FILES: [sample_hash(path) for path in family.network_files],
         "network settings": family.network_settings,
         **trainable.identity(),
-        "optimizer.type": experiment.optimizer.type,
+        "optimizer.type": canonical_name(experiment.optimizer.type),
         "ema": experiment.ema.model_dump(mode="json") if experiment.ema else "none",
     }
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.family import BlockLayer, PipelineLayer
-from models.streams import Sample, SampleShape, Streams, StreamSpec, pack
+from models.streams import Sample, SampleShape, Streams, StreamSpec
 from utils.pipeline.stage import Stage, StagePlan
 
 SHAPE = SampleShape(batch=2, height=1, width=3, num_text_tokens=0)
