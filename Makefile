@@ -25,6 +25,7 @@ docs: .venv/ready
 	$(BIN)/python -m utils.config.document > docs/configuration.md
 	$(BIN)/python -m docs.draw_plots
 	$(BIN)/python -m docs.list_files
+	$(BIN)/python -m docs.list_optimizers
 
 # diffsynth is needed only for the three tokenizers of SD3 that it contains; its code is not run, so its dependencies are not
 # installed. DeepSpeed's own launcher script does not start if the path of the checkout has spaces.

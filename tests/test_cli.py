@@ -77,12 +77,13 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.learning_rate": None}, "optimizer.learning_rate: is missing"),
     ({"model.type": "sd4"}, "model.type: = 'sd4': unknown model type; known: 'sd3'"),
     ({"optimizer.type": "AdamX"}, "optimizer.type: = 'AdamX': unknown; did you mean 'Adam"),
-    ({"optimizer.type": "Muon"}, "optimizer.type: = 'Muon': cannot be used here: its update depends on"),
+    ({"optimizer.type": "LBFGS"}, "optimizer.type: = 'LBFGS': cannot be used here: it evaluates the network"),
+    ({"optimizer.type": "RAdamScheduleFree", "ema": {}}, "ema: RAdamScheduleFree keeps an average of the weights itself"),
     (
         {"optimizer.args": {"weight_decoy": 0.1}},
-        "optimizer.args.weight_decoy: not an argument of AdamW; its arguments are betas",
+        "optimizer.args.weight_decoy: not an argument of AdamW; did you mean weight_decay?; its arguments are betas",
     ),
-    ({"optimizer.args": {"weight_decay": -1.0}}, "optimizer.args: AdamW rejects them: Invalid weight_decay value: -1.0"),
+    ({"optimizer.args": {"weight_decay": -1.0}}, "optimizer.args.weight_decay: = -1.0: must not be negative"),
     (
         {"adapter": {"type": "lora", "targets": ["no_such_.*"]}},
         "adapter.targets[0]: = 'no_such_.*': matches no module; groups are attn, ",

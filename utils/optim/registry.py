@@ -114,14 +114,14 @@ def all_kinds() -> Iterator[OptimizerKind]:
 def find(name: str) -> OptimizerKind | None:
     """The optimizer of that name; None if no installed package has it. A usable one comes before a refused one."""
     package, _, short = name.rpartition(".")
-    found = [
-        kind
-        for place in ([package] if package else PACKAGES)
-        if place in PACKAGES
-        for kind in _installed(place)
-        if _key(kind.name) == _key(short)
-    ]
-    return next((kind for kind in found if kind.refusal is None), found[0] if found else None)
+    refused = None
+    for place in [package] if package else PACKAGES:
+        for kind in _installed(place) if place in PACKAGES else ():  # packages that are not needed are not imported
+            if _key(kind.name) == _key(short):
+                if kind.refusal is None:
+                    return kind
+                refused = refused or kind
+    return refused
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------

@@ -10,31 +10,55 @@ from utils.config.schema.optimizer import Course, OptimizerConfig
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
-    """A linear warm-up, then a constant, linear or cosine course that ends at the last step."""
+    """A linear warm-up, then a course that ends at the last step."""
 
     peak: float
     """The highest learning rate."""
     course: Course
-    warmup_steps: int
+    warmup_steps: int | float
+    """A number of steps, or a fraction of all steps if it is a float."""
     min_ratio: float
-    """Learning rate of the last step as a fraction of the peak; for linear and cosine."""
+    """Learning rate of the last step as a fraction of the peak; not for constant and inverse_sqrt."""
+    cycles: int = 1
+    """Falls from the peak; for cosine_with_restarts."""
+    power: float = 2.0
+    """Exponent of polynomial."""
+    decay_steps: int | float = 0.2
+    """Last steps of warmup_stable_decay over which the rate falls; a fraction of all steps if it is a float."""
 
     def at(self, step: int, num_steps: int) -> float:
         """Returns the learning rate of `step` (counted from 0) in a run of `num_steps`.
 
-        It rises linearly over the warm-up and reaches the peak in the first step after it. A linear or cosine course then
-        reaches min_ratio * peak exactly in step num_steps - 1.
+        It rises linearly over the warm-up and reaches the peak in the first step after it. Every course but constant and
+        inverse_sqrt then reaches min_ratio * peak exactly in step num_steps - 1.
         """
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / (self.warmup_steps + 1)
-        progress = (step - self.warmup_steps) / max(1, num_steps - 1 - self.warmup_steps)
-        if self.course == "constant":
-            fraction = 1.0
-        elif self.course == "linear":
-            fraction = 1.0 - progress
-        else:
-            fraction = 0.5 * (1.0 + math.cos(math.pi * progress))
+        warmup = _steps(self.warmup_steps, num_steps)
+        if step < warmup:
+            return self.peak * (step + 1) / (warmup + 1)
+        if self.course == "inverse_sqrt":
+            return self.peak * math.sqrt(max(1, warmup) / max(1, step + (warmup == 0)))
+        progress = (step - warmup) / max(1, num_steps - 1 - warmup)
+        fraction = self._fraction(min(1.0, progress), step, num_steps)
         return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * fraction)
+
+    def _fraction(self, progress: float, step: int, num_steps: int) -> float:
+        """The fraction of the way from the lowest rate to the peak; `progress` in [0, 1] from the warm-up to the end."""
+        if self.course == "constant":
+            return 1.0
+        if self.course == "linear":
+            return 1.0 - progress
+        if self.course == "polynomial":
+            return float((1.0 - progress) ** self.power)
+        if self.course == "warmup_stable_decay":
+            decay = _steps(self.decay_steps, num_steps)
+            return min(1.0, (num_steps - 1 - step) / max(1, decay))
+        if self.course == "cosine_with_restarts" and progress < 1:
+            progress = (progress * self.cycles) % 1.0
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _steps(value: int | float, num_steps: int) -> int:
+    return round(value * num_steps) if isinstance(value, float) else value
 
 
 def schedule_of(config: OptimizerConfig, peak: float | None = None) -> LearningRateSchedule:
@@ -44,4 +68,7 @@ def schedule_of(config: OptimizerConfig, peak: float | None = None) -> LearningR
         course=config.lr_scheduler,
         warmup_steps=config.lr_warmup_steps,
         min_ratio=config.lr_min_ratio,
+        cycles=config.lr_cycles,
+        power=config.lr_power,
+        decay_steps=config.lr_decay_steps,
     )

@@ -2,9 +2,9 @@
 
 Besides tensors, optimizers keep numbers, and lists of tensors. A checkpoint holds tensors only: a number is a scalar tensor
 under its name and the mark "#", an element of a list has its index in brackets, and a missing element is an empty tensor
-with the mark "!". A tensor that is not contiguous, such as a matrix that is stored by columns, has the mark "^" and the order
-of its dimensions in memory: products with it have other last bits if it is stored by rows. Tensors of torch's optimizers are
-stored under their own names.
+with the mark "!". A tensor that is not contiguous, such as a matrix that is stored by columns, has the mark "^" and the
+order of its dimensions in memory: products with it have other last bits if it is stored by rows. Tensors of torch's
+optimizers are stored under their own names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _flatten(name: str, value: Any, tensors: dict[str, Tensor]) -> None:
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, torch.nn.Parameter):
             raise TypeError(f"{name} is a {type(value).__name__}, of which no checkpoint can be made")
-        order = sorted(range(value.dim()), key=lambda dim: -value.stride(dim))
+        order = sorted(range(value.dim()), key=lambda dim: -value.stride()[dim])
         permuted = value.detach().permute(order)
         if not value.is_contiguous() and permuted.is_contiguous():
             tensors[name + ORDER + ",".join(map(str, order))] = permuted

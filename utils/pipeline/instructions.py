@@ -33,7 +33,7 @@ class Position:
     stage: int
     num_stages: int
     num_micro_batches: int
-    """Of a training step, on each replica."""
+    """The micro-batches of a training step on each replica."""
     is_trained_before: bool
     """Whether a stage before this one is trained, and so needs the gradient of what it sent."""
     is_trained_until_here: bool
@@ -58,7 +58,7 @@ class InFlight:
     output: Tensor | None = None
     """The packed tensor that is sent on; the loss on the last stage."""
     gradient: Tensor | None = None
-    """Of `output`, as the next stage sent it."""
+    """The gradient of `output`, as the next stage sent it."""
 
 
 @dataclass
@@ -70,9 +70,9 @@ class Instructions:
     position: Position
     device: torch.device
     losses: list[Tensor] = field(default_factory=list)
-    """Of the training step so far; on the last stage."""
+    """The losses of the training step so far; on the last stage."""
     outputs: list[Tensor] = field(default_factory=list)
-    """Of the prediction so far; on the last stage."""
+    """The outputs of the prediction so far; on the last stage."""
     _in_flight: dict[int, InFlight] = field(default_factory=dict)
     _targets: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     """By buffer: a target is loaded after the activation has arrived in training, and before in prediction."""

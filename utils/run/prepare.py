@@ -17,7 +17,7 @@ from utils.data.dataset import directory_errors
 from utils.distributed.world import World
 from utils.export.weights import export_formats
 from utils.objective.validation import objective_errors
-from utils.optim.registry import optimizer_errors
+from utils.optim.registry import find, optimizer_errors
 from utils.pipeline.partition import balanced_bounds
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 from utils.run.datasets import MAX_BAD_FILES_SHOWN, Datasets, open_datasets
@@ -104,6 +104,10 @@ def _check_averages(config: Config, errors: list[ErrorDetail]) -> None:
     for key, table in (("sampling", experiment.sampling), ("eval", experiment.eval)):
         if table is not None and table.weights == "ema" and experiment.ema is None:
             errors.append(ErrorDetail(config.path, f"{key}.weights", "= 'ema': there is no average without an [ema] table"))
+    kind = find(experiment.optimizer.type)
+    if experiment.ema is not None and kind is not None and kind.is_schedule_free:
+        text = f"{experiment.optimizer.type} keeps an average of the weights itself; remove this table"
+        errors.append(ErrorDetail(config.path, "ema", text))
 
 
 def _read_prompts(config: Config, errors: list[ErrorDetail]) -> list[Prompt]:

@@ -183,7 +183,7 @@ def test_unknown_key_without_similar_ones_lists_all_keys(tmp_path: Path) -> None
         ("optimizer.learning_rate", 0.0, "must be greater than 0"),
         ("optimizer.learning_rate", float("nan"), "finite"),
         ("optimizer.gradient_clipping", float("inf"), "finite"),
-        ("optimizer.lr_scheduler", "cosin", "'constant', 'linear' or 'cosine'"),
+        ("optimizer.lr_scheduler", "cosin", "'constant', 'linear', 'cosine', 'cosine_with_restarts', "),
         ("ema.decay", 1.0, "must be less than 1"),
         ("ema.decay", 0, "must be greater than 0"),
         ("objective.caption_dropout_rate", 1.5, "must be less than or equal to 1"),

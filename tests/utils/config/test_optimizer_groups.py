@@ -42,7 +42,7 @@ def test_groups_survive_the_resolved_copy(tmp_path: Path) -> None:
         ({"pattern": "(attn"}, "pattern", "= '(attn': is not a regular expression: "),
         ({"learning_rate": 0.0}, "learning_rate", "= 0.0: must be greater than 0"),
         ({"weight_decay": -0.1}, "weight_decay", "= -0.1: must be greater than or equal to 0"),
-        ({"lr_scheduler": "step"}, "lr_scheduler", "= 'step': must be 'constant', 'linear' or 'cosine'"),
+        ({"lr_scheduler": "step"}, "lr_scheduler", "= 'step': must be 'constant', 'linear', 'cosine', "),
         ({"lr_min_ratio": 2.0}, "lr_min_ratio", "= 2.0: must be less than or equal to 1"),
         ({"lr": 1e-4}, "lr", "unknown key"),
     ],

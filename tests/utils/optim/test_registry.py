@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from docs import list_optimizers
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.muon import MuonWithAdamW
 from utils.optim.registry import (
@@ -153,3 +154,8 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest() -> None:
     optimizer.step()
     assert optimizer.state.get(parameters["final_layer.weight"], {}).keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert all(parameter.abs().max() > 0 for parameter in parameters.values())
+
+
+def test_the_documented_table_is_current() -> None:
+    """`python -m docs.list_optimizers` writes it."""
+    assert list_optimizers.table() in list_optimizers.PAGE.read_text(encoding="utf-8")

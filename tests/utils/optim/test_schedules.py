@@ -64,3 +64,53 @@ def test_a_group_s_own_peak_scales_the_whole_schedule() -> None:
     config = OptimizerConfig(learning_rate=RATE, lr_scheduler="cosine", lr_warmup_steps=3, lr_min_ratio=0.1)
     own = schedule_of(config, peak=4 * RATE)
     assert [own.at(step, 20) for step in range(20)] == [4 * schedule_of(config).at(step, 20) for step in range(20)]
+
+
+# --- further courses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", ["cosine_with_restarts", "polynomial", "warmup_stable_decay"])
+@pytest.mark.parametrize("minimum", [0.0, 0.1])
+@pytest.mark.parametrize(("warmup", "num_steps"), [(0, 10), (3, 40), (0, 2), (0.25, 40)])
+def test_every_course_starts_at_the_peak_and_ends_at_the_minimum(
+    scheduler: str, minimum: float, warmup: float, num_steps: int
+) -> None:
+    schedule = make_schedule(lr_scheduler=scheduler, lr_min_ratio=minimum, lr_warmup_steps=warmup, lr_cycles=3)
+    rates = [schedule.at(step, num_steps) for step in range(num_steps)]
+    assert rates[-1] == pytest.approx(minimum * RATE, abs=1e-18)
+    assert rates[round(warmup * num_steps) if isinstance(warmup, float) else warmup] == pytest.approx(RATE)
+    assert all(minimum * RATE - 1e-18 <= rate <= RATE * (1 + 1e-12) for rate in rates[10:])
+
+
+def test_a_warm_up_may_be_a_fraction_of_all_steps() -> None:
+    by_steps, by_fraction = make_schedule(lr_warmup_steps=5), make_schedule(lr_warmup_steps=0.1)
+    assert [by_steps.at(step, 50) for step in range(50)] == [by_fraction.at(step, 50) for step in range(50)]
+    assert by_fraction.at(5, 100) < RATE
+
+
+def test_restarts_repeat_the_cosine() -> None:
+    schedule = make_schedule(lr_scheduler="cosine_with_restarts", lr_cycles=4)
+    rates = [schedule.at(step, 41) for step in range(41)]
+    for start in (10, 20, 30):
+        assert rates[start : start + 10] == pytest.approx(rates[:10])
+    assert rates[0] == RATE and rates[5] == pytest.approx(RATE / 2) and rates[40] == pytest.approx(0, abs=1e-18)
+
+
+def test_polynomial_is_the_power_of_the_linear_course() -> None:
+    linear, cubic = make_schedule(lr_scheduler="linear"), make_schedule(lr_scheduler="polynomial", lr_power=3.0)
+    for step in range(20):
+        assert cubic.at(step, 20) == pytest.approx(RATE * (linear.at(step, 20) / RATE) ** 3)
+
+
+def test_inverse_square_root_halves_after_four_times_the_warm_up() -> None:
+    schedule = make_schedule(lr_scheduler="inverse_sqrt", lr_warmup_steps=10)
+    assert [schedule.at(step, 1000) for step in (10, 40, 90)] == pytest.approx([RATE, RATE / 2, RATE / 3])
+    without = make_schedule(lr_scheduler="inverse_sqrt")
+    assert [without.at(step, 1000) for step in (0, 3)] == pytest.approx([RATE, RATE / 2])
+
+
+def test_stable_decay_is_constant_before_its_last_steps() -> None:
+    schedule = make_schedule(lr_scheduler="warmup_stable_decay", lr_warmup_steps=5, lr_decay_steps=10)
+    rates = [schedule.at(step, 100) for step in range(100)]
+    assert rates[5:90] == [RATE] * 85
+    assert rates[89:] == pytest.approx([RATE * left / 10 for left in range(10, -1, -1)])

@@ -13,8 +13,12 @@ from utils.config.schema.base import Bool, Float, Int, Table
 DEFAULT_GROUP = "default"
 """Name of the group of all parameters that no pattern matches."""
 
-Course = Literal["constant", "linear", "cosine"]
+Course = Literal[
+    "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay"
+]
 """Course of the learning rate after the warm-up."""
+WarmUp = Annotated[Int, Field(ge=0)] | Annotated[Float, Field(gt=0, lt=1)]
+"""Steps, or a fraction of all steps."""
 
 
 class OptimizerGroupConfig(Table):
@@ -38,8 +42,9 @@ class OptimizerGroupConfig(Table):
     lr_scheduler: Course | None = Field(
         None, description="Course of the learning rate after the warm-up. Default: `lr_scheduler` of `[optimizer]`."
     )
-    lr_warmup_steps: Int | None = Field(
-        None, ge=0, description="Warm-up of this group in steps. Default: `lr_warmup_steps` of `[optimizer]`."
+    lr_warmup_steps: WarmUp | None = Field(
+        None,
+        description="Warm-up of this group, in steps or as a fraction of all. Default: `lr_warmup_steps` of `[optimizer]`.",
     )
     lr_min_ratio: Float | None = Field(
         None,
@@ -69,7 +74,7 @@ class OptimizerGroupConfig(Table):
 class OptimizerConfig(Table):
     """How weights are updated from gradients."""
 
-    type: str = Field("AdamW", description="Name of a class in `torch.optim`.")
+    type: str = Field("AdamW", description="Name of an optimizer; docs/optimizers.md lists them.")
     learning_rate: Float = Field(gt=0, description="Peak learning rate: its value after the warm-up.")
     args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of that class, such as `weight_decay` or `betas`."
@@ -82,17 +87,25 @@ class OptimizerConfig(Table):
     )
     lr_scheduler: Course = Field(
         "constant",
-        description="Course of the learning rate after the warm-up. `linear` and `cosine` reach `lr_min_ratio` times the "
-        "peak at the last step.",
+        description="Course of the learning rate after the warm-up. All but `constant` and `inverse_sqrt` reach "
+        "`lr_min_ratio` times the peak at the last step. `warmup_stable_decay`: constant, then linear over the last "
+        "`lr_decay_steps`. `inverse_sqrt`: the peak times the root of `lr_warmup_steps` / step.",
     )
-    lr_warmup_steps: Int = Field(
-        0, ge=0, description="Number of first steps over which the learning rate rises linearly from near 0 to its peak."
+    lr_warmup_steps: WarmUp = Field(
+        0,
+        description="First steps over which the learning rate rises linearly from near 0 to its peak: a number of steps, or "
+        "a fraction of all steps such as 0.05.",
+    )
+    lr_cycles: Int = Field(1, ge=1, description="Number of falls from the peak; for `cosine_with_restarts`.")
+    lr_power: Float = Field(2.0, gt=0, description="Exponent of the course; for `polynomial`. 1 is `linear`.")
+    lr_decay_steps: WarmUp = Field(
+        0.2, description="Last steps over which the learning rate falls, or a fraction of all; for `warmup_stable_decay`."
     )
     lr_min_ratio: Float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Learning rate of the last step, as a fraction of the peak; for `linear` and `cosine`.",
+        description="Learning rate of the last step, as a fraction of the peak; not for `constant` and `inverse_sqrt`.",
     )
     groups: list[OptimizerGroupConfig] | None = Field(
         None, min_length=1, description="Groups of parameters with other settings. Unset: all parameters share these."
