@@ -76,6 +76,8 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"max_steps": None}, "max_steps: is missing; set `max_steps`, `epochs` or both"),
     ({"optimizer.learning_rate": None}, "optimizer.learning_rate: is missing"),
     ({"model.type": "sd4"}, "model.type: = 'sd4': unknown model type; known: 'sd3'"),
+    ({"pipeline.recompute": 4}, "pipeline.recompute: = 4: the network has 3 blocks"),
+    ({"pipeline.recompute": "some"}, "pipeline.recompute: = 'some': must be a valid integer, or 'none' or 'all'"),
     ({"optimizer.type": "AdamX"}, "optimizer.type: = 'AdamX': unknown; did you mean 'Adam"),
     ({"optimizer.type": "LBFGS"}, "optimizer.type: = 'LBFGS': cannot be used here: it evaluates the network"),
     ({"optimizer.type": "RAdamScheduleFree", "ema": {}}, "ema: RAdamScheduleFree keeps an average of the weights itself"),

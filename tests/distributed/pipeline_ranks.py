@@ -55,6 +55,7 @@ class Case:
     groups: MakeGroups = make_groups
     trained: tuple[str, ...] = tuple(RATES)
     """Parameters of other groups are frozen."""
+    recomputed_blocks: int = 0
     only: str = ""
     """Beginning of the names of the parameters that are trained; others are frozen."""
 
@@ -73,6 +74,8 @@ CASES = {
     "groups of SOAP": Case("SOAP"),
     "branch alone": Case(trained=("branch",)),
     "tokens alone": Case(trained=("tokens",)),
+    "recomputed": Case(recomputed_blocks=3),
+    "one recomputed in bfloat16": Case(dtype=torch.bfloat16, recomputed_blocks=1),
     "output alone": Case(only="output."),
     "one group": Case(groups=one_group),
     "groups of equal settings": Case(groups=partial(make_groups, decays=dict.fromkeys(RATES))),
@@ -101,7 +104,7 @@ class Trained:
                 parameter.requires_grad_(is_chosen and group_of(layer.prefix + name) in case.trained)
 
         self.pipeline = Pipeline(
-            StagePlan(make_layers(case.dtype), INPUT_NAMES, WIDTH, BOUNDS[num_stages]),
+            StagePlan(make_layers(case.dtype), INPUT_NAMES, WIDTH, BOUNDS[num_stages], case.recomputed_blocks),
             EngineSettings(BATCH, NUM_MICRO_BATCHES // self._num_replicas, CLIP, case.dtype, num_sums(config)),
             loss=loss_of,
             prepare=prepare,

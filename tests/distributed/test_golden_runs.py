@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.make_runs import KINDS, LAYOUTS, NAMES, Recorder, golden_path
-from tests.golden.records import differences, header_of, other_platform
+from tests.golden.records import differences, header_of, other_platform, without_metadata
 
 pytestmark = pytest.mark.distributed
 
@@ -30,7 +30,7 @@ def test_run_is_reproduced(recorder: Recorder, kind: str, layout: str) -> None:
     tolerance = TOLERANCES[kind.rpartition("_")[2]]
     reason = other_platform(golden, found)
     rule = f"compared within {tolerance:g}, because {reason}" if reason else "compared bit for bit on the same platform"
-    different = differences(golden, found, tolerance if reason else None)
+    different = differences(without_metadata(golden), without_metadata(found), tolerance if reason else None)
     assert not different, f"{golden_path(kind, layout)}: {rule}:\n" + "\n".join(different[:20])
 
 

@@ -71,6 +71,13 @@ def test_two_stages_equal_one_bitwise(lab: Lab, changes: dict[str, Any]) -> None
     assert_same_run(one, two)
 
 
+@pytest.mark.parametrize("changes", [FULL, {**LORA, **BFLOAT16}], ids=["full", "lora in bfloat16"])
+def test_recomputed_activations_change_no_bit(lab: Lab, changes: dict[str, Any]) -> None:
+    recomputed = lab.run(2, lab.experiment({**changes, "pipeline.recompute": "all"}))
+    assert "activations of its 2 blocks recomputed" in recomputed.output
+    assert_same_run(lab.shared_run(2, changes), recomputed)
+
+
 def test_three_stages_equal_one_bitwise(lab: Lab) -> None:
     assert_same_run(lab.shared_run(1, FULL), lab.shared_run(3, FULL))
 

@@ -16,7 +16,7 @@ import pytest
 from tests.distributed.launch import Finished, newest_run, read_metrics, start_ranks
 from tests.golden.make_old_run import CHECKPOINT_STEP, CONFIGS, FOLDER, LAST_STEP, MADE_IN, write_models
 from tests.golden.make_runs import header, result_lines
-from tests.golden.records import differences, other_platform
+from tests.golden.records import differences, other_platform, without_metadata
 
 pytestmark = pytest.mark.distributed
 
@@ -75,7 +75,7 @@ def test_resumed_run_equals_uninterrupted_run(old_run: Path, kind: str, num_proc
     found = "\n".join(lines) + "\n"
     reason = other_platform(expected, found)
     rule = f"compared within {TOLERANCE:g}, because {reason}" if reason else "compared bit for bit on the same platform"
-    different = differences(_without_metadata(expected), _without_metadata(found), TOLERANCE if reason else None)
+    different = differences(without_metadata(expected), without_metadata(found), TOLERANCE if reason else None)
     assert not different, f"{rule}:\n" + "\n".join(different)
     assert read_metrics(run)[:CHECKPOINT_STEP] == before[:CHECKPOINT_STEP]
     assert [line["step"] for line in read_metrics(run)] == list(range(1, LAST_STEP + 1))
@@ -92,9 +92,3 @@ def test_earlier_evaluations_are_compared_with(old_run: Path) -> None:
     assert after[:2] == before
     assert after[-1]["panel"] == before[0]["panel"]
     assert after[-1]["summary"]["groups"][0]["to_start"]["to_step"] == 0
-
-
-def _without_metadata(record: str) -> str:
-    """Without the hashes of exported files' metadata, which say all settings: later versions may have more."""
-    words = [[word for word in line.split(" ") if not word.startswith("metadata=")] for line in record.splitlines()]
-    return "\n".join(" ".join(line) for line in words)

@@ -132,6 +132,16 @@ def test_a_stage_has_the_groups_of_its_own_parameters(layouts: Layouts) -> None:
     assert layouts.outcome("tokens alone", 3).groups == [["tokens"], [], []]
 
 
+@pytest.mark.parametrize(
+    ("case", "plain"), [("recomputed", "groups"), ("one recomputed in bfloat16", "groups in bfloat16")]
+)
+def test_recomputed_blocks_do_not_change_a_bit(layouts: Layouts, case: str, plain: str) -> None:
+    for num_stages in (1, 2):
+        one, other = layouts.outcome(plain, num_stages), layouts.outcome(case, num_stages)
+        assert one.metrics == other.metrics
+        assert_equal(one.states, other.states)
+
+
 # --- groups ------------------------------------------------------------------------------------------------------------
 
 

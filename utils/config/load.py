@@ -162,9 +162,18 @@ def check_table(
             else:
                 message = f"= {item['input']!r}: {_plain(item['msg'])}"
             error = ErrorDetail(path, key, message)
-            if error not in errors:
+            if errors and (joined := _alternative(errors[-1], error)) is not None:
+                errors[-1] = joined
+            elif error not in errors:
                 errors.append(error)
         return None
+
+
+def _alternative(one: ErrorDetail, other: ErrorDetail) -> ErrorDetail | None:
+    """One error of two about the same value, which may be of either of two kinds; None if they are not."""
+    start, found, text = other.message.partition(": must be ")
+    is_same = bool(found) and (one.file, one.key) == (other.file, other.key) and one.message.startswith(start + found)
+    return ErrorDetail(one.file, one.key, f"{one.message}, or {text}") if is_same and text not in one.message else None
 
 
 def _is_table_or_list_of_tables(value: Any) -> bool:

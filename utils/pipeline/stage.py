@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.family import BlockLayer, PipelineLayer
 from models.streams import Sample, SampleShape, Streams, StreamSpec, pack, passed_on, unpack
@@ -40,10 +41,18 @@ class StagePlan:
     """Width of every stream."""
     bounds: Sequence[int]
     """Stage i has the layers bounds[i] to bounds[i + 1] - 1."""
+    recomputed_blocks: int = 0
+    """The first so many blocks of each stage keep no activations for their backward pass."""
 
     @property
     def num_stages(self) -> int:
         return len(self.bounds) - 1
+
+    def recomputed(self, stage: int) -> frozenset[int]:
+        """Indices of a stage's layers that are computed again in the backward pass."""
+        layers = range(self.bounds[stage], self.bounds[stage + 1])
+        blocks = [index for index in layers if self.layers[index].block is not None]
+        return frozenset(blocks[: self.recomputed_blocks])
 
     def received(self, stage: int) -> tuple[StreamSpec, ...]:
         """The streams a stage receives; none for the first."""
@@ -75,6 +84,7 @@ class Stage(nn.Module):
         super().__init__()
         self._input_names, self._received, self._width = plan.input_names, plan.received(index), plan.stream_width
         self.dtype = dtype
+        self._recomputed = plan.recomputed(index)
         self.layers: list[LocalLayer] = []
         for number in range(plan.bounds[index], plan.bounds[index + 1]):
             module = plan.layers[number].build()
@@ -97,11 +107,20 @@ class Stage(nn.Module):
         value: Streams | Tensor = unpack(inputs, self._received, shape) if isinstance(inputs, Tensor) else inputs
         outputs: tuple[StreamSpec, ...] = ()
         for local in self.layers:
-            value, outputs = local.module(value), local.layer.outputs
+            value, outputs = self._run(local, value), local.layer.outputs
             if outputs:
                 assert not isinstance(value, Tensor)
                 value = passed_on(value, outputs)
         return value if isinstance(value, Tensor) else pack(value, outputs)
+
+    def _run(self, local: LocalLayer, value: Streams | Tensor) -> Streams | Tensor:
+        if local.index not in self._recomputed or not torch.is_grad_enabled():
+            output: Streams | Tensor = local.module(value)
+        else:  # nothing in the network draws random numbers
+            output = checkpoint(
+                local.module, value, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            )
+        return output
 
     def received_size(self, shape: SampleShape) -> tuple[int, int, int]:
         """The size of the packed tensor that this stage receives for a micro-batch of that shape."""

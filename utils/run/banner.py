@@ -134,7 +134,10 @@ def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
         layers = experiment.family.layers[start:stop]
         total = sum(layer.num_parameters for layer in layers)
         trained = num_trained(experiment.trainable, layers)
+        recomputed = len(experiment.stage_plan.recomputed(stage))
         text = f"{layers[0].name} to {layers[-1].name}: {millions(total)} parameters, {millions(trained)} trained"
+        if recomputed:
+            text += f", activations of its {recomputed} blocks recomputed"
         rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))
     return rows
 

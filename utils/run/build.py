@@ -21,7 +21,6 @@ from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
 from utils.pipeline.optimizer_step import MASTER
-from utils.pipeline.stage import StagePlan
 from utils.run.experiment import Experiment
 from utils.run.schedule import Clock
 from utils.trainable.groups import group_schedules
@@ -90,7 +89,7 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         num_optimizer_sums=num_sums(config.optimizer),
     )
     pipeline = Pipeline(
-        StagePlan(family.layers, family.input_names, family.stream_width, experiment.bounds),
+        experiment.stage_plan,
         settings,
         loss=loss,
         prepare=trainable.prepare,

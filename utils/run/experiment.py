@@ -14,6 +14,7 @@ from utils.data.dataset import Dataset
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
 from utils.files.file_index import StoredHashes
+from utils.pipeline.stage import StagePlan
 from utils.previews.prompt_list import Prompt
 from utils.trainable.base import Trainable
 
@@ -50,6 +51,13 @@ class Experiment:
     def cache_settings(self) -> CacheSettings:
         config = self.config.experiment
         return CacheSettings(config.cache_folder, config.cache_posterior, config.text_cache_dtype)
+
+    @property
+    def stage_plan(self) -> StagePlan:
+        """The layers of each stage, and which of their activations are recomputed."""
+        family, recompute = self.family, self.config.experiment.pipeline.recompute
+        count = recompute if isinstance(recompute, int) else {"none": 0, "all": family.num_blocks}[recompute]
+        return StagePlan(family.layers, family.input_names, family.stream_width, self.bounds, count)
 
     @property
     def start_step(self) -> int:

@@ -149,6 +149,10 @@ def _open_model(config: Config, errors: list[ErrorDetail]) -> ModelFamily | None
 
 
 def _check_bounds(config: Config, family: ModelFamily, num_stages: int, errors: list[ErrorDetail]) -> list[int]:
+    recompute = config.experiment.pipeline.recompute
+    if isinstance(recompute, int) and recompute > family.num_blocks:
+        text = f"= {recompute}: the network has {family.num_blocks} blocks"
+        errors.append(ErrorDetail(config.path, "pipeline.recompute", text))
     try:
         return balanced_bounds([layer.cost for layer in family.layers], num_stages)
     except ValueError as error:

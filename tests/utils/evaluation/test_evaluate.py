@@ -84,8 +84,8 @@ class OneProcess:
         return [network(self.weight, **sample.tensors) for sample in samples]
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        before, self.weight = self.weight, self.average
+    def evaluated_weights(self, *, ema: bool) -> Iterator[None]:
+        before, self.weight = self.weight, self.average if ema else self.weight
         yield
         self.weight = before
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ LAYERS = (
 )
 
 
-def stages(*bounds: int) -> list[Stage]:
+def stages(*bounds: int, recomputed_blocks: int = 0) -> list[Stage]:
     """The stages of one network, with the same weights however it is cut."""
 
     def prepare(layer: PipelineLayer, module: nn.Module) -> None:
@@ -60,7 +62,7 @@ def stages(*bounds: int) -> list[Stage]:
         for parameter in module.parameters():
             nn.init.normal_(parameter, generator=generator)
 
-    plan = StagePlan(LAYERS, ("ids",), WIDTH, bounds)
+    plan = StagePlan(LAYERS, ("ids",), WIDTH, bounds, recomputed_blocks)
     return [Stage(plan, index, prepare, torch.float32) for index in range(plan.num_stages)]
 
 
@@ -150,3 +152,33 @@ def test_a_sample_of_other_tensors_than_declared_is_refused(names: tuple[str, ..
     (stage,) = stages(0, 3)
     with pytest.raises(AssertionError, match="are not"):
         stage.check_sample(Sample(dict.fromkeys(names, IDS), SHAPE), SHAPE)
+
+
+# --- recompute ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_blocks_of_each_stage_are_recomputed() -> None:
+    block = PipelineLayer("block", "blocks.", 1.0, {}, Block, outputs=(TOKENS, SCALE), block=0)
+    layers = (LAYERS[0], *[replace(block, block=index) for index in range(5)], LAYERS[2])
+    for count, expected in ((0, [[], []]), (1, [[1], [4]]), (2, [[1, 2], [4, 5]]), (9, [[1, 2, 3], [4, 5]])):
+        plan = StagePlan(layers, ("ids",), WIDTH, (0, 4, 7), count)
+        assert [sorted(plan.recomputed(stage)) for stage in range(2)] == expected
+
+
+def test_a_recomputed_block_keeps_its_inputs_only_and_gives_the_same_gradients() -> None:
+    kept, gradients = [], []
+    for count in (0, 1):
+        (stage,) = stages(0, 3, recomputed_blocks=count)
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = stage({"ids": IDS}, SHAPE)
+        output.sum().backward()
+        kept.append(sum(sizes))
+        gradients.append([parameter.grad for parameter in stage.parameters()])
+    assert kept[1] < kept[0]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))  # type: ignore[arg-type]

@@ -25,3 +25,8 @@ class PipelineConfig(Table):
         description="Number of micro-batches per step and replica. With several stages, use at least four times their "
         "number to keep them busy.",
     )
+    recompute: Annotated[Int, Field(ge=0)] | Literal["none", "all"] = Field(
+        "none",
+        description="Blocks whose activations are computed again in the backward pass instead of being kept, which saves "
+        "memory and takes time: the first so many of each stage, or all. Losses are the same.",
+    )
