@@ -69,6 +69,7 @@ CASES = {
     "groups of AdamW8bit in bfloat16": Case("AdamW8bit", torch.bfloat16),
     "groups of Prodigy": Case("Prodigy"),
     "tokens alone with Prodigy": Case("Prodigy", trained=("tokens",)),
+    "tokens alone, schedule-free": Case("AdamWScheduleFree", trained=("tokens",)),
     "schedule-free": Case("AdamWScheduleFree"),
     "schedule-free in bfloat16": Case("AdamWScheduleFree", torch.bfloat16),
     "groups of SOAP": Case("SOAP"),

@@ -174,6 +174,7 @@ class OptimizerStep:
         groups_of_masters = enumerate(self._torch_groups)
         self._group_of = {master: index for index, entry in groups_of_masters for master in entry["params"]}
         """Float32 weights -> index of their torch parameter group."""
+        self._is_schedule_free = self._is_anywhere(any("train_mode" in entry for entry in self._torch_groups))
         self._kept: dict[TrainedParameter, Tensor] = {}
         """Float32 working weights that are replaced by those to evaluate."""
 
@@ -340,9 +341,11 @@ class OptimizerStep:
         group = self._torch_groups[self._group_of[parameter.master]]
         return evaluation_weights(weights, self._optimizer.state.get(parameter.master, {}), group)
 
-    @property
-    def _is_schedule_free(self) -> bool:
-        return any("train_mode" in entry for entry in self._torch_groups)
+    def _is_anywhere(self, is_here: bool) -> bool:
+        """Whether it is so on any rank: one that owns nothing has no optimizer, and still takes part in all exchanges."""
+        found = torch.tensor([float(is_here)], device=self._device)
+        dist.all_reduce(found)
+        return bool(found.item())
 
     # --- training state ----------------------------------------------------------------------------------------------
 
