@@ -5,35 +5,15 @@ State is measured after one step on matrices of a block: bytes per weight beside
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from utils.config.schema.optimizer import OptimizerConfig
-from utils.optim.registry import COLLECTION, OWN, SCHEDULE_FREE, TORCH, OptimizerKind, all_kinds, make_optimizer
-from utils.optim.state_tensors import to_tensors
+from utils.optim.registry import COLLECTION, OWN, SCHEDULE_FREE, TORCH, OptimizerKind, all_kinds, state_bytes
 
 PAGE = Path(__file__).with_name("optimizers.md")
 START, END = "<!-- optimizers -->\n", "<!-- end of optimizers -->\n"
 DOCUMENTED = (OWN, TORCH, SCHEDULE_FREE, COLLECTION)
-SIZE = 128
-
-
-def state_bytes(kind: OptimizerKind) -> float:
-    """Bytes of state per weight of a matrix of SIZE x SIZE; weights kept as zeros in a scalar are not counted."""
-    name = kind.name if kind.package == OWN else f"{kind.package}.{kind.name}"
-    weight = nn.Parameter(torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
-    weight.grad = torch.ones_like(weight)
-    entry = {"name": "all", "names": ["blocks.0.weight"], "params": [weight], "lr": 1e-3}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = make_optimizer(OptimizerConfig(type=name, learning_rate=1e-3), [entry])
-        optimizer.step()
-    tensors: dict[str, Tensor] = to_tensors(optimizer.state.get(weight, {}))
-    return sum(tensor.nbytes for tensor in tensors.values()) / weight.numel()
 
 
 def rows() -> Iterator[str]:
@@ -43,7 +23,8 @@ def rows() -> Iterator[str]:
         if kind.refusal is not None:
             yield f"| `{kind.name}` | {kind.package} | | no: {kind.refusal} |\n"
         else:
-            bytes_ = state_bytes(kind)
+            name = kind.name if kind.package == OWN else f"{kind.package}.{kind.name}"
+            bytes_ = state_bytes(OptimizerConfig(type=name, learning_rate=1e-3))
             yield f"| `{kind.name}` | {kind.package} | {bytes_:.1f} | yes |\n"
 
 

@@ -101,9 +101,16 @@ class TextEncoder(FrozenEncoder):
 
 
 class BlockLayer(nn.Module):
-    """A layer that can be skipped: while `skipped` is set it returns its input. For guidance only, never in training."""
+    """One of the repeated blocks. While `skipped` is set it returns its input: for guidance only, never in training."""
 
     skipped: bool = False
+
+    def recompute_norms(self, active: bool) -> None:
+        """Chooses whether norms, modulation and activation functions are computed again in the backward pass.
+
+        The inputs of linear layers are then not kept; their outputs are.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

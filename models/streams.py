@@ -10,8 +10,8 @@ Shapes: B batch, D width of the network, common to all streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,13 @@ class StreamSpec:
     """Number of tokens."""
     carries_gradient: bool = True
     """False: a constant for the layers after it, whatever it was computed from."""
+    sources: tuple[str, ...] | None = None
+    """Prefixes of the native names of the parameters it is computed from; None: it may be all of the layers before."""
+
+    def where_trained(self, names: Collection[str]) -> StreamSpec:
+        """The stream behind stages in which these parameters (native names) are trained: constant if none is a source."""
+        is_trained = bool(names) if self.sources is None else any(name.startswith(self.sources) for name in names)
+        return replace(self, carries_gradient=self.carries_gradient and is_trained)
 
 
 class _Contiguous(torch.autograd.Function):

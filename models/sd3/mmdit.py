@@ -11,6 +11,8 @@ D width, N heads, K head width (64 in every released network).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from models.shared.embedders import ConditionEmbedder, PatchEmbedder, sinusoidal
 from models.shared.mlp import Mlp
 from models.shared.modulation import modulate, normalise
 from models.shared.position_table import crop_position_table
+from models.shared.recompute import recomputed
 
 TIMESTEP_FREQUENCIES = 256
 
@@ -46,15 +49,22 @@ class Embedders(nn.Module):
         """
         rows, columns = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
         tokens = self.x_embedder(latents)  # (B, S, D)
-        tokens = tokens + crop_position_table(self.pos_embed, rows, columns).to(tokens.dtype)
+        tokens = tokens + self.positions(rows, columns, tokens)
         conditioning = self.t_embedder(sinusoidal_embedding(timestep, TIMESTEP_FREQUENCIES)) + self.y_embedder(
             pooled
         )  # (B, D)
         return tokens, self.context_embedder(context), conditioning
 
+    def positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Returns the position embeddings of an image of rows x columns patches: (1, S, D), dtype and device of `like`."""
+        return crop_position_table(self.pos_embed, rows, columns).to(like.dtype).to(like.device)
+
 
 class StreamBlock(nn.Module):
     """The weights of one stream in one block. With `pre_only` the stream provides q, k and v but is not updated."""
+
+    recomputes_norms: bool = False
+    """Whether the inputs of qkv, fc1 and fc2 are computed again in the backward pass: norms, modulation and GELU."""
 
     def __init__(self, config: MMDiTConfig, pre_only: bool = False, dual_attention: bool = False) -> None:
         super().__init__()
@@ -70,6 +80,18 @@ class StreamBlock(nn.Module):
         """Returns shifts, scales and gates: (B, D) -> `num_vectors` of (B, D)."""
         return self.adaLN_modulation(conditioning).chunk(self.num_vectors, dim=-1)
 
+    def heads(self, attention: Attention, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns q, k and v of the modulated tokens: (B, S, D), (B, D), (B, D) -> three of (B, N, S, K)."""
+        return attention.heads(self._call(_modulated(attention.qkv), tokens, shift, scale))
+
+    def feed_forward(self, mlp: Mlp, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Returns the output of the MLP for the modulated tokens: (B, S, D), (B, D), (B, D) -> (B, S, D)."""
+        return self._call(mlp.finish, self._call(_modulated(mlp.fc1), tokens, shift, scale))
+
+    def _call(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Calls a function that ends in a linear layer."""
+        return (recomputed if self.recomputes_norms and torch.is_grad_enabled() else _plainly)(function, *tensors)
+
     def finish(self, tokens: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Applies what follows the joint attention: gated residual, second attention, gated MLP. (B, S, D) -> (B, S, D)."""
         assert self.attn.proj is not None
@@ -79,9 +101,18 @@ class StreamBlock(nn.Module):
         if self.attn2 is not None and self.attn2.proj is not None:
             shift_msa2, scale_msa2, gate_msa2 = modulation[6:9]
             # The input of the second attention is the block's input, not the sum so far.
-            second = attend(*self.attn2.heads(modulate(normalise(tokens), shift_msa2, scale_msa2)))
+            second = attend(*self.heads(self.attn2, tokens, shift_msa2, scale_msa2))
             result = result + gate_msa2[:, None] * self.attn2.proj(second)
-        return result + gate_mlp[:, None] * self.mlp(modulate(normalise(result), shift_mlp, scale_mlp))
+        return result + gate_mlp[:, None] * self.feed_forward(self.mlp, result, shift_mlp, scale_mlp)
+
+
+def _modulated(linear: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(tokens, shift, scale) -> the layer's output for the normalised and modulated tokens."""
+    return lambda tokens, shift, scale: linear(modulate(normalise(tokens), shift, scale))
+
+
+def _plainly(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return function(*tensors)
 
 
 class JointBlock(nn.Module):
@@ -100,8 +131,8 @@ class JointBlock(nn.Module):
         for_image = self.x_block.modulation(conditioning)
         for_text = self.context_block.modulation(conditioning)
         streams = (
-            self.context_block.attn.heads(modulate(normalise(context), for_text[0], for_text[1])),
-            self.x_block.attn.heads(modulate(normalise(tokens), for_image[0], for_image[1])),
+            self.context_block.heads(self.context_block.attn, context, *for_text[:2]),
+            self.x_block.heads(self.x_block.attn, tokens, *for_image[:2]),
         )
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(*streams, strict=True))
         length = context.shape[1]

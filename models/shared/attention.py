@@ -26,11 +26,10 @@ class Attention(nn.Module):
         self.ln_q = nn.RMSNorm(head_width, eps=RMS_NORM_EPS) if qk_norm else None
         self.ln_k = nn.RMSNorm(head_width, eps=RMS_NORM_EPS) if qk_norm else None
 
-    def heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries, keys and values: (B, S, D) -> three of (B, N, S, K)."""
-        batch, length, _ = tokens.shape
-        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    def heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values from the output of `qkv`: (B, S, 3 D) -> three of (B, N, S, K)."""
+        batch, length, _ = projected.shape
+        q, k, v = projected.view(batch, length, 3, self.num_heads, self.head_width).permute(2, 0, 3, 1, 4)
         if self.ln_q is not None and self.ln_k is not None:
             q, k = self.ln_q(q), self.ln_k(k)
         return q, k, v

@@ -18,4 +18,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
+        return self.finish(self.fc1(tokens))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What follows the first linear layer: (B, S, 4 D) -> (B, S, D)."""
+        return self.fc2(F.gelu(hidden, approximate="tanh"))

@@ -36,6 +36,7 @@ from utils.distributed import group
 from utils.distributed.world import world
 from utils.optim.registry import make_optimizer, num_sums
 from utils.pipeline.engine import EngineSettings, MakeGroups, Pipeline, StepResult
+from utils.pipeline.recompute import Recompute
 from utils.pipeline.stage import MicroBatch, StagePlan
 
 BOUNDS = {1: [0, 5], 2: [0, 2, 5], 3: [0, 1, 3, 5]}
@@ -55,7 +56,7 @@ class Case:
     groups: MakeGroups = make_groups
     trained: tuple[str, ...] = tuple(RATES)
     """Parameters of other groups are frozen."""
-    recomputed_blocks: int = 0
+    recompute: Recompute = Recompute()
     only: str = ""
     """Beginning of the names of the parameters that are trained; others are frozen."""
 
@@ -75,8 +76,8 @@ CASES = {
     "groups of SOAP": Case("SOAP"),
     "branch alone": Case(trained=("branch",)),
     "tokens alone": Case(trained=("tokens",)),
-    "recomputed": Case(recomputed_blocks=3),
-    "one recomputed in bfloat16": Case(dtype=torch.bfloat16, recomputed_blocks=1),
+    "recomputed": Case(recompute=Recompute("all", 3)),
+    "one recomputed in bfloat16": Case(dtype=torch.bfloat16, recompute=Recompute("all", 1)),
     "output alone": Case(only="output."),
     "one group": Case(groups=one_group),
     "groups of equal settings": Case(groups=partial(make_groups, decays=dict.fromkeys(RATES))),
@@ -105,7 +106,7 @@ class Trained:
                 parameter.requires_grad_(is_chosen and group_of(layer.prefix + name) in case.trained)
 
         self.pipeline = Pipeline(
-            StagePlan(make_layers(case.dtype), INPUT_NAMES, WIDTH, BOUNDS[num_stages], case.recomputed_blocks),
+            StagePlan(make_layers(case.dtype), INPUT_NAMES, WIDTH, BOUNDS[num_stages], case.recompute),
             EngineSettings(BATCH, NUM_MICRO_BATCHES // self._num_replicas, CLIP, case.dtype, num_sums(config)),
             loss=loss_of,
             prepare=prepare,

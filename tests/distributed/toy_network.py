@@ -58,6 +58,9 @@ class Block(BlockLayer):
         self.branch = nn.Sequential(nn.Linear(2 * WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
         self.strength = nn.Parameter(torch.ones(1))
 
+    def recompute_norms(self, active: bool) -> None:
+        assert not active, "it has no norms"
+
     def forward(self, streams: Streams) -> Streams:
         if self.skipped:
             return streams

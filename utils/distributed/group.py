@@ -137,6 +137,16 @@ def free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
+def free_bytes() -> int:
+    """Returns the free memory of this rank's accelerator; without one, its part of the machine's free memory."""
+    from deepspeed.accelerator import get_accelerator
+
+    free_memory()
+    accelerator = get_accelerator()
+    free = int(accelerator.available_memory())
+    return free // world().local_size if accelerator.device_name() == "cpu" else free
+
+
 def finish(exit_code: int = 0) -> NoReturn:
     """Ends this process. With exit code 0, it waits for all ranks and must be called by all of them.
 

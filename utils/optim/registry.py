@@ -27,6 +27,7 @@ from utils.optim.arguments import allowed_arguments, argument_errors
 from utils.optim.muon import MuonWithAdamW, split_matrices
 from utils.optim.prodigy import Prodigy
 from utils.optim.refused import OTHER_NAMES, REFUSED
+from utils.optim.state_tensors import to_tensors
 
 OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT = "own", "torch.optim", "schedulefree", "pytorch_optimizer", "bitsandbytes"
 INSTALLATION = {SCHEDULE_FREE: "schedulefree", COLLECTION: "pytorch-optimizer", LOW_BIT: "bitsandbytes"}
@@ -190,6 +191,17 @@ def make_optimizer(config: OptimizerConfig, entries: Sequence[Mapping[str, Any]]
     if kind.is_schedule_free:
         optimizer.train()
     return optimizer
+
+
+def state_bytes(config: OptimizerConfig, size: int = 128) -> float:
+    """Returns the bytes of state that the optimizer keeps per weight, measured on a matrix of size x size."""
+    weight = nn.Parameter(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
+    weight.grad = torch.ones_like(weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = make_optimizer(config, [{"name": "all", "names": ["blocks.0.weight"], "params": [weight], "lr": 1e-3}])
+        optimizer.step()
+    return sum(tensor.nbytes for tensor in to_tensors(optimizer.state.get(weight, {})).values()) / weight.numel()
 
 
 def num_sums(config: OptimizerConfig) -> int:

@@ -19,10 +19,11 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 import utils.distributed.library_settings  # noqa: F401  before DeepSpeed, which reads the environment when it is imported
-from models.streams import Sample, SampleShape
+from models.streams import Sample, SampleShape, Streams
 from utils.distributed import group
 from utils.pipeline.instructions import Instructions, LossFunction, Position, ScheduleEngine
 from utils.pipeline.optimizer_step import MakeOptimizer, Network, OptimizerStep, Replicas, StepReport
+from utils.pipeline.recompute import Recompute, least_recompute
 from utils.pipeline.stage import LocalLayer, MicroBatch, PrepareLayer, Stage, StagePlan
 from utils.trainable.base import ParameterGroup
 
@@ -88,13 +89,14 @@ class Pipeline:
         """The parameter groups of this stage; other stages may have others."""
         _check_groups(self.groups, trainable)
         names = dict(group.gather((self.stage, list(trainable))))
-        num_before = sum(len(names[index]) for index in range(self.stage))
+        before = [name for index in range(self.stage) for name in names[index]]
+        stage.set_trained_before(before)
         position = Position(
             stage=self.stage,
             num_stages=self.num_stages,
             num_micro_batches=settings.num_micro_batches,
-            is_trained_before=num_before > 0,
-            is_trained_until_here=num_before + len(trainable) > 0,
+            is_trained_before=bool(before),
+            is_trained_until_here=bool(before or trainable),
         )
         self._engine.instructions = Instructions(stage, loss, position, self.device)
         grid = self._engine.grid
@@ -186,6 +188,35 @@ class Pipeline:
         with self._stage.skipping(skipped_blocks):
             outputs = self._engine.predict(batches, shapes)
         return outputs if self.stage == self.num_stages - 1 else None
+
+    def fit_recompute(self, sample: Sample, free: int) -> Recompute | None:
+        """Chooses the fastest recompute mode of this stage whose activations fit into `free` bytes; None if none does.
+
+        `sample`: a micro-batch of the largest shape, of any values; off the first stage only its shape is read. If nothing
+        fits, all activations are recomputed.
+        """
+        if self.stage == 0:
+            inputs: Streams | Tensor = {name: tensor.to(self.device) for name, tensor in sample.tensors.items()}
+        else:
+            size = self._stage.received_size(sample.shape)
+            inputs = torch.zeros(size, dtype=self._stage.dtype, device=self.device)
+            inputs.requires_grad_(self._engine.instructions.position.is_trained_before)
+        kept = self._stage.measure_blocks(inputs, sample.shape)
+        position = self._engine.instructions.position
+        in_flight = min(position.num_micro_batches, position.num_stages - position.stage)
+        chosen = least_recompute(kept, in_flight, free)
+        self._stage.set_recompute(chosen or Recompute("all", len(kept)))
+        return chosen
+
+    @property
+    def num_trained(self) -> int:
+        """Weights of this stage that are trained, counted in elements."""
+        return sum(weight.numel() for group in self.groups for weight in group.parameters.values())
+
+    @property
+    def num_owned(self) -> int:
+        """Those of them that this replica updates."""
+        return self._optimizer_step.num_owned
 
     def evaluated_weights(self, *, ema: bool) -> contextlib.AbstractContextManager[None]:
         """Within it, the network computes with the weights of `read_weights`; afterwards with the same weights as before.

@@ -178,6 +178,11 @@ class OptimizerStep:
         self._kept: dict[TrainedParameter, Tensor] = {}
         """Float32 working weights that are replaced by those to evaluate."""
 
+    @property
+    def num_owned(self) -> int:
+        """Weights that this replica updates, counted in elements."""
+        return sum(parameter.weight.numel() for parameter in self._owned)
+
     def _entry(self, group: ParameterGroup) -> dict[str, Any]:
         """The group as torch's optimizers take it: of the parameters that this replica owns."""
         own = [self._of_weight[weight] for weight in group.parameters.values()]

@@ -7,16 +7,17 @@ sizes of a micro-batch are not sent: every rank computes them from (seed, step).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.family import BlockLayer, PipelineLayer
 from models.streams import Sample, SampleShape, Streams, StreamSpec, pack, passed_on, unpack
+from utils.pipeline.recompute import KeptBytes, Mode, Recompute, measure_block, run_block
 
 PrepareLayer = Callable[[PipelineLayer, nn.Module], None]
 
@@ -41,18 +42,16 @@ class StagePlan:
     """Width of every stream."""
     bounds: Sequence[int]
     """Stage i has the layers bounds[i] to bounds[i + 1] - 1."""
-    recomputed_blocks: int = 0
-    """The first so many blocks of each stage keep no activations for their backward pass."""
+    recompute: Recompute = Recompute()
+    """What the first blocks of each stage compute again in the backward pass."""
 
     @property
     def num_stages(self) -> int:
         return len(self.bounds) - 1
 
-    def recomputed(self, stage: int) -> frozenset[int]:
-        """Indices of a stage's layers that are computed again in the backward pass."""
-        layers = range(self.bounds[stage], self.bounds[stage + 1])
-        blocks = [index for index in layers if self.layers[index].block is not None]
-        return frozenset(blocks[: self.recomputed_blocks])
+    def num_blocks(self, stage: int) -> int:
+        """Number of the repeated blocks that a stage has."""
+        return sum(layer.block is not None for layer in self.layers[self.bounds[stage] : self.bounds[stage + 1]])
 
     def received(self, stage: int) -> tuple[StreamSpec, ...]:
         """The streams a stage receives; none for the first."""
@@ -84,7 +83,6 @@ class Stage(nn.Module):
         super().__init__()
         self._input_names, self._received, self._width = plan.input_names, plan.received(index), plan.stream_width
         self.dtype = dtype
-        self._recomputed = plan.recomputed(index)
         self.layers: list[LocalLayer] = []
         for number in range(plan.bounds[index], plan.bounds[index + 1]):
             module = plan.layers[number].build()
@@ -93,12 +91,53 @@ class Stage(nn.Module):
                 parameter.data = parameter.data.to(dtype)
             self.layers.append(LocalLayer(number, plan.layers[number], module))
         self._modules_in_order = nn.ModuleList(layer.module for layer in self.layers)
+        self._modes: dict[int, Mode] = {}
+        """Layer index -> what it computes again in the backward pass."""
+        self.set_recompute(plan.recompute)
+
+    def set_trained_before(self, names: Collection[str]) -> None:
+        """Tells the native names of the parameters that are trained in the stages before this one.
+
+        A received stream that none of them influences needs no gradient. Its requiring one, because it arrives in one tensor
+        with others, would make every layer keep activations for it.
+        """
+        self._received = tuple(spec.where_trained(names) for spec in self._received)
 
     def named_trainable(self) -> dict[str, nn.Parameter]:
         """Native parameter name -> parameter, of the trainable parameters."""
         return {
             layer.layer.prefix + name: parameter for layer in self.layers for name, parameter in layer.trainable().items()
         }
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Chooses what the first blocks compute again in the backward pass; the others keep all activations."""
+        blocks = [local for local in self.layers if local.layer.block is not None]
+        self._modes = {local.index: recompute.mode for local in blocks[: recompute.num_blocks]}
+        for local in blocks:
+            _block(local).recompute_norms(self._modes.get(local.index) == "norms")
+
+    @torch.enable_grad()
+    def measure_blocks(self, inputs: Streams | Tensor, shape: SampleShape) -> list[KeptBytes]:
+        """Runs the stage forward and returns what each of its blocks keeps of a micro-batch of that shape, in each mode.
+
+        `inputs` as for `forward`, of any values. Blocks with the same shapes are measured once. Nothing is computed again
+        until `set_recompute` is called.
+        """
+        self.set_recompute(Recompute())
+        value: Streams | Tensor = unpack(inputs, self._received, shape) if isinstance(inputs, Tensor) else inputs
+        found: dict[Any, KeptBytes] = {}
+        kept: list[KeptBytes] = []
+        for local in self.layers:
+            if local.layer.block is not None:
+                assert not isinstance(value, Tensor)
+                kind = _kind(local.module, value)
+                if kind not in found:
+                    found[kind] = measure_block(partial(_run_in, _block(local), value))
+                kept.append(found[kind])
+            value = local.module(value)
+            if not isinstance(value, Tensor):  # without the graph behind it, but requiring the same gradients
+                value = {name: one.detach().requires_grad_(one.requires_grad) for name, one in value.items()}
+        return kept
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -114,12 +153,10 @@ class Stage(nn.Module):
         return value if isinstance(value, Tensor) else pack(value, outputs)
 
     def _run(self, local: LocalLayer, value: Streams | Tensor) -> Streams | Tensor:
-        if local.index not in self._recomputed or not torch.is_grad_enabled():
-            output: Streams | Tensor = local.module(value)
-        else:  # nothing in the network draws random numbers
-            output = checkpoint(
-                local.module, value, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-            )
+        if local.index in self._modes:
+            assert not isinstance(value, Tensor)
+            return run_block(_block(local), value, self._modes[local.index])
+        output: Streams | Tensor = local.module(value)
         return output
 
     def received_size(self, shape: SampleShape) -> tuple[int, int, int]:
@@ -134,9 +171,7 @@ class Stage(nn.Module):
     @contextlib.contextmanager
     def skipping(self, blocks: frozenset[int]) -> Iterator[None]:
         """Skips those of the repeated blocks that this stage holds."""
-        chosen = [layer.module for layer in self.layers if layer.layer.block in blocks]
-        skipped = [module for module in chosen if isinstance(module, BlockLayer)]
-        assert len(skipped) == len(chosen)
+        skipped = [_block(layer) for layer in self.layers if layer.layer.block in blocks]
         try:
             for module in skipped:
                 module.skipped = True
@@ -144,3 +179,22 @@ class Stage(nn.Module):
         finally:
             for module in skipped:
                 module.skipped = False
+
+
+def _block(local: LocalLayer) -> BlockLayer:
+    assert isinstance(local.module, BlockLayer)
+    return local.module
+
+
+def _run_in(block: BlockLayer, streams: Streams, mode: Mode | None) -> Streams:
+    block.recompute_norms(mode == "norms")
+    try:
+        return run_block(block, streams, mode)
+    finally:
+        block.recompute_norms(False)
+
+
+def _kind(module: nn.Module, streams: Streams) -> Any:
+    """What the memory of a block's activations depends on."""
+    parameters = tuple((name, one.shape, one.requires_grad) for name, one in module.named_parameters())
+    return parameters, tuple((name, one.requires_grad) for name, one in streams.items())

@@ -134,10 +134,11 @@ def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
         layers = experiment.family.layers[start:stop]
         total = sum(layer.num_parameters for layer in layers)
         trained = num_trained(experiment.trainable, layers)
-        recomputed = len(experiment.stage_plan.recomputed(stage))
+        plan = experiment.stage_plan
+        recomputed = plan.recompute.describe(plan.num_blocks(stage))
         text = f"{layers[0].name} to {layers[-1].name}: {millions(total)} parameters, {millions(trained)} trained"
         if recomputed:
-            text += f", activations of its {recomputed} blocks recomputed"
+            text += f", {recomputed}"
         rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))
     return rows
 

@@ -8,15 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from models.streams import SampleShape
+from models.streams import Sample, SampleShape
 from utils.checkpoint.load import load
+from utils.console import format_bytes, print_line
 from utils.data.batches import BatchOrder
 from utils.data.encoding.encoded import EncodedData
+from utils.distributed import group
+from utils.distributed.world import world
 from utils.objective.loss import LossTarget
 from utils.objective.objective import Objective
-from utils.optim.registry import make_optimizer, num_sums
+from utils.optim.registry import make_optimizer, num_sums, state_bytes
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
@@ -25,6 +29,8 @@ from utils.run.experiment import Experiment
 from utils.run.schedule import Clock
 from utils.trainable.groups import group_schedules
 
+FREE_FRACTION = 0.9
+"""Part of the free memory that `recompute = "auto"` fills; the rest is for what it does not count."""
 LOG = "log"
 """The event that logs every step; its saved state has the clock's minutes."""
 
@@ -56,6 +62,8 @@ def build_run(experiment: Experiment, folder: Path, data: EncodedData) -> Run:
         experiment.batch_order(),
     )
     pipeline = build_pipeline(experiment, objective)
+    if experiment.config.experiment.pipeline.recompute == "auto":
+        fit_recompute(experiment, pipeline)
     if experiment.resume_from is not None:
         load(pipeline, experiment.resume_from)
     saved_events = experiment.resume_from.events if experiment.resume_from is not None else {}
@@ -105,6 +113,38 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         }
     )
     return pipeline
+
+
+def fit_recompute(experiment: Experiment, pipeline: Pipeline) -> None:
+    """For `recompute = "auto"`: chooses for each rank what fits into the memory of its device, and prints the choices."""
+    config, plan = experiment.config.experiment, experiment.stage_plan
+    state = state_bytes(config.optimizer) + (4 if config.ema is not None else 0)
+    free = int(FREE_FRACTION * (group.free_bytes() - 4 * pipeline.num_trained - state * pipeline.num_owned))
+    chosen = pipeline.fit_recompute(_largest_sample(experiment), free)
+    group.free_memory()
+    found = sorted(group.gather((pipeline.stage, pipeline.replica, chosen, free)), key=lambda one: one[:2])
+    for stage, replica, recompute, room in found:
+        place = f"stage {stage + 1} of {plan.num_stages}" + (f", replica {replica + 1}" if replica else "")
+        text = "no activations recomputed"
+        if recompute is None:
+            text = "all activations recomputed, and still more than the memory"
+        elif recompute.num_blocks:
+            text = recompute.describe(plan.num_blocks(stage))
+        print_line(f"{place}: {text} ({format_bytes(max(room, 0))} for activations)", is_main=world().is_main)
+
+
+def _largest_sample(experiment: Experiment) -> Sample:
+    """A micro-batch of zeros in the size of the largest bucket."""
+    config, family = experiment.config.experiment, experiment.family
+    count, dtype = config.pipeline.micro_batch_size_per_gpu, config.model.torch_dtype
+    bucket = max(experiment.dataset.examples.buckets, key=lambda bucket: bucket.width * bucket.height)
+    size = [side // family.latent.downscale for side in (bucket.height, bucket.width)]
+    text = {
+        f"{encoder.name}.{name}": torch.zeros(count, *shape, dtype=encoder.dtype)
+        for encoder in family.text_encoders
+        for name, shape in encoder.shapes.items()
+    }
+    return family.sample(torch.zeros(count, family.latent.channels, *size, dtype=dtype), torch.zeros(count), text)
 
 
 def build_feed(experiment: Experiment, pipeline: Pipeline, data: EncodedData, objective: Objective) -> Feed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from utils.data.dataset import Dataset
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
 from utils.files.file_index import StoredHashes
+from utils.pipeline.recompute import Recompute
 from utils.pipeline.stage import StagePlan
 from utils.previews.prompt_list import Prompt
 from utils.trainable.base import Trainable
@@ -56,8 +57,12 @@ class Experiment:
     def stage_plan(self) -> StagePlan:
         """The layers of each stage, and which of their activations are recomputed."""
         family, recompute = self.family, self.config.experiment.pipeline.recompute
-        count = recompute if isinstance(recompute, int) else {"none": 0, "all": family.num_blocks}[recompute]
-        return StagePlan(family.layers, family.input_names, family.stream_width, self.bounds, count)
+        plan = StagePlan(family.layers, family.input_names, family.stream_width, self.bounds)
+        if recompute in ("none", "auto"):  # `auto` is chosen once the stage is built
+            return plan
+        if isinstance(recompute, int):
+            return replace(plan, recompute=Recompute("all", recompute))
+        return replace(plan, recompute=Recompute(recompute, family.num_blocks))
 
     @property
     def start_step(self) -> int:

@@ -116,14 +116,14 @@ def test_swapping_number_and_width_of_heads_in_the_second_attention_changes_the_
         expected = reference_forward(diffusers_network(config, weights), inputs)
         for index in config.dual_attention_layers:
             second = network.joint_blocks[index].x_block.attn2
-            monkeypatch.setattr(second, "heads", lambda tokens, of=second: swapped_heads(of, tokens))
+            monkeypatch.setattr(second, "heads", lambda projected, of=second: swapped_heads(of, projected))
         wrong = network(*inputs)
     assert relative_error(wrong, expected) > 0.05
 
 
-def swapped_heads(attention: Attention, tokens: Tensor) -> tuple[Tensor, ...]:
+def swapped_heads(attention: Attention, projected: Tensor) -> tuple[Tensor, ...]:
     """Splits into 64 heads whose width is the right number of heads."""
-    split = Attention.heads(attention, tokens)
+    split = Attention.heads(attention, projected)
     return tuple(part.transpose(1, 2).flatten(2).unflatten(2, (64, -1)).transpose(1, 2) for part in split)
 
 

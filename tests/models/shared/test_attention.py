@@ -34,7 +34,7 @@ def test_attention_equals_its_formula(qk_norm: bool) -> None:
         )
     weights = torch.einsum("bsnk,btnk->bnst", q, k).div(math.sqrt(HEAD_WIDTH)).softmax(dim=-1)
     expected = torch.einsum("bnst,btnk->bsnk", weights, v).flatten(2)
-    torch.testing.assert_close(attend(*attention.heads(tokens)), expected)
+    torch.testing.assert_close(attend(*attention.heads(attention.qkv(tokens))), expected)
 
 
 def test_attention_without_projection_and_norms_has_neither_parameter() -> None:

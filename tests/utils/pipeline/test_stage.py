@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.family import BlockLayer, PipelineLayer
 from models.streams import Sample, SampleShape, Streams, StreamSpec
+from utils.pipeline.recompute import Recompute
 from utils.pipeline.stage import Stage, StagePlan
 
 SHAPE = SampleShape(batch=2, height=1, width=3, num_text_tokens=0)
@@ -31,6 +32,9 @@ class Block(BlockLayer):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def recompute_norms(self, active: bool) -> None:
+        assert not active, "it has no norms"
 
     def forward(self, streams: Streams) -> Streams:
         if self.skipped:
@@ -54,7 +58,7 @@ LAYERS = (
 )
 
 
-def stages(*bounds: int, recomputed_blocks: int = 0) -> list[Stage]:
+def stages(*bounds: int, recompute: Recompute = Recompute()) -> list[Stage]:
     """The stages of one network, with the same weights however it is cut."""
 
     def prepare(layer: PipelineLayer, module: nn.Module) -> None:
@@ -62,7 +66,7 @@ def stages(*bounds: int, recomputed_blocks: int = 0) -> list[Stage]:
         for parameter in module.parameters():
             nn.init.normal_(parameter, generator=generator)
 
-    plan = StagePlan(LAYERS, ("ids",), WIDTH, bounds, recomputed_blocks)
+    plan = StagePlan(LAYERS, ("ids",), WIDTH, bounds, recompute)
     return [Stage(plan, index, prepare, torch.float32) for index in range(plan.num_stages)]
 
 
@@ -161,14 +165,16 @@ def test_the_first_blocks_of_each_stage_are_recomputed() -> None:
     block = PipelineLayer("block", "blocks.", 1.0, {}, Block, outputs=(TOKENS, SCALE), block=0)
     layers = (LAYERS[0], *[replace(block, block=index) for index in range(5)], LAYERS[2])
     for count, expected in ((0, [[], []]), (1, [[1], [4]]), (2, [[1, 2], [4, 5]]), (9, [[1, 2, 3], [4, 5]])):
-        plan = StagePlan(layers, ("ids",), WIDTH, (0, 4, 7), count)
-        assert [sorted(plan.recomputed(stage)) for stage in range(2)] == expected
+        plan = StagePlan(layers, ("ids",), WIDTH, (0, 4, 7), Recompute("all", count))
+        built = [Stage(plan, index, lambda _layer, _module: None, torch.float32) for index in range(2)]
+        assert [sorted(stage._modes) for stage in built] == expected
+        assert [plan.num_blocks(index) for index in range(2)] == [3, 2]
 
 
 def test_a_recomputed_block_keeps_its_inputs_only_and_gives_the_same_gradients() -> None:
     kept, gradients = [], []
     for count in (0, 1):
-        (stage,) = stages(0, 3, recomputed_blocks=count)
+        (stage,) = stages(0, 3, recompute=Recompute("all", count))
         sizes: list[int] = []
 
         def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:

@@ -25,8 +25,11 @@ class PipelineConfig(Table):
         description="Number of micro-batches per step and replica. With several stages, use at least four times their "
         "number to keep them busy.",
     )
-    recompute: Annotated[Int, Field(ge=0)] | Literal["none", "all"] = Field(
+    recompute: Annotated[Int, Field(ge=0)] | Literal["none", "norms", "matmuls", "all", "auto"] = Field(
         "none",
-        description="Blocks whose activations are computed again in the backward pass instead of being kept, which saves "
-        "memory and takes time: the first so many of each stage, or all. Losses are the same.",
+        description="Activations that are computed again in the backward pass instead of being kept, which saves memory and "
+        "takes time; losses are the same. `norms`: norms, modulation and activation functions, a third of the memory. "
+        "`matmuls`: all but the outputs of matrix products and attention. `all`: whole blocks, of which only the inputs are "
+        "kept. A number: the first so many blocks of each stage whole. `auto`: what costs the least time of these and fits "
+        "the memory of the device, for each stage.",
     )
