@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.config.schema.optimizer import OptimizerConfig
-from utils.optim.registry import COLLECTION, OWN, SCHEDULE_FREE, TORCH, OptimizerKind, all_kinds, state_bytes
+from utils.optim.registry import COLLECTION, OWN, SCHEDULE_FREE, TORCH, all_kinds, state_bytes
 
 PAGE = Path(__file__).with_name("optimizers.md")
 START, END = "<!-- optimizers -->\n", "<!-- end of optimizers -->\n"

@@ -5,7 +5,7 @@ contains a rank, a worker or a number of draws so far. Any number of processes t
 and the last stage of a pipeline draw the same noise without communication, and resuming requires no saved generator. No
 other module draws random numbers that influence the result.
 
-Numbers are drawn on the CPU, so that they are the same for every device.
+Numbers are drawn on the CPU, so that they are the same for every device, except by `generator`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def _number(seed: int, purpose: str, *key: str | int) -> int:
 
 def _generator(seed: int, purpose: str, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(_number(seed, purpose, *key) & (2**63 - 1))
+
+
+def generator(device: torch.device, seed: int, purpose: str, *key: str | int) -> torch.Generator:
+    """Returns a generator of the device, for as many numbers as there are weights. Kinds of devices draw other numbers."""
+    return torch.Generator(device).manual_seed(_number(seed, purpose, *key) & (2**63 - 1))
 
 
 def fraction(seed: int, purpose: str, *key: str | int) -> float:

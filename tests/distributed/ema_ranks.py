@@ -74,7 +74,7 @@ class Trained:
         self._parameters = list(layer.trainable().values())
 
     def step(self, step: int, decay: float | None) -> None:
-        self._pipeline.train_step(self._micro_batches(step), [SHAPE], {"all": SCHEDULE.peak}, decay)
+        self._pipeline.train_step(self._micro_batches(step), [SHAPE], {"all": SCHEDULE.peak}, decay, step=step)
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
         return itertools.repeat(MicroBatch(self._sample(step), (torch.zeros(2, 5, dtype=self._dtype),)))

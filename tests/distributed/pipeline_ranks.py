@@ -128,7 +128,7 @@ class Trained:
         indices = range(self.pipeline.replica, NUM_MICRO_BATCHES, self._num_replicas)
         shapes = [shape_of(step, index, BATCH) for index in indices]
         rates = rates_of(self._case, step)
-        return self.pipeline.train_step(self._micro_batches(step, indices), shapes, rates, EMA_DECAY)
+        return self.pipeline.train_step(self._micro_batches(step, indices), shapes, rates, EMA_DECAY, step=step)
 
     def _micro_batches(self, step: int, indices: range) -> Iterator[MicroBatch]:
         is_first = self.pipeline.stage == 0

@@ -204,6 +204,15 @@ def state_bytes(config: OptimizerConfig, size: int = 128) -> float:
     return sum(tensor.nbytes for tensor in to_tensors(optimizer.state.get(weight, {})).values()) / weight.numel()
 
 
+def is_separable(config: OptimizerConfig) -> bool:
+    """Returns whether the configured optimizer may update some parameters in one call of `step` and others in another.
+
+    Others count their steps for a whole group.
+    """
+    kind = find(config.type)
+    return kind is not None and kind.package in (OWN, TORCH) and not kind.num_sums
+
+
 def num_sums(config: OptimizerConfig) -> int:
     """Returns how many sums over all parameters of the network a step of the configured optimizer needs."""
     kind = find(config.type)

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 import utils.distributed.library_settings  # noqa: F401  before DeepSpeed, which reads the environment when it is imported
 from models.streams import Sample, SampleShape, Streams
+from utils.config.schema.optimizer import MasterKind
 from utils.distributed import group
 from utils.pipeline.instructions import Instructions, LossFunction, Position, ScheduleEngine
-from utils.pipeline.optimizer_step import MakeOptimizer, Network, OptimizerStep, Replicas, StepReport
+from utils.pipeline.optimizer_step import MakeOptimizer, Network, OptimizerStep, StepReport, StepSettings
 from utils.pipeline.recompute import Recompute, least_recompute
+from utils.pipeline.replicas import Replicas
 from utils.pipeline.stage import LocalLayer, MicroBatch, PrepareLayer, Stage, StagePlan
 from utils.trainable.base import ParameterGroup
 
@@ -41,6 +43,14 @@ class EngineSettings:
     dtype: torch.dtype
     num_optimizer_sums: int = 0
     """Sums over all parameters that a step of the optimizer needs, see optim/prodigy.py."""
+    is_separable: bool = False
+    """Whether the optimizer may update some parameters in one call and others in another."""
+    master: MasterKind = "float32"
+    """How float32 weights are kept beside bfloat16 ones, see masters.py."""
+    step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there; for one process, one micro-batch, no clipping."""
+    seed: int = 0
+    """Of stochastic rounding."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +120,16 @@ class Pipeline:
             ),
             self._replicas,
             make_optimizer=make_optimizer,
-            max_norm=settings.gradient_clipping,
+            settings=StepSettings(
+                max_norm=settings.gradient_clipping,
+                master=settings.master,
+                seed=settings.seed,
+                is_separable=settings.is_separable,
+                in_backward=settings.step_in_backward,
+            ),
             device=self.device,
         )
+        self._engine.instructions.before_last_backward = self._optimizer_step.begin_last_micro_batch
 
     @property
     def stage(self) -> int:
@@ -156,15 +173,17 @@ class Pipeline:
         shapes: Sequence[SampleShape],
         learning_rates: Mapping[str, float],
         ema_decay: float | None,
+        *,
+        step: int,
     ) -> StepResult:
-        """Forward, backward and one optimizer step over one global batch.
+        """Forward, backward and optimizer step number `step`, counted from 0, over one global batch.
 
         `shapes`: one for each micro-batch of this replica, on every stage; they may differ. `learning_rates`: by group name,
         for the groups of this stage at least. `ema_decay`: the fraction of the average that is kept when the new weights are
         added, given in all steps of a run or in none; None: no average is kept. A step with a loss or gradient that is not
         finite changes nothing.
         """
-        self._optimizer_step.set_learning_rates(learning_rates)
+        self._optimizer_step.begin(step, learning_rates)
         report = self._optimizer_step.run(self._engine.run(micro_batches, shapes))
         if ema_decay is not None and report.is_finite:
             self._optimizer_step.update_averages(ema_decay)

@@ -69,6 +69,8 @@ class Instructions:
     loss: LossFunction
     position: Position
     device: torch.device
+    before_last_backward: Callable[[], None] = lambda: None
+    """Called in each training step before the backward pass of the last micro-batch."""
     losses: list[Tensor] = field(default_factory=list)
     """The losses of the training step so far; on the last stage."""
     outputs: list[Tensor] = field(default_factory=list)
@@ -78,11 +80,12 @@ class Instructions:
     """By buffer: a target is loaded after the activation has arrived in training, and before in prediction."""
     _shapes: deque[SampleShape] = field(default_factory=deque)
     _batches: Iterator[MicroBatch] = iter(())
+    _num_backward: int = 0
 
     def begin(self, batches: Iterable[MicroBatch], shapes: Sequence[SampleShape]) -> None:
         """Prepares a pass over micro-batches of these shapes. `batches` is read on the first and on the last stage only."""
         self._batches, self._shapes = iter(batches), deque(shapes)
-        self.losses, self.outputs = [], []
+        self.losses, self.outputs, self._num_backward = [], [], 0
         self._in_flight.clear()
 
     def end(self) -> None:
@@ -144,6 +147,9 @@ class Instructions:
         """The gradients are those of the mean loss over the step's micro-batches."""
         flight = self._in_flight[buffer_id]
         assert flight.output is not None
+        self._num_backward += 1
+        if self._num_backward == self.position.num_micro_batches:
+            self.before_last_backward()
         if flight.output.requires_grad:  # not so where nothing up to here is trained
             if self.position.is_last:
                 (flight.output / self.position.num_micro_batches).backward()

@@ -13,15 +13,19 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.config.schema.optimizer import MasterKind
 from utils.optim.schedule_free import evaluation_weights
 from utils.optim.state_tensors import from_tensors, to_tensors
-from utils.pipeline.ownership import assign_owners, make_buckets
+from utils.pipeline.masters import close_all, make_master, round_weights
+from utils.pipeline.ownership import MAX_BUCKET_ELEMENTS, assign_owners, make_buckets
+from utils.pipeline.replicas import GradientExchange, Members, Replicas, TrainedParameter
 from utils.trainable.base import ParameterGroup
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Any]
@@ -35,42 +39,10 @@ GROUP_NUMBER = "group."
 """Beginning of the names of numbers that an optimizer keeps for a whole group; each parameter's state has a copy."""
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """The processes that hold the same stage."""
-
-    ranks: Sequence[int]
-    """Their global ranks."""
-    index: int
-    """The position of this process among them."""
-    group: dist.ProcessGroup | None
-    """None: all processes."""
-
-    @property
-    def count(self) -> int:
-        return len(self.ranks)
-
-    def reduce(self, vector: Tensor, owner: int) -> None:
-        """Sums the vector over the replicas, on its owner."""
-        dist.reduce(vector, dst=self.ranks[owner], group=self.group)
-
-    def broadcast(self, vector: Tensor, owner: int) -> None:
-        dist.broadcast(vector, src=self.ranks[owner], group=self.group)
-
-    def share(self, tensors: Mapping[str, Tensor] | None, owner: int, device: torch.device) -> dict[str, Tensor]:
-        """Copies of the owner's tensors by name, on every replica, on the CPU. The others give None."""
-        if self.count == 1:
-            assert tensors is not None
-            return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        header = [[(name, tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()]]
-        dist.broadcast_object_list(header, src=self.ranks[owner], group=self.group, device=device)
-        shared: dict[str, Tensor] = {}
-        for name, shape, dtype in header[0]:
-            empty = torch.empty(shape, dtype=dtype, device=device)
-            buffer = tensors[name].to(device).contiguous() if tensors is not None else empty
-            self.broadcast(buffer, owner)
-            shared[name] = buffer.to("cpu", copy=True)
-        return shared
+_LOST = (
+    "a gradient of {} was not finite, and optimizer.step_in_backward had updated weights before that was known; resume from "
+    "the last checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +55,21 @@ class Network:
     """Micro-batches of all replicas together."""
     num_sums: int = 0
     """Sums over all parameters of all stages that the optimizer needs in each step."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How the optimizer step is done."""
+
+    max_norm: float = 0.0
+    """Largest norm of the gradients; 0: no clipping."""
+    master: MasterKind = "float32"
+    seed: int = 0
+    """Of stochastic rounding."""
+    is_separable: bool = False
+    """Whether the optimizer may update some parameters in one call and others in another."""
+    in_backward: bool = False
+    """Update each parameter as soon as its gradient is there."""
 
 
 @dataclass(frozen=True)
@@ -102,41 +89,6 @@ class StepReport:
         return all(map(math.isfinite, (self.grad_norm, *self.losses)))
 
 
-@dataclass(eq=False)
-class TrainedParameter:
-    """A trained parameter of this stage."""
-
-    name: str
-    """Native name."""
-    index: int
-    """Position among the trained parameters of all stages."""
-    weight: nn.Parameter
-    """What the network computes with, in the training precision."""
-    owner: int
-    """The replica that updates it."""
-    master: nn.Parameter | None = None
-    """The owner's float32 weights: `weight` itself if that is float32."""
-    average: Tensor | None = None
-    """The owner's moving average of the float32 weights; None until there is one."""
-    gradient: Tensor | None = None
-    """The float32 sum over the micro-batches so far, then the mean over the replicas; None between steps."""
-
-    @property
-    def summed(self) -> Tensor:
-        """The gradient, where there must be one."""
-        assert self.gradient is not None
-        return self.gradient
-
-    def collect(self, weight: Tensor) -> None:
-        """Adds the gradient of a micro-batch. A hook that runs once backward has computed it."""
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None
-        if self.gradient is None:
-            self.gradient = gradient.float()
-        else:
-            self.gradient.add_(gradient)
-
-
 class OptimizerStep:
     """The trained parameters of this stage and the optimizer of those that this replica owns."""
 
@@ -147,11 +99,11 @@ class OptimizerStep:
         replicas: Replicas,
         *,
         make_optimizer: MakeOptimizer,
-        max_norm: float,
+        settings: StepSettings,
         device: torch.device,
     ) -> None:
-        """`groups` of the stage's parameters; `max_norm` 0: no clipping."""
-        self._network, self._replicas, self._max_norm, self._device = network, replicas, max_norm, device
+        """`groups` of the stage's parameters."""
+        self._network, self._replicas, self._settings, self._device = network, replicas, settings, device
         weights = {name: weight for group in groups for name, weight in group.parameters.items()}
         names = [name for name in network.parameter_names if name in weights]
         sizes = [weights[name].numel() for name in names]
@@ -163,10 +115,19 @@ class OptimizerStep:
         self._of_weight = {parameter.weight: parameter for parameter in self._parameters}
         self._owned = [parameter for parameter in self._parameters if parameter.owner == replicas.index]
         for parameter in self._owned:
-            low = parameter.weight.dtype != torch.float32
-            parameter.master = nn.Parameter(parameter.weight.detach().float()) if low else parameter.weight
-        self._hooks = [one.weight.register_post_accumulate_grad_hook(one.collect) for one in self._parameters]
-        self._buckets = make_buckets(sizes, owners) if replicas.count > 1 else []
+            parameter.master = make_master(settings.master, parameter.weight, parameter.name, settings.seed)
+        self._hooks = [
+            one.weight.register_post_accumulate_grad_hook(partial(self._collect, one)) for one in self._parameters
+        ]
+        buckets = make_buckets(sizes, owners) if replicas.count > 1 else []
+        self._exchange = GradientExchange(
+            [Members(bucket.owner, [self._parameters[member] for member in bucket.members]) for bucket in buckets], replicas
+        )
+        self._is_last = False
+        """Whether the backward pass of the last micro-batch has begun."""
+        self._step = 0
+        self._updated: dict[TrainedParameter, Tensor] = {}
+        """Parameters that were updated during the backward pass, and the norms of their gradients."""
         self._slots = torch.tensor([parameter.index for parameter in self._owned], dtype=torch.long, device=device)
         entries = [entry for entry in map(self._entry, groups) if entry["params"]]
         self._optimizer = make_optimizer(entries) if entries else None
@@ -188,7 +149,7 @@ class OptimizerStep:
         own = [self._of_weight[weight] for weight in group.parameters.values()]
         own = [parameter for parameter in own if parameter.master is not None]
         decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-        names, masters = [parameter.name for parameter in own], [parameter.master for parameter in own]
+        names, masters = [parameter.name for parameter in own], [parameter.owned.parameter for parameter in own]
         return {"name": group.name, "params": masters, "names": names, "lr": group.schedule.peak, **decay}
 
     @property
@@ -197,10 +158,25 @@ class OptimizerStep:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
-        """Sets the learning rate of each group, given by name."""
+    def begin(self, step: int, rates: Mapping[str, float]) -> None:
+        """Begins optimizer step number `step`, counted from 0, with the learning rate of each group, given by name."""
+        self._step = step
         for entry in self._torch_groups:
             entry["lr"] = rates[entry["name"]]
+
+    def begin_last_micro_batch(self) -> None:
+        """Says that the next backward pass is the last of the step: gradients are complete once it has computed them."""
+        self._is_last = True
+        self._exchange.begin()
+
+    @torch.no_grad()
+    def _collect(self, parameter: TrainedParameter, weight: Tensor) -> None:
+        """A hook that runs once backward has computed the gradient of a micro-batch."""
+        parameter.collect(weight)
+        if self._is_last and self._settings.in_backward:
+            self._update_early(parameter)
+        elif self._is_last:
+            self._exchange.add(parameter)
 
     @torch.no_grad()
     def run(self, losses: Sequence[Tensor]) -> StepReport:
@@ -208,28 +184,21 @@ class OptimizerStep:
 
         `losses` of this replica's micro-batches on the last stage, scalars; empty on others.
         """
-        self._reduce()
+        for parameter in self._parameters:
+            if parameter.gradient is None and not self._exchange.has(parameter) and parameter not in self._updated:
+                # Not reached by the loss; replicas must agree on what is sent.
+                parameter.gradient = torch.zeros_like(parameter.weight, dtype=torch.float32)
+        self._exchange.finish()
         report = self._measure(losses)
         if report.is_finite:
             self._update(report.grad_norm)
+        elif self._updated:
+            raise FloatingPointError(_LOST.format(report.bad_parameter or "the loss"))
         for parameter in self._parameters:
             parameter.gradient = None
+        self._updated.clear()
+        self._is_last = False
         return report
-
-    def _reduce(self) -> None:
-        """Gives each owner the mean gradients of its parameters; other replicas release theirs."""
-        for parameter in self._parameters:
-            if parameter.gradient is None:  # not reached by the loss; replicas must agree on what is sent
-                parameter.gradient = torch.zeros_like(parameter.weight, dtype=torch.float32)
-        for bucket in self._buckets:
-            members = [self._parameters[member] for member in bucket.members]
-            vector = torch.cat([one.summed.div_(self._replicas.count).flatten() for one in members])
-            self._replicas.reduce(vector, bucket.owner)
-            for member, part in zip(members, _split(vector, members), strict=True):
-                if bucket.owner == self._replicas.index:
-                    member.summed.copy_(part)
-                else:
-                    member.gradient = None
 
     def _measure(self, losses: Sequence[Tensor]) -> StepReport:
         """Norm of every parameter's gradient and every loss, in one vector that has a slot for each.
@@ -240,8 +209,7 @@ class OptimizerStep:
         count = len(self._network.parameter_names)
         values = torch.zeros(count + self._network.num_losses, dtype=torch.float64, device=self._device)
         if self._owned:
-            own_norms = torch._foreach_norm([one.summed for one in self._owned], 2, dtype=torch.float64)
-            values[self._slots] = torch.stack(list(own_norms))
+            values[self._slots] = torch.stack(self._norms())
         if losses:
             start = count + self._replicas.index * len(losses)
             values[start : start + len(losses)] = torch.stack(list(losses)).double()
@@ -253,28 +221,81 @@ class OptimizerStep:
         name = self._network.parameter_names[bad[-1]] if bad else None
         return StepReport(found, float(norms.square().sum().sqrt().float()), name)
 
+    def _norms(self) -> list[Tensor]:
+        """The norm of the gradient of each owned parameter, float64."""
+        rest = [parameter for parameter in self._owned if parameter not in self._updated]
+        norms = torch._foreach_norm([one.summed for one in rest], 2, dtype=torch.float64) if rest else ()
+        found = {**self._updated, **dict(zip(rest, norms, strict=True))}
+        return [found[parameter] for parameter in self._owned]
+
     def _update(self, grad_norm: float) -> None:
-        gradients = [parameter.summed for parameter in self._owned]
-        if self._max_norm > 0 and gradients:
-            factor = float((self._max_norm / (torch.tensor(grad_norm) + 1e-6)).clamp(max=1.0))
+        """Updates the owned parameters that were not updated during the backward pass."""
+        rest = [parameter for parameter in self._owned if parameter not in self._updated]
+        if self._settings.max_norm > 0 and rest:
+            factor = float((self._settings.max_norm / (torch.tensor(grad_norm) + 1e-6)).clamp(max=1.0))
             if factor < 1:
-                torch._foreach_mul_(gradients, factor)
-        for parameter in self._owned:
-            parameter.master.grad = parameter.gradient  # type: ignore[union-attr]
+                torch._foreach_mul_([parameter.summed for parameter in rest], factor)
         if self._network.num_sums:
-            self._step_with_sums()
+            self._apply(rest, self._step_with_sums)
         elif self._optimizer is not None:
-            self._optimizer.step()
-        for parameter in self._owned:
-            parameter.master.grad = None  # type: ignore[union-attr]
-        self._refresh_weights()
+            for part in self._parts(rest):
+                with self._limited_to(part):
+                    self._apply(part, self._optimizer.step)
+        self._share_weights()
+
+    def _update_early(self, parameter: TrainedParameter) -> None:
+        """Updates a parameter during the backward pass. No layer needs its weights after its gradient was computed."""
+        assert self._optimizer is not None
+        self._updated[parameter] = torch.linalg.vector_norm(parameter.summed, dtype=torch.float64)
+        with self._limited_to([parameter]):
+            self._apply([parameter], self._optimizer.step)
+
+    def _apply(self, parameters: Sequence[TrainedParameter], step: Callable[[], Any]) -> None:
+        """Calls an optimizer's step for these parameters, then releases their gradients."""
+        for parameter in parameters:
+            parameter.owned.open()
+            parameter.owned.parameter.grad, parameter.gradient = parameter.gradient, None
+        step()
+        for parameter in parameters:
+            parameter.owned.parameter.grad = None
+        close_all([parameter.owned for parameter in parameters], self._step)
+
+    def _parts(self, parameters: Sequence[TrainedParameter]) -> Iterator[list[TrainedParameter]]:
+        """Parameters that are updated together: so few, where possible, that their float32 weights take little memory."""
+        limit = MAX_BUCKET_ELEMENTS if self._settings.is_separable and self._settings.master != "float32" else math.inf
+        part, size = list[TrainedParameter](), 0
+        for parameter in parameters:
+            if part and size + parameter.weight.numel() > limit:
+                yield part
+                part, size = [], 0
+            part.append(parameter)
+            size += parameter.weight.numel()
+        if part:
+            yield part
+
+    @contextlib.contextmanager
+    def _limited_to(self, parameters: Sequence[TrainedParameter]) -> Iterator[None]:
+        """Within it, the optimizer knows of these parameters only."""
+        if len(parameters) == len(self._owned):
+            yield
+            return
+        groups = self._torch_groups
+        everything = [entry["params"] for entry in groups]
+        for entry in groups:
+            entry["params"] = []
+        for parameter in parameters:
+            master = parameter.owned.parameter
+            groups[self._group_of[master]]["params"].append(master)
+        yield
+        for entry, parameters_of_group in zip(groups, everything, strict=True):
+            entry["params"] = parameters_of_group
 
     def _step_with_sums(self) -> None:
         """A step of an optimizer with `sums` and `finish` (optim/prodigy.py). Ranks that own nothing take part, too."""
         shape = (len(self._network.parameter_names), self._network.num_sums)
         rows = torch.zeros(shape, dtype=torch.float64, device=self._device)
         if self._optimizer is not None:
-            index_of = {parameter.master: parameter.index for parameter in self._owned}
+            index_of = {parameter.owned.parameter: parameter.index for parameter in self._owned}
             order = [index_of[master] for entry in self._torch_groups for master in entry["params"]]
             rows[torch.tensor(order, device=self._device)] = self._optimizer.sums().to(self._device)
         dist.all_reduce(rows)
@@ -285,34 +306,18 @@ class OptimizerStep:
     def update_averages(self, decay: float) -> None:
         """Adds the weights to the moving average, of which the fraction `decay` is kept; the first time, copies them."""
         for parameter in self._owned:
-            assert parameter.master is not None
+            weights = parameter.owned.read()
             if parameter.average is None:
-                parameter.average = parameter.master.detach().clone()
+                parameter.average = weights.clone()
             else:
-                parameter.average.lerp_(parameter.master, 1 - decay)
+                parameter.average.lerp_(weights, 1 - decay)
 
     # --- working weights -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _refresh_weights(self) -> None:
-        """Rounds the owners' float32 weights to the working weights and sends these to the other replicas."""
-        weights, masters = list[Tensor](), list[Tensor]()
-        for parameter in self._owned:
-            if parameter.master is not None and parameter.master is not parameter.weight:
-                weights.append(parameter.weight)
-                masters.append(parameter.master)
-        if weights:
-            torch._foreach_copy_(weights, masters)
-        self._share_weights()
-
-    @torch.no_grad()
     def _share_weights(self) -> None:
-        for bucket in self._buckets:
-            members = [self._parameters[member] for member in bucket.members]
-            vector = torch.cat([one.weight.detach().flatten() for one in members])
-            self._replicas.broadcast(vector, bucket.owner)
-            if bucket.owner != self._replicas.index:
-                torch._foreach_copy_([one.weight for one in members], list(_split(vector, members)))
+        """Sends the owners' working weights to the other replicas."""
+        self._exchange.share_weights()
 
     @contextlib.contextmanager
     def evaluated_weights(self, *, ema: bool) -> Iterator[None]:
@@ -325,26 +330,28 @@ class OptimizerStep:
             return
         for parameter in self._owned:
             shown = self._shown(parameter, ema=ema)
-            if parameter.master is parameter.weight:
+            if parameter.owned.keeps_weight:
                 self._kept[parameter] = parameter.weight.detach().clone()
             parameter.weight.detach().copy_(shown)
         self._share_weights()
         yield
         # Not in a `finally`: ranks wait for each other here, and where one has failed the others would wait for ever.
-        for parameter, kept in self._kept.items():
-            parameter.weight.detach().copy_(kept)
-        self._kept.clear()
-        self._refresh_weights()
+        for parameter in self._owned:
+            if (kept := self._kept.pop(parameter, None)) is not None:
+                parameter.weight.detach().copy_(kept)
+            else:
+                parameter.weight.detach().copy_(parameter.owned.read())
+        self._share_weights()
 
     def _shown(self, parameter: TrainedParameter, *, ema: bool) -> Tensor:
         """An owned parameter's float32 weights as they are evaluated and exported."""
         if ema:
             assert parameter.average is not None
             return parameter.average
-        assert parameter.master is not None and self._optimizer is not None
-        weights = self._kept.get(parameter, parameter.master.detach())
-        group = self._torch_groups[self._group_of[parameter.master]]
-        return evaluation_weights(weights, self._optimizer.state.get(parameter.master, {}), group)
+        assert self._optimizer is not None
+        weights, master = parameter.owned.read(self._kept.get(parameter)), parameter.owned.parameter
+        group = self._torch_groups[self._group_of[master]]
+        return evaluation_weights(weights, self._optimizer.state.get(master, {}), group)
 
     def _is_anywhere(self, is_here: bool) -> bool:
         """Whether it is so on any rank: one that owns nothing has no optimizer, and still takes part in all exchanges."""
@@ -363,14 +370,14 @@ class OptimizerStep:
         tensors: dict[str, Tensor] | None = None
         if parameter.master is not None:
             assert self._optimizer is not None
-            state = to_tensors(self._optimizer.state.get(parameter.master, {}))
+            state = to_tensors(self._optimizer.state.get(parameter.owned.parameter, {}))
             average = {} if parameter.average is None else {EMA: parameter.average}
-            tensors = {MASTER: parameter.master.detach(), **state, **average, **self._group_numbers(parameter)}
+            tensors = {MASTER: parameter.owned.read(), **state, **average, **self._group_numbers(parameter)}
         return self._replicas.share(tensors, parameter.owner, self._device)
 
     def _group_numbers(self, parameter: TrainedParameter) -> dict[str, Tensor]:
         """The numbers of the parameter's group that have changed since the start, such as a count of steps."""
-        index = self._group_of[parameter.master]
+        index = self._group_of[parameter.owned.parameter]
         numbers, first = _numbers(self._torch_groups[index]), self._first_numbers[index]
         changed = {name: value for name, value in numbers.items() if first.get(name) != value}
         return {f"{GROUP_NUMBER}{name}": tensor for name, tensor in to_tensors(changed).items()}
@@ -389,21 +396,21 @@ class OptimizerStep:
         """Sets what `read_state` returned, for any of the parameters; of `master` alone, the weights only."""
         for weight, state in states.items():
             parameter = self._of_weight[weight]
-            weight.copy_(state[MASTER])
             if parameter.master is None:
+                round_weights(self._settings.master, weight, state[MASTER])
                 continue
             assert self._optimizer is not None
-            parameter.master.copy_(state[MASTER])
+            parameter.master.write(state[MASTER])
             if EMA in state:
                 parameter.average = state[EMA].to(self._device, copy=True)
-            entry, own = self._torch_groups[self._group_of[parameter.master]], dict[str, Tensor]()
+            entry, own = self._torch_groups[self._group_of[parameter.owned.parameter]], dict[str, Tensor]()
             numbers = {name.removeprefix(GROUP_NUMBER): value for name, value in state.items() if GROUP_NUMBER in name}
             entry.update(from_tensors(numbers))
             for name, value in state.items():
                 if name not in (MASTER, EMA) and GROUP_NUMBER not in name:
                     own[name] = _placed(name, value, self._device, entry)
             if own:
-                self._optimizer.state[parameter.master] = from_tensors(own)
+                self._optimizer.state[parameter.owned.parameter] = from_tensors(own)
 
     def close(self) -> None:
         """Releases gradients, float32 weights, averages and optimizer state; no step can follow."""
@@ -412,14 +419,9 @@ class OptimizerStep:
         for parameter in self._parameters:
             parameter.master = parameter.average = parameter.gradient = None
         self._parameters, self._owned, self._optimizer = [], [], None
+        self._exchange.close()
         self._of_weight.clear()
         self._group_of.clear()
-
-
-def _split(vector: Tensor, members: Sequence[TrainedParameter]) -> Iterator[Tensor]:
-    """The parts of a bucket's vector, in the shapes of its parameters."""
-    for part, member in zip(vector.split([one.weight.numel() for one in members]), members, strict=True):
-        yield part.view_as(member.weight)
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, int | float]:

@@ -33,14 +33,17 @@ def assign_owners(sizes: Sequence[int], num_replicas: int) -> list[int]:
 
 
 def make_buckets(sizes: Sequence[int], owners: Sequence[int], max_elements: int = MAX_BUCKET_ELEMENTS) -> list[Bucket]:
-    """Returns buckets of at most `max_elements`, in order of owners; a larger parameter is alone in its bucket."""
+    """Returns buckets of at most `max_elements`; a larger parameter is alone in its bucket.
+
+    They are in the order in which a backward pass completes them, which reaches the last parameter first.
+    """
     buckets: list[Bucket] = []
-    for owner in sorted(set(owners)):
-        members: list[int] = []
-        for index in (index for index, other in enumerate(owners) if other == owner):
-            if members and sum(sizes[member] for member in members) + sizes[index] > max_elements:
-                buckets.append(Bucket(owner, tuple(members)))
-                members = []
-            members.append(index)
-        buckets.append(Bucket(owner, tuple(members)))
-    return buckets
+    open_members: dict[int, list[int]] = {}
+    for index in reversed(range(len(sizes))):
+        members = open_members.setdefault(owners[index], [])
+        if members and sum(sizes[member] for member in members) + sizes[index] > max_elements:
+            buckets.append(Bucket(owners[index], tuple(reversed(members))))
+            members.clear()
+        members.append(index)
+    rest = [Bucket(owner, tuple(reversed(members))) for owner, members in open_members.items()]
+    return sorted(buckets + rest, key=lambda bucket: -bucket.members[0])

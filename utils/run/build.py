@@ -20,7 +20,7 @@ from utils.distributed import group
 from utils.distributed.world import world
 from utils.objective.loss import LossTarget
 from utils.objective.objective import Objective
-from utils.optim.registry import make_optimizer, num_sums, state_bytes
+from utils.optim.registry import is_separable, make_optimizer, num_sums, state_bytes
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
@@ -95,6 +95,10 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         gradient_clipping=config.optimizer.gradient_clipping,
         dtype=config.model.torch_dtype,
         num_optimizer_sums=num_sums(config.optimizer),
+        is_separable=is_separable(config.optimizer),
+        master=config.optimizer.master or trainable.default_master,
+        step_in_backward=config.optimizer.step_in_backward,
+        seed=config.seed,
     )
     pipeline = Pipeline(
         experiment.stage_plan,

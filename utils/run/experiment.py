@@ -58,7 +58,7 @@ class Experiment:
         """The layers of each stage, and which of their activations are recomputed."""
         family, recompute = self.family, self.config.experiment.pipeline.recompute
         plan = StagePlan(family.layers, family.input_names, family.stream_width, self.bounds)
-        if recompute in ("none", "auto"):  # `auto` is chosen once the stage is built
+        if recompute == "none" or recompute == "auto":  # `auto` is chosen once the stage is built
             return plan
         if isinstance(recompute, int):
             return replace(plan, recompute=Recompute("all", recompute))

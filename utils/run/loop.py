@@ -21,6 +21,6 @@ def train(run: Run, events: Sequence[Event]) -> None:
             began = time.monotonic()
             rates = {name: schedule.at(step, clock.num_steps) for name, schedule in run.schedules.items()}
             decay = ema_decay(ema, step + 1) if ema is not None else None
-            result = run.pipeline.train_step(micro_batches, run.feed.shapes(step), rates, decay)
+            result = run.pipeline.train_step(micro_batches, run.feed.shapes(step), rates, decay, step=step)
             clock = clock.after_step(time.monotonic() - began)
             run_due(events, TrainingState(clock, result, rates))

@@ -17,7 +17,7 @@ from utils.data.dataset import directory_errors
 from utils.distributed.world import World
 from utils.export.weights import export_formats
 from utils.objective.validation import objective_errors
-from utils.optim.registry import find, optimizer_errors
+from utils.optim.registry import find, is_separable, optimizer_errors
 from utils.pipeline.partition import balanced_bounds
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 from utils.run.datasets import MAX_BAD_FILES_SHOWN, Datasets, open_datasets
@@ -43,6 +43,7 @@ def prepare(
     num_stages = _check_stages(config, world, errors, check_only)
     _check_directories(config, errors)
     _check_averages(config, errors)
+    _check_optimizer_step(config, world, errors)
     prompts = _read_prompts(config, errors)
     family = _open_model(config, errors)
     datasets = Datasets()
@@ -108,6 +109,30 @@ def _check_averages(config: Config, errors: list[ErrorDetail]) -> None:
     if experiment.ema is not None and kind is not None and kind.is_schedule_free:
         text = f"{experiment.optimizer.type} keeps an average of the weights itself; remove this table"
         errors.append(ErrorDetail(config.path, "ema", text))
+
+
+def _check_optimizer_step(config: Config, world: World, errors: list[ErrorDetail]) -> None:
+    """Checks the keys of `[optimizer]` that depend on other tables and on the number of processes."""
+    experiment, optimizer = config.experiment, config.experiment.optimizer
+    if optimizer.master not in (None, "float32") and experiment.model.dtype == "float32":
+        text = f"= {optimizer.master!r}: only for model.dtype = \"bfloat16\"; float32 weights need nothing beside them"
+        errors.append(ErrorDetail(config.path, "optimizer.master", text))
+    if not optimizer.step_in_backward:
+        return
+    reasons = []
+    if world.size > 1:
+        reasons.append(f"one process, not {world.size}")
+    if (count := experiment.pipeline.gradient_accumulation_steps) > 1:
+        reasons.append(f"pipeline.gradient_accumulation_steps = 1, not {count}: gradients are complete after the last one")
+    if optimizer.gradient_clipping:
+        reasons.append(
+            f"gradient_clipping = 0, not {optimizer.gradient_clipping:g}: the norm is known after the backward pass"
+        )
+    kind = find(optimizer.type)
+    if kind is not None and kind.refusal is None and not is_separable(optimizer):
+        reasons.append(f"an optimizer that updates each parameter by itself, such as AdamW, not {optimizer.type}")
+    if reasons:
+        errors.append(ErrorDetail(config.path, "optimizer.step_in_backward", f"= true: needs {'; and '.join(reasons)}"))
 
 
 def _read_prompts(config: Config, errors: list[ErrorDetail]) -> list[Prompt]:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from models.family import FileTensor, PipelineLayer
+from utils.config.schema.optimizer import MasterKind
 from utils.config.schema.saving import ExportFormat
 from utils.optim.schedules import LearningRateSchedule
 
@@ -104,6 +105,10 @@ class Trainable(Protocol):
 
     def initial_values(self, layer: PipelineLayer, module: nn.Module) -> dict[str, Tensor]:
         """Exact float32 initial weights by parameter name within the layer, where the layer holds rounded ones; else {}."""
+
+    @property
+    def default_master(self) -> MasterKind:
+        """How float32 weights are kept beside bfloat16 weights when `optimizer.master` is not set."""
 
     @property
     def default_formats(self) -> Sequence[ExportFormat]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.family import ModelFamily, ModelFilesError, PipelineLayer
-from utils.config.schema.optimizer import OptimizerConfig
+from utils.config.schema.optimizer import MasterKind, OptimizerConfig
 from utils.config.schema.saving import ExportFormat
 from utils.trainable.base import (
     ExportFile,
@@ -54,6 +54,10 @@ class FullTraining:
         return []
 
     # --- export --------------------------------------------------------------------------------------------------------
+
+    @property
+    def default_master(self) -> MasterKind:
+        return "split"
 
     @property
     def default_formats(self) -> Sequence[ExportFormat]:

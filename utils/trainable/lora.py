@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.family import LoraFile, ModelFamily, ModuleAdapter, PipelineLayer
 from utils.config.schema.adapter import AdapterConfig
-from utils.config.schema.optimizer import OptimizerConfig
+from utils.config.schema.optimizer import MasterKind, OptimizerConfig
 from utils.config.schema.saving import ExportFormat
 from utils.trainable.base import ExportFile, ExportTensor, ParameterGroup, ReadTensor, millions, num_trained
 from utils.trainable.groups import group_identity, make_groups
@@ -87,6 +87,10 @@ class LoraTraining:
         return notes
 
     # --- export --------------------------------------------------------------------------------------------------------
+
+    @property
+    def default_master(self) -> MasterKind:
+        return "float32"
 
     @property
     def default_formats(self) -> Sequence[ExportFormat]:

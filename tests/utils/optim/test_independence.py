@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.registry import COLLECTION, OWN, OptimizerKind, all_kinds, make_optimizer, optimizer_errors
 from utils.optim.schedules import LearningRateSchedule
-from utils.pipeline.optimizer_step import Network, OptimizerStep, Replicas
+from utils.pipeline.optimizer_step import Network, OptimizerStep, StepSettings
+from utils.pipeline.replicas import Replicas
 from utils.trainable.base import ParameterGroup
 
 NUM_STEPS, STOP = 60, 25
@@ -69,7 +70,7 @@ class Weights:
             Network(list(SHAPES), num_losses=0),
             Replicas([0], 0, None),
             make_optimizer=partial(make_optimizer, config),
-            max_norm=0.0,
+            settings=StepSettings(),
             device=torch.device("cpu"),
         )
 

@@ -39,4 +39,4 @@ def test_buckets_hold_each_parameter_once_with_its_owner(max_elements: int) -> N
 
 
 def test_there_are_no_more_buckets_than_necessary() -> None:
-    assert [bucket.members for bucket in make_buckets([4, 4, 4, 9, 1], [0, 0, 0, 0, 1], 8)] == [(0, 1), (2,), (3,), (4,)]
+    assert [bucket.members for bucket in make_buckets([4, 4, 4, 9, 1], [0, 0, 0, 0, 1], 8)] == [(4,), (3,), (1, 2), (0,)]

@@ -142,12 +142,14 @@ def test_the_measured_bytes_are_those_that_a_pass_keeps() -> None:
     blocks = stage.measure_blocks(make_inputs(torch.bfloat16), SHAPE)
     assert len(blocks) == CONFIG.depth
     _, _, most = train(stage, torch.bfloat16)
+    inputs = SHAPE.batch * (SHAPE.height * SHAPE.width // 4 + SHAPE.num_text_tokens) * CONFIG.hidden_size * 2
     outside = most - sum(block[None] for block in blocks)
     assert 0 < outside < 0.25 * most, "embedders and output layer"
     for mode in MODES:
         stage.set_recompute(Recompute(mode, CONFIG.depth))
         _, _, kept = train(stage, torch.bfloat16)
-        assert sum(block[mode] for block in blocks) == pytest.approx(kept - outside, rel=0.05), mode
+        # A frozen first layer: only where blocks are recomputed is its output kept.
+        assert -0.05 * kept <= kept - outside - sum(block[mode] for block in blocks) <= inputs + 0.05 * kept, mode
 
 
 BLOCKS = [{None: 100, "norms": 70, "matmuls": 50, "all": 10}] * 4

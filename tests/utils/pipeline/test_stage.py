@@ -17,6 +17,7 @@ SHAPE = SampleShape(batch=2, height=1, width=3, num_text_tokens=0)
 TOKENS = StreamSpec("tokens", lambda shape: shape.height * shape.width)
 SCALE = StreamSpec("scale", lambda shape: 1, carries_gradient=False)
 WIDTH = 4
+NO_RECOMPUTE = Recompute()
 
 
 class Embed(nn.Module):
@@ -58,7 +59,7 @@ LAYERS = (
 )
 
 
-def stages(*bounds: int, recompute: Recompute = Recompute()) -> list[Stage]:
+def stages(*bounds: int, recompute: Recompute = NO_RECOMPUTE) -> list[Stage]:
     """The stages of one network, with the same weights however it is cut."""
 
     def prepare(layer: PipelineLayer, module: nn.Module) -> None:

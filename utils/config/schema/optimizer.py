@@ -17,6 +17,8 @@ Course = Literal[
     "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay"
 ]
 """Course of the learning rate after the warm-up."""
+MasterKind = Literal["float32", "split", "stochastic"]
+"""How float32 weights are kept beside bfloat16 weights; see docs/training.md."""
 WarmUp = Annotated[Int, Field(ge=0)] | Annotated[Float, Field(gt=0, lt=1)]
 """Steps, or a fraction of all steps."""
 
@@ -106,6 +108,18 @@ class OptimizerConfig(Table):
         ge=0,
         le=1,
         description="Learning rate of the last step, as a fraction of the peak; not for `constant` and `inverse_sqrt`.",
+    )
+    master: MasterKind | None = Field(
+        None,
+        description="What is kept beside bfloat16 weights so that small updates are not lost. `float32`: float32 weights, 4 "
+        "bytes per weight. `split`: the bits that rounding takes away, which make the same float32 weights with 2 bytes. "
+        "`stochastic`: nothing; updates are rounded up or down at random. Default: `split` where all weights are trained, "
+        "`float32` for adapters. Only for `dtype = \"bfloat16\"`.",
+    )
+    step_in_backward: Bool = Field(
+        False,
+        description="Update each weight as soon as its gradient is there, which saves the memory of the gradients. Only with "
+        "one process, `gradient_accumulation_steps = 1` and `gradient_clipping = 0`.",
     )
     groups: list[OptimizerGroupConfig] | None = Field(
         None, min_length=1, description="Groups of parameters with other settings. Unset: all parameters share these."
