@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full_fp32": {"save.formats": ["native", "diffusers"], "eval.weights": "ema"},
     "full_bf16": {
         "model.dtype": "bfloat16",
+        "optimizer.master": "float32",
         "save.dtype": "bfloat16",
         "cache_posterior": True,
         "objective.timestep_sampling": "logit_normal",
