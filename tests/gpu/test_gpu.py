@@ -142,6 +142,29 @@ def test_optimizers_agree_with_the_cpu(bench: Bench, name: str) -> None:
     assert losses(found) == pytest.approx(losses(expected), rel=10 * LOSS_TOLERANCE)
 
 
-def test_recomputed_activations_do_not_change_losses(bench: Bench, on_accelerator: Path) -> None:
-    run = bench.train("recomputed", **{"pipeline.recompute": "all"})
+@pytest.mark.parametrize("mode", ["norms", "matmuls", "all", "auto"])
+def test_recomputed_activations_do_not_change_losses(bench: Bench, on_accelerator: Path, mode: str) -> None:
+    run = bench.train(f"recomputed_{mode}", **{"pipeline.recompute": mode})
     assert losses(run) == pytest.approx(losses(on_accelerator), rel=1e-6)
+
+
+@pytest.mark.parametrize("master", ["split", "stochastic"])
+def test_bfloat16_weights_train_as_with_float32_weights_beside_them(bench: Bench, master: str) -> None:
+    changes: dict[str, Any] = {"model.dtype": "bfloat16", "optimizer.learning_rate": 1e-3, "ema": None, "eval": None}
+    kept = bench.train(f"kept_{master}", **changes, **{"optimizer.master": "float32"})
+    run = bench.train(master, **changes, **{"optimizer.master": master})
+    assert losses(run)[0] == losses(kept)[0]
+    assert losses(run) == pytest.approx(losses(kept), rel=0.02)
+
+
+def test_update_in_the_backward_pass_equals_that_after_it(bench: Bench) -> None:
+    changes: dict[str, Any] = {
+        "model.dtype": "bfloat16",
+        "optimizer.gradient_clipping": 0,
+        "pipeline.gradient_accumulation_steps": 1,
+        "ema": None,
+        "eval": None,
+    }
+    after = bench.train("after", **changes)
+    run = bench.train("in_backward", **changes, **{"optimizer.step_in_backward": True})
+    assert losses(run) == pytest.approx(losses(after), rel=1e-5)

@@ -187,10 +187,18 @@ def make_optimizer(config: OptimizerConfig, entries: Sequence[Mapping[str, Any]]
     if kind.package == COLLECTION and kind.name in _WITH_FLAG:
         matrices, rest = split_matrices(groups)
         groups = [{**entry, "use_muon": True} for entry in matrices] + [{**entry, "use_muon": False} for entry in rest]
-    optimizer = kind.load()(groups, **rate, **config_arguments)
+    optimizer = kind.load()(groups, **rate, **_fused(kind, groups, config_arguments), **config_arguments)
     if kind.is_schedule_free:
         optimizer.train()
     return optimizer
+
+
+def _fused(kind: OptimizerKind, groups: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """On accelerators, torch's update in one kernel, which needs no memory of the size of the weights."""
+    weights = [weight for entry in groups for weight in entry["params"]]
+    if kind.package != TORCH or "fused" not in _signature(kind) or {"fused", "foreach", "differentiable"} & set(arguments):
+        return {}
+    return {} if any(weight.device.type == "cpu" for weight in weights) else {"fused": True}
 
 
 def state_bytes(config: OptimizerConfig, size: int = 128) -> float:

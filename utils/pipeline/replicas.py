@@ -162,12 +162,14 @@ class GradientExchange:
             for parameter in bucket.parameters:
                 if parameter not in self._arrived:
                     self.add(parameter)
-        for bucket, (work, vector) in zip(self._buckets, self._sent, strict=True):
+        assert len(self._sent) == len(self._buckets)
+        for bucket in self._buckets:
+            work, vector = self._sent.pop(0)  # one vector after the other is released
             work.wait()
             if bucket.owner == self._replicas.index:
                 for parameter, part in bucket.parts(vector):
                     parameter.gradient = part.clone()
-        self._sent, self._has_begun = [], False
+        self._has_begun = False
         self._arrived.clear()
 
     def share_weights(self) -> None:
