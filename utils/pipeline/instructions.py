@@ -176,15 +176,20 @@ class ScheduleEngine(PipelineEngine):
 
     def run(self, micro_batches: Iterable[MicroBatch], shapes: Sequence[SampleShape]) -> list[Tensor]:
         """Forward and backward passes of a training step; returns the micro-batches' losses on the last stage."""
-        self.module.train()
+        self._set_mode(training=True)
         self.instructions.begin(micro_batches, shapes)
         self._exec_schedule(self._train_schedule())
         self.instructions.end()
         return self.instructions.losses
 
+    def _set_mode(self, *, training: bool) -> None:
+        """As `train` and `eval` of the module, which visit every part of it, if it is in the other mode."""
+        if self.module.training != training:
+            self.module.train(training)
+
     def predict(self, micro_batches: Iterable[MicroBatch], shapes: Sequence[SampleShape]) -> list[Tensor]:
         """Forward passes without gradients; returns the outputs on the last stage."""
-        self.module.eval()
+        self._set_mode(training=False)
         self.instructions.begin(micro_batches, shapes)
         with torch.no_grad():
             self._exec_schedule(self._inference_schedule(len(shapes)))

@@ -9,7 +9,7 @@ down at random, so that its mean is exact. Working weights in float32 are the fl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,7 @@ class Master(ABC):
         self.weight = weight
         """The working weights."""
         self.parameter = parameter
-        """What the optimizer updates. It has values from `open` to `close` only, unless all float32 weights are kept."""
-
-    @abstractmethod
-    def open(self) -> None:
-        """Gives `parameter` the float32 weights."""
-
-    @abstractmethod
-    def close(self, step: int) -> None:
-        """Rounds the updated float32 weights to the working weights."""
+        """What the optimizer updates. Unless float32 weights are kept, it has values between `open_all` and `close_all`."""
 
     @abstractmethod
     def read(self, weight: Tensor | None = None) -> Tensor:
@@ -56,12 +48,6 @@ class SharedMaster(Master):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight, weight)
 
-    def open(self) -> None:
-        pass
-
-    def close(self, step: int) -> None:
-        pass
-
     def read(self, weight: Tensor | None = None) -> Tensor:
         return self.weight.detach() if weight is None else weight
 
@@ -76,12 +62,6 @@ class Float32Master(Master):
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight, nn.Parameter(weight.detach().float()))
-
-    def open(self) -> None:
-        pass
-
-    def close(self, step: int) -> None:
-        self.weight.detach().copy_(self.parameter.detach())
 
     def read(self, weight: Tensor | None = None) -> Tensor:
         return self.parameter.detach()
@@ -102,15 +82,9 @@ class _Transient(Master):
         self._empty = empty
         """Has the right shape and takes no memory."""
 
-    def open(self) -> None:
-        self.parameter.data = self.read()
-
-    def close(self, step: int) -> None:
-        self._round(self.parameter.data, step)
+    def release(self) -> None:
+        """Ends the time in which `parameter` has values."""
         self.parameter.data = self._empty
-
-    @abstractmethod
-    def _round(self, weights: Tensor, step: int) -> None: ...
 
 
 class SplitMaster(_Transient):
@@ -118,16 +92,13 @@ class SplitMaster(_Transient):
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight)
-        self._remainder = torch.zeros_like(weight, dtype=torch.int16)
+        self.remainder = torch.zeros_like(weight, dtype=torch.int16)
 
     def read(self, weight: Tensor | None = None) -> Tensor:
-        return join(self.weight.detach() if weight is None else weight, self._remainder)
+        return join(self.weight.detach() if weight is None else weight, self.remainder)
 
     def write(self, weights: Tensor) -> None:
-        self._round(weights.to(self.weight.device, torch.float32), 0)
-
-    def _round(self, weights: Tensor, step: int) -> None:
-        rounded, self._remainder = split(weights)
+        rounded, self.remainder = split(weights.to(self.weight.device, torch.float32))
         self.weight.detach().copy_(rounded)
 
 
@@ -144,7 +115,9 @@ class StochasticMaster(_Transient):
     def write(self, weights: Tensor) -> None:
         self.weight.detach().copy_(weights)
 
-    def _round(self, weights: Tensor, step: int) -> None:
+    def round(self, step: int) -> None:
+        """Rounds the float32 weights after step number `step`."""
+        weights = self.parameter.data
         generator = randomness.generator(weights.device, self._seed, "rounding", self._name, step)
         self.weight.detach().copy_(round_stochastically(weights, generator))
 
@@ -158,14 +131,41 @@ def make_master(kind: MasterKind, weight: nn.Parameter, name: str, seed: int) ->
     return StochasticMaster(weight, seed, name) if kind == "stochastic" else Float32Master(weight)
 
 
+def open_all(masters: Sequence[Master]) -> None:
+    """Gives each master's `parameter` its float32 weights. A few operations on all of them at once."""
+    halves = [master for master in masters if isinstance(master, SplitMaster)]
+    if halves:
+        weights = torch.cat([master.weight.detach().flatten() for master in halves])
+        joined = join(weights, torch.cat([master.remainder.flatten() for master in halves]))
+        for half, part in _parts(halves, joined):
+            half.parameter.data = part
+    for master in masters:
+        if isinstance(master, StochasticMaster):
+            master.parameter.data = master.read()
+
+
 def close_all(masters: Sequence[Master], step: int) -> None:
-    """Rounds the updated float32 weights of several parameters to the working weights."""
+    """Rounds the updated float32 weights to the working weights. `masters` as in the last call of `open_all`."""
     kept = [master for master in masters if isinstance(master, Float32Master)]
     if kept:
         torch._foreach_copy_([master.weight.detach() for master in kept], [master.parameter.detach() for master in kept])
+    halves = [master for master in masters if isinstance(master, SplitMaster)]
+    if halves:
+        rounded, remainders = split(torch.cat([master.parameter.data.flatten() for master in halves]))
+        for half, part in _parts(halves, remainders):
+            half.remainder = part
+        torch._foreach_copy_([master.weight.detach() for master in halves], [part for _, part in _parts(halves, rounded)])
     for master in masters:
-        if not isinstance(master, Float32Master):
-            master.close(step)
+        if isinstance(master, StochasticMaster):
+            master.round(step)
+        if isinstance(master, _Transient):
+            master.release()
+
+
+def _parts(masters: Sequence[SplitMaster], vector: Tensor) -> Iterator[tuple[SplitMaster, Tensor]]:
+    """Each master with its part of the vector, in its shape."""
+    parts = vector.split([master.weight.numel() for master in masters])
+    return ((master, part.view_as(master.weight)) for master, part in zip(masters, parts, strict=True))
 
 
 def round_weights(kind: MasterKind, weight: nn.Parameter, weights: Tensor) -> None:

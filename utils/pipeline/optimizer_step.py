@@ -1,6 +1,6 @@
 """The optimizer step over whole parameters: float32 gradient sums, exact norm, clipping, update, exchange between replicas.
 
-Gradients are summed in float32 as backward produces them. After the last micro-batch each replica of a stage receives the
+Autograd sums the gradients of bfloat16 weights in float32 (`Tensor.grad_dtype`). After the last micro-batch each replica of a stage receives the
 mean gradients of the parameters it owns (ownership.py), updates them, and sends the new weights to the other replicas.
 Nothing is changed by a step whose loss or gradient norm is not finite.
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from utils.config.schema.optimizer import MasterKind
 from utils.optim.schedule_free import evaluation_weights
 from utils.optim.state_tensors import from_tensors, to_tensors
-from utils.pipeline.masters import close_all, make_master, round_weights
-from utils.pipeline.ownership import MAX_BUCKET_ELEMENTS, assign_owners, make_buckets
+from utils.pipeline.masters import close_all, make_master, open_all, round_weights
+from utils.pipeline.ownership import assign_owners, make_buckets
 from utils.pipeline.replicas import GradientExchange, Members, Replicas, TrainedParameter
 from utils.trainable.base import ParameterGroup
 
@@ -39,6 +39,8 @@ GROUP_NUMBER = "group."
 """Beginning of the names of numbers that an optimizer keeps for a whole group; each parameter's state has a copy."""
 
 
+MAX_OPEN_ELEMENTS = 2**25
+"""The most float32 weights that are made at once where they are not kept: 128 MiB, and as much to round them."""
 _LOST = (
     "a gradient of {} was not finite, and optimizer.step_in_backward had updated weights before that was known; resume from "
     "the last checkpoint"
@@ -116,8 +118,13 @@ class OptimizerStep:
         self._owned = [parameter for parameter in self._parameters if parameter.owner == replicas.index]
         for parameter in self._owned:
             parameter.master = make_master(settings.master, parameter.weight, parameter.name, settings.seed)
+        for parameter in self._parameters:
+            parameter.weight.grad_dtype = torch.float32
+        # Called for every micro-batch, each call holds up the launch of the backward pass: only where one is needed.
         self._hooks = [
-            one.weight.register_post_accumulate_grad_hook(partial(self._collect, one)) for one in self._parameters
+            one.weight.register_post_accumulate_grad_hook(partial(self._on_gradient, one))
+            for one in self._parameters
+            if replicas.count > 1 or settings.in_backward
         ]
         buckets = make_buckets(sizes, owners) if replicas.count > 1 else []
         self._exchange = GradientExchange(
@@ -169,13 +176,14 @@ class OptimizerStep:
         self._is_last = True
         self._exchange.begin()
 
-    @torch.no_grad()
-    def _collect(self, parameter: TrainedParameter, weight: Tensor) -> None:
-        """A hook that runs once backward has computed the gradient of a micro-batch."""
-        parameter.collect(weight)
-        if self._is_last and self._settings.in_backward:
+    def _on_gradient(self, parameter: TrainedParameter, _weight: Tensor) -> None:
+        """A hook that runs once backward has added the gradient of a micro-batch."""
+        if not self._is_last:
+            return
+        parameter.take_gradient()
+        if self._settings.in_backward:
             self._update_early(parameter)
-        elif self._is_last:
+        else:
             self._exchange.add(parameter)
 
     @torch.no_grad()
@@ -185,9 +193,8 @@ class OptimizerStep:
         `losses` of this replica's micro-batches on the last stage, scalars; empty on others.
         """
         for parameter in self._parameters:
-            if parameter.gradient is None and not self._exchange.has(parameter) and parameter not in self._updated:
-                # Not reached by the loss; replicas must agree on what is sent.
-                parameter.gradient = torch.zeros_like(parameter.weight, dtype=torch.float32)
+            if not self._exchange.has(parameter) and parameter not in self._updated:
+                parameter.take_gradient()
         self._exchange.finish()
         report = self._measure(losses)
         if report.is_finite:
@@ -243,6 +250,7 @@ class OptimizerStep:
                     self._apply(part, self._optimizer.step)
         self._share_weights()
 
+    @torch.no_grad()
     def _update_early(self, parameter: TrainedParameter) -> None:
         """Updates a parameter during the backward pass. No layer needs its weights after its gradient was computed."""
         assert self._optimizer is not None
@@ -252,8 +260,8 @@ class OptimizerStep:
 
     def _apply(self, parameters: Sequence[TrainedParameter], step: Callable[[], Any]) -> None:
         """Calls an optimizer's step for these parameters, then releases their gradients."""
+        open_all([parameter.owned for parameter in parameters])
         for parameter in parameters:
-            parameter.owned.open()
             parameter.owned.parameter.grad, parameter.gradient = parameter.gradient, None
         step()
         for parameter in parameters:
@@ -262,7 +270,7 @@ class OptimizerStep:
 
     def _parts(self, parameters: Sequence[TrainedParameter]) -> Iterator[list[TrainedParameter]]:
         """Parameters that are updated together: so few, where possible, that their float32 weights take little memory."""
-        limit = MAX_BUCKET_ELEMENTS if self._settings.is_separable and self._settings.master != "float32" else math.inf
+        limit = MAX_OPEN_ELEMENTS if self._settings.is_separable and self._settings.master != "float32" else math.inf
         part, size = list[TrainedParameter](), 0
         for parameter in parameters:
             if part and size + parameter.weight.numel() > limit:

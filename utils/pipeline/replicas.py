@@ -73,7 +73,7 @@ class TrainedParameter:
     average: Tensor | None = None
     """The owner's moving average of the float32 weights; None until there is one."""
     gradient: Tensor | None = None
-    """The float32 sum over the micro-batches so far, then the mean over the replicas; None between steps."""
+    """After the backward passes: the float32 sum over the micro-batches, then the mean over the replicas."""
 
     @property
     def summed(self) -> Tensor:
@@ -87,14 +87,11 @@ class TrainedParameter:
         assert self.master is not None
         return self.master
 
-    def collect(self, weight: Tensor) -> None:
-        """Adds the gradient of a micro-batch, which backward has put into `weight.grad`."""
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None
+    def take_gradient(self) -> None:
+        """Takes the sum over the step's micro-batches out of `weight.grad`; zeros if the loss does not reach the weight."""
+        self.gradient, self.weight.grad = self.weight.grad, None
         if self.gradient is None:
-            self.gradient = gradient.float()
-        else:
-            self.gradient.add_(gradient)
+            self.gradient = torch.zeros_like(self.weight, dtype=torch.float32)
 
 
 class Members(NamedTuple):
