@@ -64,15 +64,21 @@ class Weights:
     def __init__(self, type_name: str, names: Sequence[str] = tuple(SHAPES)) -> None:
         self._weights = {name: nn.Parameter(0.1 * draw(name, 0)) for name in names}
         config = OptimizerConfig(type=type_name, learning_rate=1e-2, args=ARGUMENTS.get(type_name, {}))
-        group = ParameterGroup("all", self._weights, LearningRateSchedule(1e-2, "constant", 0, 1.0), None)
         self._step = OptimizerStep(
-            [group],
+            list(self._groups()),
             Network(list(SHAPES), num_losses=0),
             Replicas([0], 0, None),
             make_optimizer=partial(make_optimizer, config),
             settings=StepSettings(),
             device=torch.device("cpu"),
         )
+
+    def _groups(self) -> Iterator[ParameterGroup]:
+        """Two groups with unequal learning rates, of which a part may have one only."""
+        for is_block, rate in ((True, 1e-2), (False, 2e-2)):
+            members = {name: weight for name, weight in self._weights.items() if name.startswith("blocks") == is_block}
+            if members:
+                yield ParameterGroup(str(is_block), members, LearningRateSchedule(rate, "constant", 0, 1.0), None)
 
     def run(self, steps: range) -> None:
         for step in steps:
