@@ -1,8 +1,8 @@
 """Optimizers by name: where their classes are, the errors of names and arguments, and their construction.
 
 Names are found without regard to case, hyphens and underscores, in this order: the program's own, torch.optim, schedulefree,
-pytorch-optimizer, bitsandbytes. A package in front of the name ("pytorch_optimizer.muon") chooses another. Packages other
-than torch are optional.
+pytorch-optimizer, bitsandbytes, torchao. A package in front of the name ("pytorch_optimizer.muon") chooses another. Packages
+other than torch are optional.
 """
 
 from __future__ import annotations
@@ -29,9 +29,16 @@ from utils.optim.prodigy import Prodigy
 from utils.optim.refused import OTHER_NAMES, REFUSED
 from utils.optim.state_tensors import to_tensors
 from utils.optim.schedules import schedule_of
+from utils.optim.torchao_optimizers import without_compiler
 
 OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT = "own", "torch.optim", "schedulefree", "pytorch_optimizer", "bitsandbytes"
-INSTALLATION = {SCHEDULE_FREE: "schedulefree", COLLECTION: "pytorch-optimizer", LOW_BIT: "bitsandbytes"}
+TORCHAO = "torchao"
+INSTALLATION = {
+    SCHEDULE_FREE: "schedulefree",
+    COLLECTION: "pytorch-optimizer",
+    LOW_BIT: "bitsandbytes",
+    TORCHAO: "torchao",
+}
 """Package -> what pip calls it."""
 _WITH_FLAG = ("muon", "adamuon", "normuon", "adago")
 """Optimizers of pytorch-optimizer that take matrices and other parameters in groups with the flag `use_muon`."""
@@ -80,8 +87,9 @@ def _members(package: str, module: Any) -> Iterator[OptimizerKind]:
     for name in sorted(dir(module)):
         member = getattr(module, name)
         is_optimizer = isinstance(member, type) and issubclass(member, torch.optim.Optimizer)
-        if is_optimizer and member is not torch.optim.Optimizer:
-            yield OptimizerKind(package, name, partial(_itself, member))
+        if is_optimizer and member is not torch.optim.Optimizer and not name.startswith("_"):
+            load = partial(without_compiler, member) if package == TORCHAO else partial(_itself, member)
+            yield OptimizerKind(package, name, load)
 
 
 def _collection(module: Any) -> Iterator[OptimizerKind]:
@@ -94,7 +102,7 @@ def _installed(package: str) -> tuple[OptimizerKind, ...]:
     """The optimizers of a package; none where it is not installed."""
     if package == OWN:
         return tuple(_own())
-    module_name = f"{package}.optim" if package == LOW_BIT else package
+    module_name = f"{package}.optim" if package in (LOW_BIT, TORCHAO) else package
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -104,7 +112,11 @@ def _installed(package: str) -> tuple[OptimizerKind, ...]:
     return tuple(_collection(module) if package == COLLECTION else _members(package, module))
 
 
-PACKAGES = (OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT)
+def is_installed(package: str) -> bool:
+    return bool(_installed(package))
+
+
+PACKAGES = (OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT, TORCHAO)
 
 
 def all_kinds() -> Iterator[OptimizerKind]:

@@ -40,6 +40,7 @@ KINDS = {
     for kind in all_kinds()
     if kind.refusal is None and not kind.num_sums
 }
+"""Those of bitsandbytes and torchao are tested where these packages are installed."""
 ARGUMENTS = {
     f"bitsandbytes.{name}{bits}": {"momentum": 0.9} for name in ("SGD", "LARS") for bits in ("", "8bit", "32bit")
 }
