@@ -27,8 +27,8 @@ from utils.optim.arguments import allowed_arguments, argument_errors
 from utils.optim.muon import MuonWithAdamW, split_matrices
 from utils.optim.prodigy import Prodigy
 from utils.optim.refused import OTHER_NAMES, REFUSED
-from utils.optim.state_tensors import to_tensors
 from utils.optim.schedules import schedule_of
+from utils.optim.state_tensors import to_tensors
 from utils.optim.torchao_optimizers import without_compiler
 
 OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT = "own", "torch.optim", "schedulefree", "pytorch_optimizer", "bitsandbytes"
