@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from docs.list_optimizers import ARGUMENTS
 from models.family import PipelineLayer
 from models.sd3.family import SD3Family
 from models.sd3.settings import TextTokens
 from models.sd3.variants import MMDiTConfig
 from models.streams import Sample, SampleShape
-from tests.utils.optim.test_independence import ARGUMENTS
 from utils import randomness
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.distributed import group

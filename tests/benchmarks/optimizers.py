@@ -1,12 +1,12 @@
-"""Runs every optimizer through the pipeline:  OMP_NUM_THREADS=1 python -m tests.benchmarks.optimizers [--quick] [--names a,b]
+"""Runs every optimizer through the pipeline:  OMP_NUM_THREADS=1 python -m tests.benchmarks.optimizers [--quick|--names a,b]
 
 Each trains a small network (optimizer_ranks.py) for five steps, as one stage, as two stages and as two replicas, and is
 resumed from its state after three steps in a new pipeline. The processes of a layout start once for all names; where one
 fails, they start again for the names after it.
 
 Columns: bytes of state per parameter beside the float32 weights; time of an update in relation to AdamW (medians, one
-process); whether two stages give the bits of one; the largest difference of a weight between two replicas and one process, in
-relation to the largest change of a weight; whether the resumed run has the bits of the uninterrupted one, in all layouts.
+process); whether two stages give the bits of one; the largest difference of a weight between two replicas and one process,
+in relation to the largest change of a weight; whether the resumed run has the bits of the uninterrupted one in all layouts.
 """
 
 from __future__ import annotations
@@ -22,20 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from docs.list_optimizers import full_name
 from tests.benchmarks.optimizer_ranks import LAYOUTS, Outcome, outcome_file
 from tests.distributed.launch import start_ranks
-from utils.optim.registry import OWN, OptimizerKind, all_kinds, find
+from utils.optim.registry import all_kinds, find
 
-QUICK = ("AdamW", "AdamW8bit", "Prodigy", "Muon", "SGD", "Adafactor", "AdamWScheduleFree", "Lion", "CAME", "SOAP", "AdEMAMix")
+QUICK = ("AdamW8bit", "Prodigy", "Muon", "SGD", "Adafactor", "AdamWScheduleFree", "Lion", "CAME", "SOAP", "AdEMAMix")
 BASELINE = "AdamW"
 LIMIT_SECONDS = 3600.0
-ONE, STAGES, REPLICAS = (1, 1), (2, 1), (2, 2)
-"""(number of processes and, of these, number of processes for each stage): the layouts."""
-
-
-def full_name(kind: OptimizerKind) -> str:
-    """The name by which a configuration chooses it."""
-    return kind.name if kind.package == OWN else f"{kind.package}.{kind.name}"
 
 
 @dataclass(frozen=True)
@@ -156,9 +150,9 @@ def table(rows: Sequence[Row]) -> str:
     base = next((row.update_seconds for row in rows if (row.name, row.package) == (BASELINE, "torch.optim")), math.nan)
     lines = [_line("name", "package", "bytes", "update", "stages", "replicas", "resume")]
     for row in rows:
-        size, update, difference = f"{row.bytes_per_parameter:.2f}", f"{row.update_seconds / base:.2f}", row.replica_difference
         stages, resume = ("equal" if is_equal else "DIFFER" for is_equal in (row.are_stages_equal, row.is_resume_equal))
-        values = (row.error,) if row.error else (size, update, stages, f"{difference:.0e}", resume)
+        numbers = (f"{row.bytes_per_parameter:.2f}", f"{row.update_seconds / base:.2f}")
+        values = (row.error,) if row.error else (*numbers, stages, f"{row.replica_difference:.0e}", resume)
         lines.append(_line(row.name, row.package, *values))
     return "\n".join(lines)
 

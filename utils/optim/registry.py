@@ -23,11 +23,10 @@ from torch import nn
 
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.adamw_8bit import AdamW8bit
-from utils.optim.arguments import allowed_arguments, argument_errors
+from utils.optim.arguments import argument_errors
 from utils.optim.muon import MuonWithAdamW, split_matrices
 from utils.optim.prodigy import Prodigy
 from utils.optim.refused import OTHER_NAMES, REFUSED
-from utils.optim.schedules import schedule_of
 from utils.optim.state_tensors import to_tensors
 from utils.optim.torchao_optimizers import without_compiler
 
@@ -159,34 +158,7 @@ def optimizer_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
     except Exception as error:  # some classes check their arguments, others fail on them with any exception
         text = str(error) if isinstance(error, ValueError) else repr(error)
         return [("optimizer.args", f"{config.type} rejects them: {text}")]
-    errors = [] if "weight_decay" in allowed_arguments(kind.load()) else _decay_errors(config)
-    return errors + (_rate_errors(config) if kind.num_sums else [])
-
-
-def _decay_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
-    """The keys that set the weight decay of an optimizer that has none."""
-    text = f"{config.type} has no weight decay; remove the key"
-    errors = [
-        (f"optimizer.groups[{index}].weight_decay", f"= {group.weight_decay}: {text}")
-        for index, group in enumerate(config.groups or [])
-        if group.weight_decay is not None
-    ]
-    if not config.decay_norms_and_biases:
-        errors.append(("optimizer.decay_norms_and_biases", f"= false: {text}"))
-    return errors
-
-
-def _rate_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
-    """The learning rates that an optimizer with one step size for all parameters cannot have."""
-    text = f"{config.type} finds one step size for all parameters, which must have the same learning rate"
-    errors = [
-        (f"optimizer.groups[{index}]", f"{text} and schedule; remove its learning_rate and lr_* keys")
-        for index, group in enumerate(config.groups or [])
-        if schedule_of(config, group) != schedule_of(config)
-    ]
-    if config.loraplus_lr_ratio not in (None, 1):
-        errors.append(("optimizer.loraplus_lr_ratio", f"= {config.loraplus_lr_ratio}: {text}; remove the key"))
-    return errors
+    return []
 
 
 def _advice(name: str) -> str:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from docs.list_optimizers import ARGUMENTS, full_name
 from utils.config.schema.optimizer import OptimizerConfig
-from utils.optim.registry import COLLECTION, OWN, OptimizerKind, all_kinds, make_optimizer, optimizer_errors
+from utils.optim.registry import COLLECTION, OptimizerKind, all_kinds, make_optimizer, optimizer_errors
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.optimizer_step import Network, OptimizerStep, StepSettings
 from utils.pipeline.replicas import Replicas
@@ -35,15 +36,8 @@ PARTS = (
     ("embedder.weight", "blocks.0.mlp.weight"),
     ("blocks.1.down.weight", "blocks.1.up.weight"),
 )
-KINDS = {
-    kind.name if kind.package == OWN else f"{kind.package}.{kind.name}": kind
-    for kind in all_kinds()
-    if kind.refusal is None and not kind.num_sums
-}
+KINDS = {full_name(kind): kind for kind in all_kinds() if kind.refusal is None and not kind.num_sums}
 """Those of bitsandbytes and torchao are tested where these packages are installed."""
-ARGUMENTS = {
-    f"bitsandbytes.{name}{bits}": {"momentum": 0.9} for name in ("SGD", "LARS") for bits in ("", "8bit", "32bit")
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
