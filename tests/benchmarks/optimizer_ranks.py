@@ -48,7 +48,7 @@ NETWORK = MMDiTConfig(
     qk_norm=True,
     dual_attention_layers=(0,),
 )
-"""Of 321,280 parameters in 64 tensors: matrices of 64 x 32 to 576 x 64, a convolution, biases and scales of norms."""
+"""321,280 parameters in 64 tensors: matrices of 64 x 32 to 576 x 64, a convolution, biases and scales of norms."""
 TEXT_TOKENS = TextTokens(3, 5)
 BOUNDS = {1: [0, 4], 2: [0, 2, 4]}
 NUM_MICRO_BATCHES = 4
@@ -71,7 +71,7 @@ class Outcome:
     weights: dict[str, Tensor] = field(default_factory=dict)
     """After the last."""
     state_bytes: int = 0
-    """Of the optimizer, of the rank's stage."""
+    """The optimizer's, for the rank's stage."""
     is_resume_equal: bool = False
     """Whether a second pipeline, resumed after step STOP, has the same metrics and weights."""
     update_seconds: list[float] = field(default_factory=list)

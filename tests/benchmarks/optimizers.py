@@ -74,7 +74,7 @@ class Row:
     update_seconds: float
     are_stages_equal: bool
     replica_difference: float
-    """In relation to the largest change of a weight."""
+    """In relation to the largest change of a weight; NaN if no weight changes."""
     is_resume_equal: bool
     error: str = ""
 
@@ -85,20 +85,20 @@ class Row:
 
 def row_of(name: str, package: str, one: Layout, stages: Layout, replicas: Layout) -> Row:
     error = next((layout.error for layout in (one, stages, replicas) if layout.error), "")
+    change = one.largest_change if not error else 0.0
+    if not error and not (math.isfinite(change) and all(math.isfinite(value) for step in one.metrics for value in step)):
+        error = f"the weights change by {change}; losses and norms {one.metrics}"
     if error:
         return Row(name, package, math.nan, math.nan, False, math.nan, False, error)
-    weights, change = one.weights, one.largest_change
-    if not (math.isfinite(change) and change > 0 and all(math.isfinite(value) for step in one.metrics for value in step)):
-        error = f"the weights change by {change}; losses and norms {one.metrics}"
+    weights = one.weights
     return Row(
         name,
         package,
         one.outcomes[0].state_bytes / sum(weight.numel() for weight in weights.values()),
         statistics.median(one.outcomes[0].update_seconds[1:]),
         one.metrics == stages.metrics and all(torch.equal(weights[key], value) for key, value in stages.weights.items()),
-        largest_difference(weights, replicas.weights) / change,
+        largest_difference(weights, replicas.weights) / change if change else math.nan,
         all(layout.is_resume_equal for layout in (one, stages, replicas)),
-        error,
     )
 
 
@@ -158,7 +158,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _line(name: str, package: str, *values: str) -> str:
-    return f"{name:<24} {package:<18}" + "".join(f" {value:>9}" for value in values)
+    return f"{name:<26} {package:<18}" + "".join(f" {value:>9}" for value in values)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ _MODULES = {
     "OptimStateFp8": "torchao.optim.subclass_fp8",
 }
 """The classes that a checkpoint may name, and where they are."""
+_FLOAT8 = torch.float8_e4m3fn
 
 
 @cache
@@ -48,17 +49,21 @@ def is_low_bit(value: Tensor) -> bool:
 
 
 def taken_apart(value: Tensor) -> dict[str, Tensor]:
-    """The inner tensors of a state by name, and its CONTEXT."""
+    """The inner tensors of a state by name, and its CONTEXT. Float8 codes become bytes: gloo sends no float8 tensors."""
     low_bit: Any = value
     names, context = low_bit.__tensor_flatten__()
     text = json.dumps([str(one).removeprefix("torch.") if isinstance(one, torch.dtype) else one for one in context])
-    return {**{name: getattr(value, name) for name in names}, CONTEXT: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    inner = {name: getattr(value, name) for name in names}
+    inner = {name: part.view(torch.uint8) if part.dtype == _FLOAT8 else part for name, part in inner.items()}
+    return {**inner, CONTEXT: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
 
 def put_together(class_name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """The inverse of `taken_apart`. Raises KeyError for a class that is none of torchao's."""
     kind = getattr(importlib.import_module(_MODULES[class_name]), class_name)
     inner = {name: tensor for name, tensor in parts.items() if name != CONTEXT}
+    if class_name == "OptimStateFp8":
+        inner["codes"] = inner["codes"].view(_FLOAT8)
     context = [_decoded(one) for one in json.loads(bytes(parts[CONTEXT].tolist()))]
     whole: Tensor = kind.__tensor_unflatten__(inner, context)
     return whole
