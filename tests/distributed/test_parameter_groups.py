@@ -106,8 +106,10 @@ def test_divided_groups_train_as_groups_by_hand_in_any_layout(lab: Lab) -> None:
     assert [line["loss"] for line in one.metrics] == [line["loss"] for line in by_hand.metrics]
 
 
-def test_the_metrics_have_the_learning_rates_of_up_matrices(lab: Lab) -> None:
-    for line in lab.shared_run(1, DIVIDED).metrics:
+def test_the_metrics_and_the_banner_have_the_learning_rates_of_up_matrices(lab: Lab) -> None:
+    run = lab.shared_run(1, DIVIDED)
+    assert "default 0.001, default.up 0.016, blocks 0.0005, blocks.up 0.008" in run.output
+    for line in run.metrics:
         rates = {name: value for name, value in line.items() if name.startswith("learning_rate")}
         assert list(rates) == [
             "learning_rate",

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils import randomness
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.adamw_8bit import AdamW8bit
 from utils.optim.arguments import argument_errors
@@ -206,7 +207,7 @@ def _fused(kind: OptimizerKind, groups: Sequence[Mapping[str, Any]], arguments: 
 
 def state_bytes(config: OptimizerConfig, size: int = 128) -> float:
     """Returns the bytes of state that the optimizer keeps per weight, measured on a matrix of size x size."""
-    weight = nn.Parameter(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
+    weight = nn.Parameter(randomness.normal(0, "weights", shape=(size, size)))
     weight.grad = torch.ones_like(weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

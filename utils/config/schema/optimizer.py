@@ -137,12 +137,12 @@ class OptimizerConfig(Table):
         description="What is kept beside bfloat16 weights so that small updates are not lost. `float32`: float32 weights, 4 "
         "bytes per weight. `split`: the bits that rounding takes away, which make the same float32 weights with 2 bytes. "
         "`stochastic`: nothing; updates are rounded up or down at random. Default: `float32` for adapters, else `split`. "
-        "Only for `dtype = \"bfloat16\"`.",
+        'Only for `dtype = "bfloat16"`.',
     )
     step_in_backward: Bool = Field(
         False,
-        description="Update each weight as soon as its gradient is there, which saves the memory of the gradients. Only with "
-        "one process, `gradient_accumulation_steps = 1` and `gradient_clipping = 0`.",
+        description="Update each weight as soon as its gradient is there, which saves the memory of the gradients. Only "
+        "with one process, `gradient_accumulation_steps = 1` and `gradient_clipping = 0`.",
     )
     loraplus_lr_ratio: Float | None = Field(
         None,
