@@ -26,6 +26,7 @@ REFUSED = {
         **dict.fromkeys(("AdEMAMix32bit", "PagedAdEMAMix32bit"), _SHAPES),
         "PytorchLARS": "it fails in its first step",
     },
+    "torchao": {"CPUOffloadOptimizer": "it needs another optimizer as an argument, and a GPU"},
     "pytorch_optimizer": {
         **dict.fromkeys(("lbfgs", "alig", "bsam"), _CLOSURE),
         **dict.fromkeys(("adammini", "lomo", "adalomo", "muonclip"), _MODEL),

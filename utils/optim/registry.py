@@ -1,8 +1,8 @@
 """Optimizers by name: where their classes are, the errors of names and arguments, and their construction.
 
 Names are found without regard to case, hyphens and underscores, in this order: the program's own, torch.optim, schedulefree,
-pytorch-optimizer, bitsandbytes. A package in front of the name ("pytorch_optimizer.muon") chooses another. Packages other
-than torch are optional.
+pytorch-optimizer, bitsandbytes, torchao. A package in front of the name ("pytorch_optimizer.muon") chooses another. Packages
+other than torch are optional.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils import randomness
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.optim.adamw_8bit import AdamW8bit
-from utils.optim.arguments import allowed_arguments, argument_errors
+from utils.optim.arguments import argument_errors
 from utils.optim.muon import MuonWithAdamW, split_matrices
 from utils.optim.prodigy import Prodigy
 from utils.optim.refused import OTHER_NAMES, REFUSED
 from utils.optim.state_tensors import to_tensors
+from utils.optim.torchao_optimizers import without_compiler
 
 OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT = "own", "torch.optim", "schedulefree", "pytorch_optimizer", "bitsandbytes"
-INSTALLATION = {SCHEDULE_FREE: "schedulefree", COLLECTION: "pytorch-optimizer", LOW_BIT: "bitsandbytes"}
+TORCHAO = "torchao"
+INSTALLATION = {
+    SCHEDULE_FREE: "schedulefree",
+    COLLECTION: "pytorch-optimizer",
+    LOW_BIT: "bitsandbytes",
+    TORCHAO: "torchao",
+}
 """Package -> what pip calls it."""
 _WITH_FLAG = ("muon", "adamuon", "normuon", "adago")
 """Optimizers of pytorch-optimizer that take matrices and other parameters in groups with the flag `use_muon`."""
@@ -79,8 +87,9 @@ def _members(package: str, module: Any) -> Iterator[OptimizerKind]:
     for name in sorted(dir(module)):
         member = getattr(module, name)
         is_optimizer = isinstance(member, type) and issubclass(member, torch.optim.Optimizer)
-        if is_optimizer and member is not torch.optim.Optimizer:
-            yield OptimizerKind(package, name, partial(_itself, member))
+        if is_optimizer and member is not torch.optim.Optimizer and not name.startswith("_"):
+            load = partial(without_compiler, member) if package == TORCHAO else partial(_itself, member)
+            yield OptimizerKind(package, name, load)
 
 
 def _collection(module: Any) -> Iterator[OptimizerKind]:
@@ -93,7 +102,7 @@ def _installed(package: str) -> tuple[OptimizerKind, ...]:
     """The optimizers of a package; none where it is not installed."""
     if package == OWN:
         return tuple(_own())
-    module_name = f"{package}.optim" if package == LOW_BIT else package
+    module_name = f"{package}.optim" if package in (LOW_BIT, TORCHAO) else package
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -103,7 +112,11 @@ def _installed(package: str) -> tuple[OptimizerKind, ...]:
     return tuple(_collection(module) if package == COLLECTION else _members(package, module))
 
 
-PACKAGES = (OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT)
+def is_installed(package: str) -> bool:
+    return bool(_installed(package))
+
+
+PACKAGES = (OWN, TORCH, SCHEDULE_FREE, COLLECTION, LOW_BIT, TORCHAO)
 
 
 def all_kinds() -> Iterator[OptimizerKind]:
@@ -146,16 +159,7 @@ def optimizer_errors(config: OptimizerConfig) -> list[tuple[str, str]]:
     except Exception as error:  # some classes check their arguments, others fail on them with any exception
         text = str(error) if isinstance(error, ValueError) else repr(error)
         return [("optimizer.args", f"{config.type} rejects them: {text}")]
-    if "weight_decay" in allowed_arguments(kind.load()):
-        return []
-    return [
-        (
-            f"optimizer.groups[{index}].weight_decay",
-            f"= {group.weight_decay}: {config.type} has no weight decay; remove the key",
-        )
-        for index, group in enumerate(config.groups or [])
-        if group.weight_decay is not None
-    ]
+    return []
 
 
 def _advice(name: str) -> str:
@@ -203,7 +207,7 @@ def _fused(kind: OptimizerKind, groups: Sequence[Mapping[str, Any]], arguments: 
 
 def state_bytes(config: OptimizerConfig, size: int = 128) -> float:
     """Returns the bytes of state that the optimizer keeps per weight, measured on a matrix of size x size."""
-    weight = nn.Parameter(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
+    weight = nn.Parameter(randomness.normal(0, "weights", shape=(size, size)))
     weight.grad = torch.ones_like(weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

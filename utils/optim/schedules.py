@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from utils.config.schema.optimizer import Course, OptimizerConfig
+from utils.config.schema.optimizer import Course, OptimizerConfig, OptimizerGroupConfig
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,14 @@ def _steps(value: int | float, num_steps: int) -> int:
     return round(value * num_steps) if isinstance(value, float) else value
 
 
-def schedule_of(config: OptimizerConfig, peak: float | None = None) -> LearningRateSchedule:
-    """Returns the schedule of `[optimizer]`, with another peak where a parameter group has a learning rate of its own."""
+def schedule_of(config: OptimizerConfig, group: OptimizerGroupConfig | None = None) -> LearningRateSchedule:
+    """Returns the schedule of `[optimizer]`, with the values of a parameter group where it has its own."""
+    own = {} if group is None else group.model_dump(include=_KEYS, exclude_none=True)
+    if group is not None and group.lr_mult is not None:
+        own["learning_rate"] = group.lr_mult * config.learning_rate
+    config = config.model_copy(update=own)
     return LearningRateSchedule(
-        peak=config.learning_rate if peak is None else peak,
+        peak=config.learning_rate,
         course=config.lr_scheduler,
         warmup_steps=config.lr_warmup_steps,
         min_ratio=config.lr_min_ratio,
@@ -72,3 +76,7 @@ def schedule_of(config: OptimizerConfig, peak: float | None = None) -> LearningR
         power=config.lr_power,
         decay_steps=config.lr_decay_steps,
     )
+
+
+_KEYS = {"learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_min_ratio", "lr_cycles", "lr_power", "lr_decay_steps"}
+"""Keys of a schedule, which `[optimizer]` and its groups have in common."""

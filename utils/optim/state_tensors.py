@@ -3,8 +3,9 @@
 Besides tensors, optimizers keep numbers, and lists of tensors. A checkpoint holds tensors only: a number is a scalar tensor
 under its name and the mark "#", an element of a list has its index in brackets, and a missing element is an empty tensor
 with the mark "!". A tensor that is not contiguous, such as a matrix that is stored by columns, has the mark "^" and the
-order of its dimensions in memory: products with it have other last bits if it is stored by rows. Tensors of torch's
-optimizers are stored under their own names.
+order of its dimensions in memory: products with it have other last bits if it is stored by rows. A low-bit tensor of torchao
+is several tensors, whose names have the mark "@", its class and the name of the part. Tensors of torch's optimizers are
+stored under their own names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUMBER, NOTHING, ORDER = "#", "!", "^"
+from utils.optim import torchao_optimizers
+
+NUMBER, NOTHING, ORDER, LOW_BIT = "#", "!", "^", "@"
 _ELEMENT = re.compile(r"(.*)\[(\d+)\]")
 
 
@@ -29,7 +32,10 @@ def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _flatten(name: str, value: Any, tensors: dict[str, Tensor]) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and torchao_optimizers.is_low_bit(value):
+        for part, inner in torchao_optimizers.taken_apart(value).items():
+            _flatten(f"{name}{LOW_BIT}{type(value).__name__}.{part}", inner, tensors)
+    elif isinstance(value, Tensor):
         if type(value) not in (Tensor, torch.nn.Parameter):
             raise TypeError(f"{name} is a {type(value).__name__}, of which no checkpoint can be made")
         order = sorted(range(value.dim()), key=lambda dim: -value.stride()[dim])
@@ -54,6 +60,7 @@ def _flatten(name: str, value: Any, tensors: dict[str, Tensor]) -> None:
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The inverse of `to_tensors`; tuples become lists."""
     state: dict[str, Any] = {}
+    tensors = _with_low_bit(tensors)
     for name in sorted(tensors, key=_place):
         value: Any = tensors[name]
         if name.endswith(NUMBER):
@@ -66,6 +73,19 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             value = value.permute([order.index(dim) for dim in range(len(order))])
         _put(state, name, value)
     return state
+
+
+def _with_low_bit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the parts of each low-bit one put together."""
+    whole = {name: tensor for name, tensor in tensors.items() if LOW_BIT not in name}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name in tensors.keys() - whole.keys():
+        state, _, rest = name.partition(LOW_BIT)
+        class_name, _, part = rest.partition(".")
+        parts.setdefault((state, class_name), {})[part] = tensors[name]
+    for (state, class_name), inner in parts.items():
+        whole[state] = torchao_optimizers.put_together(class_name, inner)
+    return whole
 
 
 def _place(name: str) -> tuple[str, list[int]]:

@@ -6,6 +6,7 @@ import itertools
 
 from utils.config.presets import PRESETS
 from utils.config.schema.objective import ObjectiveConfig
+from utils.config.schema.optimizer import NO_DECAY
 from utils.console import format_bytes, format_table
 from utils.data.batches import BatchOrder
 from utils.data.encoding.plan import max_cache_bytes
@@ -13,6 +14,7 @@ from utils.objective.validation import keys_in_use, unread_keys
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run.experiment import Experiment
 from utils.trainable.base import millions, num_trained
+from utils.trainable.groups import group_schedules
 
 MAX_BUCKETS_SHOWN = 12
 
@@ -57,6 +59,7 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
         ("model", experiment.family.describe()),
         *((name, str(path)) for name, path in experiment.family.sources.items()),
         ("training", experiment.trainable.describe()),
+        *_rate_rows(experiment),
         *_ema_rows(experiment),
         *_stage_rows(experiment),
         ("images", f"{dataset.num_images} ({len(dataset.examples)} examples; by bucket {', '.join(shown)})"),
@@ -115,6 +118,13 @@ def objective_notes(config: ObjectiveConfig) -> list[str]:
     if config.model_prediction_type == "additive":
         notes.append("with model_prediction_type 'additive' the output is not a velocity: other programs cannot use it")
     return notes
+
+
+def _rate_rows(experiment: Experiment) -> list[tuple[str, str]]:
+    """The peak learning rate of each parameter group, if there are several."""
+    schedules = group_schedules(experiment.config.experiment.optimizer).items()
+    peaks = [f"{name} {schedule.peak:g}" for name, schedule in schedules if not name.endswith(NO_DECAY)]
+    return [("learning rates", ", ".join(peaks))] if len(peaks) > 1 else []
 
 
 def _ema_rows(experiment: Experiment) -> list[tuple[str, str]]:

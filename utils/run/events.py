@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from utils.checkpoint.save import save
-from utils.config.schema.optimizer import DEFAULT_GROUP
+from utils.config.schema.optimizer import DEFAULT_GROUP, NO_DECAY
 from utils.distributed.world import world
 from utils.evaluation.evaluate import Evaluation
 from utils.evaluation.points import make_points
@@ -130,7 +130,11 @@ class LogStep(Event):
     def run(self, state: TrainingState) -> None:
         result, clock = state.result, state.clock
         assert result is not None
-        others = {name: rate for name, rate in state.learning_rates.items() if name != DEFAULT_GROUP}
+        others = {
+            name: rate
+            for name, rate in state.learning_rates.items()
+            if name != DEFAULT_GROUP and not name.endswith(NO_DECAY)  # these have the rate of the group they are part of
+        }
         metrics = StepMetrics(clock.step, clock.epoch, result.loss, state.learning_rates[DEFAULT_GROUP], result.grad_norm)
         self._log.write(metrics, clock.seconds_of_step, others)
 

@@ -17,6 +17,7 @@ from utils.data.dataset import directory_errors
 from utils.distributed.world import World
 from utils.export.weights import export_formats
 from utils.objective.validation import objective_errors
+from utils.optim.group_checks import group_key_errors
 from utils.optim.registry import find, is_separable, optimizer_errors
 from utils.pipeline.partition import balanced_bounds
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
@@ -37,7 +38,9 @@ def prepare(
     """
     config = load_config(config_path, overrides)
     errors: list[ErrorDetail] = []
-    errors += [ErrorDetail(config_path, key, text) for key, text in optimizer_errors(config.experiment.optimizer)]
+    optimizer = config.experiment.optimizer
+    found = optimizer_errors(optimizer) or group_key_errors(optimizer)
+    errors += [ErrorDetail(config_path, key, text) for key, text in found]
     errors += [ErrorDetail(config_path, key, text) for key, text in objective_errors(config.experiment.objective)]
     _check_folders(config, errors)
     num_stages = _check_stages(config, world, errors, check_only)

@@ -26,6 +26,11 @@ def make_trainable(config: ExperimentConfig, family: ModelFamily) -> tuple[Train
         trainable, errors = FullTraining(family, config.optimizer), ErrorList()
     else:
         trainable, errors = _make_lora(config.adapter, config, family)
+    ratio = config.optimizer.loraplus_lr_ratio
+    if ratio is not None and (config.adapter is None or config.adapter.type != "lora"):
+        trained = "the whole network is trained" if config.adapter is None else f"a {config.adapter.type} has no up matrices"
+        text = f'= {ratio}: is for adapter.type = "lora" only, and {trained}; remove the key'
+        errors = [*errors, ("optimizer.loraplus_lr_ratio", text)]
     if not errors:
         names = [name for layer in family.layers for name in trainable.parameter_sizes(layer)]
         errors = group_errors(names, config.optimizer)

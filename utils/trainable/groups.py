@@ -3,22 +3,30 @@
 `[[optimizer.groups]]` names groups by regular expressions over whole native parameter names. A parameter that several
 patterns match belongs to the last of these groups, as with the targets of an adapter: general entries first, special ones
 after them. Parameters that no pattern matches form the group DEFAULT_GROUP.
+
+Two keys of `[optimizer]` divide each of these groups further. LoRA+ (Hayou and others, "LoRA+: Efficient Low Rank
+Adaptation of Large Models", arXiv 2402.12354) gives the `up` matrices of a LoRA, which are zero at first, a multiple of the
+learning rate: they are the group "NAME.up". Norms and biases without weight decay are the group "NAME.no_decay". No name in
+the configuration has a dot.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from utils.config.schema.optimizer import DEFAULT_GROUP, OptimizerConfig
+from utils.config.schema.optimizer import DEFAULT_GROUP, NO_DECAY, OptimizerConfig
 from utils.optim.schedules import LearningRateSchedule, schedule_of
 from utils.trainable.base import ErrorList, ParameterGroup
 from utils.trainable.name_lists import shortened
+from utils.trainable.peft_layers import PARAMETER_SUFFIXES
 
-_SCHEDULE_KEYS = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_min_ratio")
+UP = ".up"
+"""What follows a group's name in the name of the group of its `up` matrices."""
 
 
 def make_groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[ParameterGroup]:
@@ -28,38 +36,61 @@ def make_groups(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> l
     """
     members: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in named.items():
-        members.setdefault(group_of(name, config), {})[name] = parameter
+        whole = group_of(name, config) + _part(name, parameter, config)
+        members.setdefault(whole, {})[name] = parameter
     decays = {group.name: group.weight_decay for group in config.groups or []}
-    return [
-        ParameterGroup(name, members[name], schedule, decays.get(name))
-        for name, schedule in group_schedules(config).items()
-        if name in members
-    ]
+
+    def decay_of(name: str) -> float | None:
+        return 0.0 if name.endswith(NO_DECAY) else decays.get(name.removesuffix(UP))
+
+    schedules = group_schedules(config).items()
+    return [ParameterGroup(name, members[name], one, decay_of(name)) for name, one in schedules if name in members]
 
 
 def group_of(parameter: str, config: OptimizerConfig) -> str:
-    """Returns the name of the group that a parameter (native name) belongs to."""
+    """Returns the name of the configured group that a parameter (native name) belongs to."""
     matching = [group.name for group in config.groups or [] if re.fullmatch(group.pattern, parameter)]
     return matching[-1] if matching else DEFAULT_GROUP
 
 
+def _part(name: str, parameter: Tensor, config: OptimizerConfig) -> str:
+    """What follows the name of the configured group in that of the parameter's group."""
+    if config.loraplus_lr_ratio is not None and name.endswith(PARAMETER_SUFFIXES["up"]):
+        return UP
+    return NO_DECAY if not config.decay_norms_and_biases and is_norm_or_bias(name, parameter) else ""
+
+
+def is_norm_or_bias(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter (native name) is a scale or a bias: a vector, or the magnitudes of a DoRA of any shape."""
+    return parameter.dim() <= 1 or name.endswith((".bias", PARAMETER_SUFFIXES["magnitude"]))
+
+
 def group_schedules(config: OptimizerConfig) -> dict[str, LearningRateSchedule]:
     """Returns group name -> learning rate schedule for all groups, whichever rank has their parameters; default first."""
-    schedules = {DEFAULT_GROUP: schedule_of(config)}
-    for group in config.groups or []:
-        own = group.model_dump(include=set(_SCHEDULE_KEYS), exclude_none=True)
-        schedules[group.name] = schedule_of(config.model_copy(update=own))
+    own = {group.name: schedule_of(config, group) for group in config.groups or []}
+    configured = {DEFAULT_GROUP: schedule_of(config), **own}
+    schedules: dict[str, LearningRateSchedule] = {}
+    for name, schedule in configured.items():
+        schedules[name] = schedule
+        if not config.decay_norms_and_biases:
+            schedules[name + NO_DECAY] = schedule
+        if config.loraplus_lr_ratio is not None:
+            schedules[name + UP] = replace(schedule, peak=config.loraplus_lr_ratio * schedule.peak)
     return schedules
 
 
 def group_identity(config: OptimizerConfig) -> dict[str, Any]:
-    """Returns the entry of a run's identity: name and pattern of each group. Empty without groups, as before there were any.
+    """Returns the entries of a run's identity: name and pattern of each group, and whether `up` matrices have their own.
 
-    Learning rates and weight decays are not in it: like those of `[optimizer]`, they may change when a run is resumed.
+    Empty without groups, as before there were any. Learning rates and weight decays are not in it: like those of
+    `[optimizer]`, they may change when a run is resumed.
     """
-    if config.groups is None:
-        return {}
-    return {"optimizer.groups": [[group.name, group.pattern] for group in config.groups]}
+    identity: dict[str, Any] = {}
+    if config.groups is not None:
+        identity["optimizer.groups"] = [[group.name, group.pattern] for group in config.groups]
+    if config.loraplus_lr_ratio is not None:
+        identity["optimizer.loraplus_lr_ratio"] = "set"
+    return identity
 
 
 def group_errors(names: Iterable[str], config: OptimizerConfig) -> ErrorList:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from docs.list_optimizers import ARGUMENTS, full_name
 from utils.config.schema.optimizer import OptimizerConfig
-from utils.optim.registry import COLLECTION, OWN, OptimizerKind, all_kinds, make_optimizer, optimizer_errors
+from utils.optim.registry import COLLECTION, OptimizerKind, all_kinds, make_optimizer, optimizer_errors
 from utils.optim.schedules import LearningRateSchedule
 from utils.pipeline.optimizer_step import Network, OptimizerStep, StepSettings
 from utils.pipeline.replicas import Replicas
@@ -35,14 +36,8 @@ PARTS = (
     ("embedder.weight", "blocks.0.mlp.weight"),
     ("blocks.1.down.weight", "blocks.1.up.weight"),
 )
-KINDS = {
-    kind.name if kind.package == OWN else f"{kind.package}.{kind.name}": kind
-    for kind in all_kinds()
-    if kind.refusal is None and not kind.num_sums
-}
-ARGUMENTS = {
-    f"bitsandbytes.{name}{bits}": {"momentum": 0.9} for name in ("SGD", "LARS") for bits in ("", "8bit", "32bit")
-}
+KINDS = {full_name(kind): kind for kind in all_kinds() if kind.refusal is None and not kind.num_sums}
+"""Those of bitsandbytes and torchao are tested where these packages are installed."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,15 +59,21 @@ class Weights:
     def __init__(self, type_name: str, names: Sequence[str] = tuple(SHAPES)) -> None:
         self._weights = {name: nn.Parameter(0.1 * draw(name, 0)) for name in names}
         config = OptimizerConfig(type=type_name, learning_rate=1e-2, args=ARGUMENTS.get(type_name, {}))
-        group = ParameterGroup("all", self._weights, LearningRateSchedule(1e-2, "constant", 0, 1.0), None)
         self._step = OptimizerStep(
-            [group],
+            list(self._groups()),
             Network(list(SHAPES), num_losses=0),
             Replicas([0], 0, None),
             make_optimizer=partial(make_optimizer, config),
             settings=StepSettings(),
             device=torch.device("cpu"),
         )
+
+    def _groups(self) -> Iterator[ParameterGroup]:
+        """Two groups with unequal learning rates, of which a part may have one only."""
+        for is_block, rate in ((True, 1e-2), (False, 2e-2)):
+            members = {name: weight for name, weight in self._weights.items() if name.startswith("blocks") == is_block}
+            if members:
+                yield ParameterGroup(str(is_block), members, LearningRateSchedule(rate, "constant", 0, 1.0), None)
 
     def run(self, steps: range) -> None:
         for step in steps:

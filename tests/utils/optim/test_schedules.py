@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from utils.config.schema.optimizer import OptimizerConfig
+from utils.config.schema.optimizer import OptimizerConfig, OptimizerGroupConfig
 from utils.optim.schedules import LearningRateSchedule, schedule_of
 
 RATE = 1e-3
@@ -62,7 +62,7 @@ def test_rates_of_very_short_runs_stay_within_bounds(scheduler: str, warmup: int
 
 def test_a_group_s_own_peak_scales_the_whole_schedule() -> None:
     config = OptimizerConfig(learning_rate=RATE, lr_scheduler="cosine", lr_warmup_steps=3, lr_min_ratio=0.1)
-    own = schedule_of(config, peak=4 * RATE)
+    own = schedule_of(config, OptimizerGroupConfig(name="own", pattern=".*", lr_mult=4.0))
     assert [own.at(step, 20) for step in range(20)] == [4 * schedule_of(config).at(step, 20) for step in range(20)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -24,12 +25,17 @@ BLOCKS: dict[str, Any] = {"name": "blocks", "pattern": r"blocks\..*", "learning_
 NAMES = ("embedder.weight", "embedder.bias", "blocks.0.weight", "blocks.0.bias", "final.weight")
 
 
-def config(*groups: dict[str, Any]) -> OptimizerConfig:
-    return OptimizerConfig(learning_rate=1e-4, lr_warmup_steps=5, groups=list(groups) or None)  # type: ignore[arg-type]
+def config(*groups: dict[str, Any], **changes: Any) -> OptimizerConfig:
+    return OptimizerConfig(**{"learning_rate": 1e-4, "lr_warmup_steps": 5, "groups": list(groups) or None, **changes})
 
 
 def parameters(*names: str) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.zeros(1)) for name in names}
+
+
+def shaped(**shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
+    """Parameters by name; two underscores in a name are a dot."""
+    return {name.replace("__", "."): nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
 
 
 def members(named: dict[str, nn.Parameter], settings: OptimizerConfig) -> dict[str, list[str]]:
@@ -84,6 +90,95 @@ def test_keys_that_a_group_does_not_set_are_those_of_the_optimizer() -> None:
         "biases": 0.0,
         "blocks": None,
     }
+
+
+def test_a_multiple_of_the_learning_rate_is_a_peak_of_its_own() -> None:
+    schedules = group_schedules(config({**BIASES, "lr_mult": 0.5}, BLOCKS, learning_rate=3e-4))
+    assert [schedule.peak for schedule in schedules.values()] == [3e-4, 1.5e-4, 4e-4]
+
+
+def test_every_key_of_the_schedule_can_be_a_group_s_own() -> None:
+    own = {"lr_scheduler": "polynomial", "lr_warmup_steps": 0.1, "lr_min_ratio": 0.5, "lr_cycles": 3, "lr_power": 1.5}
+    schedules = group_schedules(config({**BIASES, **own, "lr_decay_steps": 7}))
+    assert astuple(schedules["biases"]) == (1e-4, "polynomial", 0.1, 0.5, 3, 1.5, 7)
+    assert astuple(schedules["default"]) == (1e-4, "constant", 5, 0.0, 1, 2.0, 0.2)
+
+
+# --- LoRA+ and the weight decay of norms and biases --------------------------------------------------------------------
+
+ADAPTED = {
+    "blocks__0__qkv__lora_A__default__weight": (4, 16),
+    "blocks__0__qkv__lora_B__default__weight": (48, 4),
+    "final__lora_A__default__weight": (4, 16),
+    "final__lora_B__default__weight": (8, 4),
+    "final__lora_magnitude_vector__default__weight": (1, 8, 1, 1),
+}
+SHAPES = {"tokens__weight": (11, 6), "blocks__0__weight": (4, 4), "blocks__0__bias": (4,), "blocks__0__ln__weight": (4,)}
+
+
+def test_loraplus_gives_the_up_matrices_of_each_group_a_multiple_of_its_rate() -> None:
+    settings = config(BLOCKS, loraplus_lr_ratio=16.0)
+    groups = {group.name: group for group in make_groups(shaped(**ADAPTED), settings)}
+    assert {name: [one.split(".")[-3] for one in group.parameters] for name, group in groups.items()} == {
+        "default": ["lora_A", "lora_magnitude_vector"],
+        "default.up": ["lora_B"],
+        "blocks": ["lora_A"],
+        "blocks.up": ["lora_B"],
+    }
+    assert [group.schedule.peak for group in groups.values()] == [1e-4, 16e-4, 4e-4, 64e-4]
+    assert groups["blocks.up"].schedule.course == "cosine"
+
+
+def test_norms_and_biases_without_weight_decay_are_groups_of_their_own() -> None:
+    settings = config({**BLOCKS, "weight_decay": 0.3}, decay_norms_and_biases=False)
+    groups = make_groups(shaped(**SHAPES, bias=(4,)), settings)
+    assert [(group.name, list(group.parameters), group.weight_decay) for group in groups] == [
+        ("default", ["tokens.weight"], None),
+        ("default.no_decay", ["bias"], 0.0),
+        ("blocks", ["blocks.0.weight"], 0.3),
+        ("blocks.no_decay", ["blocks.0.bias", "blocks.0.ln.weight"], 0.0),
+    ]
+    assert groups[2].schedule == groups[3].schedule
+
+
+def test_both_divisions_go_together_and_lora_matrices_keep_their_decay() -> None:
+    settings = config(loraplus_lr_ratio=4.0, decay_norms_and_biases=False)
+    groups = make_groups(shaped(**ADAPTED), settings)
+    found = {group.name: (len(group.parameters), group.weight_decay) for group in groups}
+    assert found == {"default": (2, None), "default.no_decay": (1, 0.0), "default.up": (2, None)}
+
+
+def test_the_released_network_has_norms_and_biases_without_decay(family: ModelFamily) -> None:
+    """Scales of RMS norms and all biases; no matrix, no convolution."""
+    settings = ExperimentConfig.model_construct(adapter=None, optimizer=config(decay_norms_and_biases=False), seed=0)
+    trainable, _ = make_trainable(settings, family)
+    named = {
+        layer.prefix + name: nn.Parameter(torch.empty(shape, device="meta"))
+        for layer in family.layers
+        for name, shape in layer.shapes.items()
+    }
+    plain, undecayed = trainable.groups(named)
+    assert all(name.endswith((".bias", "ln_q.weight", "ln_k.weight")) for name in undecayed.parameters)
+    assert not any(name.endswith((".bias", "ln_q.weight", "ln_k.weight")) for name in plain.parameters)
+    assert len(plain.parameters) + len(undecayed.parameters) == len(named)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "text"), [(None, "the whole network is trained"), ({"type": "lokr"}, "a lokr has no up matrices")]
+)
+def test_loraplus_needs_a_lora(family: ModelFamily, adapter: dict[str, Any] | None, text: str) -> None:
+    settings = ExperimentConfig.model_construct(
+        adapter=None if adapter is None else AdapterConfig(**adapter), optimizer=config(loraplus_lr_ratio=8.0), seed=0
+    )
+    ((key, message),) = make_trainable(settings, family)[1]
+    assert key == "optimizer.loraplus_lr_ratio"
+    assert message == f'= 8.0: is for adapter.type = "lora" only, and {text}; remove the key'
+
+
+def test_loraplus_is_another_training_and_the_weight_decay_is_not() -> None:
+    assert group_identity(config(loraplus_lr_ratio=4.0)) == group_identity(config(loraplus_lr_ratio=8.0))
+    assert group_identity(config(loraplus_lr_ratio=4.0)) != group_identity(config())
+    assert group_identity(config(decay_norms_and_biases=False)) == {}
 
 
 def test_identity_has_names_and_patterns_only_if_there_are_groups() -> None:

@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from utils.config.schema.base import Bool, Float, Int, Table
 
 DEFAULT_GROUP = "default"
 """Name of the group of all parameters that no pattern matches."""
+NO_DECAY = ".no_decay"
+"""What follows a group's name in the name of the group of its norms and biases, if these have no weight decay."""
 
 Course = Literal[
     "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay"
@@ -24,8 +26,8 @@ WarmUp = Annotated[Int, Field(ge=0)] | Annotated[Float, Field(gt=0, lt=1)]
 
 
 class OptimizerGroupConfig(Table):
-    """A group of trained parameters with its own learning rate or weight decay. Keys that are not set have the values of
-    `[optimizer]`. A parameter that several patterns match belongs to the last of these groups."""
+    """A group of trained parameters with its own learning rate, schedule or weight decay. Keys that are not set have the
+    values of `[optimizer]`. A parameter that several patterns match belongs to the last of these groups."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
         description="Name of the group in logs: letters, digits, `_` and `-`. Unique; `default` is the group of all "
@@ -34,6 +36,9 @@ class OptimizerGroupConfig(Table):
     pattern: str = Field(description="Regular expression that must match the whole native name of a parameter.")
     learning_rate: Float | None = Field(
         None, gt=0, description="Peak learning rate of this group. Default: `learning_rate` of `[optimizer]`."
+    )
+    lr_mult: Float | None = Field(
+        None, gt=0, description="Peak learning rate of this group as a multiple of `learning_rate` of `[optimizer]`."
     )
     weight_decay: Float | None = Field(
         None,
@@ -55,12 +60,30 @@ class OptimizerGroupConfig(Table):
         description="Learning rate of the last step, as a fraction of this group's peak. Default: `lr_min_ratio` of "
         "`[optimizer]`.",
     )
+    lr_cycles: Int | None = Field(
+        None, ge=1, description="Number of falls from this group's peak. Default: `lr_cycles` of `[optimizer]`."
+    )
+    lr_power: Float | None = Field(
+        None, gt=0, description="Exponent of the course of this group. Default: `lr_power` of `[optimizer]`."
+    )
+    lr_decay_steps: WarmUp | None = Field(
+        None,
+        description="Last steps over which the learning rate of this group falls, or a fraction of all. Default: "
+        "`lr_decay_steps` of `[optimizer]`.",
+    )
 
     @field_validator("name")
     @classmethod
     def _is_not_reserved(cls, value: str) -> str:
         if value == DEFAULT_GROUP:
             raise ValueError("is reserved for the parameters that no pattern matches; choose another name")
+        return value
+
+    @field_validator("lr_mult")
+    @classmethod
+    def _is_the_only_peak(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("learning_rate") is not None:
+            raise ValueError("learning_rate is set too, and both define the peak; remove one of them")
         return value
 
     @field_validator("pattern")
@@ -114,12 +137,23 @@ class OptimizerConfig(Table):
         description="What is kept beside bfloat16 weights so that small updates are not lost. `float32`: float32 weights, 4 "
         "bytes per weight. `split`: the bits that rounding takes away, which make the same float32 weights with 2 bytes. "
         "`stochastic`: nothing; updates are rounded up or down at random. Default: `float32` for adapters, else `split`. "
-        "Only for `dtype = \"bfloat16\"`.",
+        'Only for `dtype = "bfloat16"`.',
     )
     step_in_backward: Bool = Field(
         False,
-        description="Update each weight as soon as its gradient is there, which saves the memory of the gradients. Only with "
-        "one process, `gradient_accumulation_steps = 1` and `gradient_clipping = 0`.",
+        description="Update each weight as soon as its gradient is there, which saves the memory of the gradients. Only "
+        "with one process, `gradient_accumulation_steps = 1` and `gradient_clipping = 0`.",
+    )
+    loraplus_lr_ratio: Float | None = Field(
+        None,
+        gt=0,
+        description="LoRA+: learning rate of the `up` matrices (B) of a LoRA, as a multiple of that of their group. For "
+        '`adapter.type = "lora"` only. Unset: 1, without groups of their own.',
+    )
+    decay_norms_and_biases: Bool = Field(
+        True,
+        description="`false`: norms and biases have no weight decay, in no group. These are the scales of norms, the "
+        "magnitudes of a DoRA and all other vectors; matrices and embedding tables keep their weight decay.",
     )
     groups: list[OptimizerGroupConfig] | None = Field(
         None, min_length=1, description="Groups of parameters with other settings. Unset: all parameters share these."
