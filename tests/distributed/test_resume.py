@@ -202,6 +202,7 @@ def prepare_resume(experiment: Path, resume: str, *overrides: str) -> Experiment
     [
         ("seed=8", "seed"),
         ("pipeline.micro_batch_size_per_gpu=2", "global batch"),
+        ("pipeline.bucket_group=4", "pipeline.bucket_group"),
         ("adapter.rank=8", "adapter"),
         ("adapter.alpha=4.0", "adapter"),
         ("optimizer.type=SGD", "optimizer.type"),

@@ -25,6 +25,13 @@ class PipelineConfig(Table):
         description="Number of micro-batches per step and replica. With several stages, use at least four times their "
         "number to keep them busy.",
     )
+    bucket_group: Annotated[Int, Field(ge=1)] | None = Field(
+        None,
+        description="Number of images of a step that have one bucket: each step consists of such groups, of different buckets. "
+        "A small group repeats few images of rare buckets. Must be a multiple of `micro_batch_size_per_gpu` x replicas that "
+        "divides the global batch; the whole global batch: one bucket per step. It cannot change when a run resumes. Unset: "
+        "the smallest, and when a run resumes, that of its checkpoint.",
+    )
     recompute: Annotated[Int, Field(ge=0)] | Literal["none", "all"] = Field(
         "none",
         description="Blocks whose activations are computed again in the backward pass instead of being kept, which saves "
