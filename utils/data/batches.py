@@ -2,12 +2,12 @@
 
 A global batch consists of groups; all examples of a group belong to one bucket. An epoch contains every example: each bucket
 is shuffled and padded with repeats of its own examples to whole groups, so no example is dropped. The groups of all buckets
-are then shuffled and dealt to the steps. Inside a step the groups with larger images come first, so that its memory peaks
-early. The size of a group is the same for every layout of a run, so every layout has the same steps.
+are then shuffled and divided among the steps. Inside a step the groups with larger images come first, so that its memory
+peaks early. Layouts with groups of equal size have the same steps.
 
-Groups that are missing in the last step of an epoch are filled too. These extra groups belong to the buckets whose examples
-are repeated least, in turn, so that over many epochs all examples of these buckets are drawn equally often. With one group for
-each global batch there are none.
+Extra groups complete the last step of an epoch. They belong to the buckets whose examples are repeated least, in turn, so
+that over many epochs all examples of these buckets are drawn equally often. If a group is a whole global batch, there are no
+extra groups.
 
 The *slots* of a bucket are its examples, each repeated as its directory's `num_repeats` specifies. With 2.5 repeats, half of
 the examples have a third slot; these examples change from epoch to epoch, so that in two epochs each has five slots. The
@@ -30,7 +30,8 @@ from utils.data.examples import Example, ExampleTable
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 """The fractional parts of its multiples cover [0, 1) evenly."""
-_DECIMALS = 9
+_DECIMALS = 6
+"""Means over epochs are rounded, so that sums that are whole numbers are exactly whole."""
 
 
 def group_sizes(micro_batch_size: int, num_micro_batches: int, num_replicas: int) -> list[int]:
@@ -202,7 +203,7 @@ class BatchOrder:
 
     def _extra_groups(self, epoch: int) -> np.ndarray:
         """For each bucket, its extra groups in this epoch: the mean rounded up or down, so that the sum is the same."""
-        ends = np.cumsum(self._mean_extra_groups).round(_DECIMALS)  # whole numbers, where sums are, despite rounding errors
+        ends = np.cumsum(self._mean_extra_groups).round(_DECIMALS)
         offset = (randomness.fraction(self._seed, "extra groups") + epoch * _GOLDEN_RATIO) % 1.0
         return np.diff(np.floor(np.append(0.0, ends) + offset)).astype(np.int64)
 

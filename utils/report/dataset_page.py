@@ -156,11 +156,15 @@ def _buckets(buckets: Sequence[BucketFacts]) -> str:
 
 def _numbers(*buckets: BucketFacts) -> list[str]:
     """The cells of a row for one bucket, or for several together."""
-    images, repeats, enlarged = (
-        sum(column) for column in zip(*((one.num_images, one.num_repeats, one.num_enlarged) for one in buckets), strict=True)
-    )
-    draws, fillers = (sum(column) for column in zip(*((one.shown_per_epoch, one.num_fillers) for one in buckets), strict=True))
-    return [f"{images:,}", _mean(draws), f"{repeats:,}", _mean(fillers), f"{draws / (draws - fillers):.2f}", f"{enlarged:,}"]
+    draws, fillers = sum(bucket.shown_per_epoch for bucket in buckets), sum(bucket.num_fillers for bucket in buckets)
+    return [
+        f"{sum(bucket.num_images for bucket in buckets):,}",
+        _mean(draws),
+        f"{sum(bucket.num_repeats for bucket in buckets):,}",
+        _mean(fillers),
+        f"{draws / (draws - fillers):.2f}",
+        f"{sum(bucket.num_enlarged for bucket in buckets):,}",
+    ]
 
 
 def _mean(number: float) -> str:

@@ -27,9 +27,9 @@ class PipelineConfig(Table):
     )
     bucket_group: Annotated[Int, Field(ge=1)] | None = Field(
         None,
-        description="Number of images of a step that have one bucket: each step consists of such groups, of different buckets. "
-        "A small group repeats few images of rare buckets. Must be a multiple of `micro_batch_size_per_gpu` x replicas that "
-        "divides the global batch; the whole global batch: one bucket per step. It cannot change when a run resumes. Unset: "
+        description="Size of the groups of images that a step consists of. All images of a group have one bucket; the "
+        "smaller the groups, the fewer images of rare buckets are repeated to fill them. Must be a multiple of "
+        "`micro_batch_size_per_gpu` x replicas that divides the global batch, and cannot change when a run resumes. Unset: "
         "the smallest, and when a run resumes, that of its checkpoint.",
     )
     recompute: Annotated[Int, Field(ge=0)] | Literal["none", "all"] = Field(
