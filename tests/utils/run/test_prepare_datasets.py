@@ -128,7 +128,10 @@ def test_banner_shows_the_first_skipped_files(checks: DatasetChecks, num_bad: in
 
 @pytest.mark.parametrize(
     ("group", "each", "in_all", "num_steps"),
-    [(None, "2.7 (0.7 repeated, 1.33x)", "8 (2 repeated, 1.33x)", 2), (4, "4 (2 repeated, 2.00x)", "12 (6 repeated, 2.00x)", 3)],
+    [
+        (None, "2.7 (0.7 repeated, 1.33x)", "8 (2 repeated, 1.33x)", 2),
+        (4, "4 (2 repeated, 2.00x)", "12 (6 repeated, 2.00x)", 3),
+    ],
 )
 def test_banner_shows_how_often_images_are_repeated(
     checks: DatasetChecks, group: int | None, each: str, in_all: str, num_steps: int
