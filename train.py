@@ -128,9 +128,9 @@ def open_log(current: Run) -> RunLog:
 
 def agree(experiment: Experiment) -> Experiment:
     """The experiment with what rank 0 found in folders; another rank may have read them earlier or over a slower mount."""
-    own = (experiment.prompts, experiment.resume_run, experiment.resume_from)
-    prompts, resume_run, resume_from = group.broadcast(own)
-    return replace(experiment, prompts=prompts, resume_run=resume_run, resume_from=resume_from)
+    own = (experiment.prompts, experiment.resume_run, experiment.resume_from, experiment.bucket_group)
+    prompts, run, checkpoint, bucket_group = group.broadcast(own)
+    return replace(experiment, prompts=prompts, resume_run=run, resume_from=checkpoint, bucket_group=bucket_group)
 
 
 def print_banner(experiment: Experiment, output: str) -> None:

@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 
 from tests.cli_bench import Bench, cut_off, spoil_caption, spoil_pixels
 from tests.tiny_model import make_tiny_dataset, random_weights, tiny_shapes
+from utils.config.load import ConfigError
+from utils.distributed.world import World
+from utils.run.prepare import prepare
 
 
 @pytest.fixture
@@ -202,19 +205,19 @@ def test_all_errors_of_both_files_are_reported_at_once(bench: Bench) -> None:
 
 
 def test_errors_of_all_later_checks_are_reported_at_once(bench: Bench, images: Path) -> None:
-    """Errors beyond the schema: optimizer, stages, images, adapter, previews."""
+    """Errors beyond the schema: optimizer, groups, images, adapter, previews."""
     spoiled = [spoil_caption(images), cut_off(images)]
     experiment = bench.experiment(
         images=images,
         **{
             "optimizer.type": "AdamX",
-            "pipeline.pipeline_stages": 2,
+            "pipeline.bucket_group": 3,
             "adapter": {"type": "lora", "targets": ["no"]},
             "sampling": {"prompts": ["a"], "width": 40, "height": 32},
         },
     )
     errors = bench.refused(experiment, world_size=3)
-    for key in ("optimizer.type", "pipeline.pipeline_stages", "adapter.targets[0]", "sampling.width"):
+    for key in ("optimizer.type", "pipeline.bucket_group", "adapter.targets[0]", "sampling.width"):
         assert sum(error.startswith(f"{experiment}: {key}: ") for error in errors) == 1
     for path in spoiled:
         assert sum(error.startswith(f"{path}: ") for error in errors) == 1
@@ -247,6 +250,45 @@ def test_stages_must_divide_the_processes(bench: Bench) -> None:
 def test_one_process_can_check_a_run_of_several(bench: Bench) -> None:
     checked = bench.main("--config", str(bench.experiment(**{"pipeline.pipeline_stages": 2})), "--check")
     assert (checked.exit_code, checked.error) == (0, "")
+
+
+# --- groups of one bucket ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group", "world_size", "each", "whole", "advice"),
+    [
+        (1, 1, "2 (micro_batch_size_per_gpu 2 x 1 replicas)", 12, "2"),
+        (5, 1, "2 (micro_batch_size_per_gpu 2 x 1 replicas)", 12, "4 or 6"),
+        (8, 1, "2 (micro_batch_size_per_gpu 2 x 1 replicas)", 12, "6 or 12"),
+        (24, 1, "2 (micro_batch_size_per_gpu 2 x 1 replicas)", 12, "12"),
+        (6, 2, "4 (micro_batch_size_per_gpu 2 x 2 replicas)", 24, "4 or 8"),
+    ],
+)
+def test_wrong_size_of_groups_is_an_error_with_the_nearest_right_ones(
+    bench: Bench, group: int, world_size: int, each: str, whole: int, advice: str
+) -> None:
+    pipeline = {"pipeline_stages": 1, "gradient_accumulation_steps": 6, "bucket_group": group}
+    experiment = bench.experiment(pipeline=pipeline)
+    wrong = f"must be a multiple of {each} that divides the global batch, {whole}"
+    message = f"{experiment}: pipeline.bucket_group: = {group}: {wrong}; use {advice}"
+    assert bench.only_error(experiment, world_size=world_size) == message
+
+
+def test_groups_are_checked_once_the_stages_are_right(bench: Bench) -> None:
+    experiment = bench.experiment(**{"pipeline.pipeline_stages": 2, "pipeline.bucket_group": 3})
+    assert "pipeline.pipeline_stages" in bench.only_error(experiment, world_size=3)
+
+
+@pytest.mark.parametrize(("group", "replicas"), [(2, 1), (4, 1), (8, 2), (10, 5)])
+def test_check_by_one_process_assumes_replicas_that_the_groups_are_right_for(
+    bench: Bench, group: int, replicas: int
+) -> None:
+    experiment = bench.experiment(**{"pipeline.bucket_group": group})
+    checked = prepare(experiment, [], None, World(0, 0, 1, 1), check_only=True)
+    assert (checked.num_replicas, checked.bucket_group, checked.global_batch) == (replicas, group, 4 * replicas)
+    with pytest.raises(ConfigError, match=r"bucket_group: = 7: must be a multiple of 2 .* use 4"):
+        prepare(experiment, ["pipeline.bucket_group=7"], None, World(0, 0, 1, 1), check_only=True)
 
 
 def test_missing_weights_and_missing_images_are_reported_together(bench: Bench) -> None:

@@ -50,8 +50,8 @@ def test_bad_files_are_skipped_if_configured(lab: Lab, images: Path) -> None:
     listed = [json.loads(line) for line in (experiment.parent / "output" / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(entry["path"] for entry in listed) == sorted(map(str, bad))
     assert {entry["kind"] for entry in listed} == {"bad"}
-    # Images 0, 4 and 5 have three shapes, so each fills a step of its own with repeats.
-    assert run.last_step == 3
+    # Images 0, 4 and 5 have three shapes, so each fills a group of its own with repeats; a step has two groups.
+    assert run.last_step == 2
 
 
 @pytest.mark.distributed

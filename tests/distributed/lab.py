@@ -56,12 +56,16 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
 
     def experiment(self, changes: Mapping[str, Any], dataset: Path | None = None) -> Path:
-        """experiment.toml in a new folder: six steps of four micro-batches of one image, with gradients that are clipped."""
+        """experiment.toml in a new folder: six steps of four micro-batches of one image, with gradients that are clipped.
+
+        The two groups of a step may have different buckets.
+        """
         settings = {
             "max_steps": 6,
             "cache_dir": str(self.folder / "cache"),
             "pipeline.micro_batch_size_per_gpu": 1,
             "pipeline.gradient_accumulation_steps": 4,
+            "pipeline.bucket_group": 2,
             "optimizer.gradient_clipping": 1.0,
             "save.checkpoint_every_n_steps": 2,
             **changes,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tests.distributed.lab import Lab, Run
 from tests.distributed.launch import newest_run, read_metrics, read_weights, run_alone, run_deepspeed, run_torchrun
-from utils.data.batches import BatchOrder
 from utils.distributed.world import World
 from utils.run.prepare import prepare
 
@@ -97,13 +96,15 @@ def test_training_changes_every_adapter(lab: Lab) -> None:
     assert unchanged == ["transformer.transformer_blocks.2.attn.add_q_proj.lora_B.weight"], "its output has no effect"
 
 
-def test_steps_of_an_epoch_differ_in_shape(lab: Lab) -> None:
-    """The comparisons above therefore cover activations whose shape changes between steps."""
-    config = prepare(lab.shared_run(2, FULL).experiment, [], None, World(0, 0, 2, 2))
-    order = BatchOrder(config.dataset.examples, config.global_batch, config.config.experiment.seed)
-    shapes = [order.global_batch(step)[0].example.bucket for step in range(order.steps_per_epoch)]
-    assert len(set(shapes)) == 3
-    assert order.steps_per_epoch < config.num_steps(order), "the run must continue after the first epoch"
+def test_micro_batches_of_a_step_differ_in_shape(lab: Lab) -> None:
+    """The comparisons of this file therefore cover activations whose shape changes inside a step and between steps."""
+    experiment = prepare(lab.shared_run(2, FULL).experiment, [], None, World(0, 0, 2, 2))
+    order = experiment.batch_order()
+    steps = [[draw.example.bucket for draw in order.global_batch(step)] for step in range(order.steps_per_epoch)]
+    assert {bucket for buckets in steps for bucket in buckets} == set(experiment.dataset.bucket_counts())
+    assert any(len(set(buckets)) == 2 for buckets in steps)
+    assert len({tuple(buckets) for buckets in steps}) == len(steps)
+    assert order.steps_per_epoch < experiment.num_steps(order), "the run must continue after the first epoch"
 
 
 def test_losses_in_bfloat16_are_close_to_float32(lab: Lab) -> None:
@@ -176,7 +177,8 @@ def test_two_replicas_of_an_adapter_equal_one(lab: Lab) -> None:
 
 
 def test_micro_batch_size_does_not_change_the_global_batch(lab: Lab) -> None:
-    changes = {"pipeline.micro_batch_size_per_gpu": 4, "pipeline.gradient_accumulation_steps": 1}
+    """Nor does it change the steps, as long as the groups are the same."""
+    changes = {"pipeline.micro_batch_size_per_gpu": 2, "pipeline.gradient_accumulation_steps": 2}
     assert_close_run(lab.shared_run(1, FULL), lab.shared_run(2, changes), REPLICA_TOLERANCE)
 
 

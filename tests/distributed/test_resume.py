@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.distributed.test_layouts import FULL, LORA, REPLICA_TOLERANCE, assert
 from tests.tiny_model import make_tiny_dataset
 from utils.checkpoint.manifest import find_checkpoints
 from utils.config.load import ConfigError
+from utils.data.batches import BatchOrder
 from utils.data.cache.shards import KEYS
 from utils.distributed.world import World
 from utils.run.experiment import Experiment
@@ -60,6 +62,7 @@ def copy_of(run: Run, folder: Path) -> Path:
 def test_resumed_run_equals_uninterrupted_run(lab: Lab, changes: dict[str, Any]) -> None:
     run = stopped(lab, changes)
     assert run.last_step == STOP
+    assert STOP % prepare_resume(run.experiment, "").batch_order().steps_per_epoch, "the middle of an epoch"
     resumed = lab.run(2, run.experiment, "--resume")
     assert resumed.folder == run.folder
     assert_each_step_once(resumed)
@@ -202,6 +205,7 @@ def prepare_resume(experiment: Path, resume: str, *overrides: str) -> Experiment
     [
         ("seed=8", "seed"),
         ("pipeline.micro_batch_size_per_gpu=2", "global batch"),
+        ("pipeline.bucket_group=4", "pipeline.bucket_group"),
         ("adapter.rank=8", "adapter"),
         ("adapter.alpha=4.0", "adapter"),
         ("optimizer.type=SGD", "optimizer.type"),
@@ -213,6 +217,39 @@ def test_resume_with_another_experiment_is_refused(lab: Lab, override: str, key:
     (error,) = caught.value.errors
     assert error.message.startswith(f"{key} was ")
     assert "resuming would be a different training" in error.message
+
+
+def test_groups_of_the_checkpoint_are_kept_unless_they_are_configured(lab: Lab, tmp_path: Path) -> None:
+    experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
+    before = prepare_resume(experiment, "")
+    text = experiment.read_text()
+    experiment.write_text(text.replace("bucket_group = 2\n", ""))
+    again = prepare_resume(experiment, "")
+    assert (before.bucket_group, again.bucket_group, again.identity) == (2, 2, before.identity)
+    assert prepare(experiment, [], None, World(0, 0, 2, 2)).bucket_group == 1, "a new run"
+
+
+def test_resume_in_a_layout_that_cannot_have_the_groups_is_refused(lab: Lab, tmp_path: Path) -> None:
+    experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
+    experiment.write_text(experiment.read_text().replace("bucket_group = 2\n", ""))
+    layout = ("pipeline.micro_batch_size_per_gpu=4", "pipeline.gradient_accumulation_steps=1")
+    with pytest.raises(ConfigError, match="pipeline.bucket_group was 2 in .* and is 4 now; resuming would be a different"):
+        prepare_resume(experiment, "", *layout)
+
+
+def test_checkpoint_of_a_version_without_groups_is_resumed_in_its_order(lab: Lab, tmp_path: Path) -> None:
+    """Then all images of a step had one bucket."""
+    experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
+    for path in experiment.parent.glob("output/*/checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        assert state["identity"].pop("pipeline.bucket_group") == 2
+        path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="pipeline.bucket_group was 4 in .* and is 2 now"):
+        prepare_resume(experiment, "")
+    experiment.write_text(experiment.read_text().replace("bucket_group = 2\n", ""))
+    resumed = prepare_resume(experiment, "")
+    order, earlier = resumed.batch_order(), BatchOrder(resumed.dataset.examples, 4, resumed.config.experiment.seed)
+    assert [order.global_batch(step) for step in range(10)] == [earlier.global_batch(step) for step in range(10)]
 
 
 def test_resume_on_another_network_is_refused(lab: Lab, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ VOLATILE = "modelspec.date"
 NUM_IMAGES = {"masked": 11, "tagged": 7, "other": 3}
 COMMON: dict[str, Any] = {
     "max_steps": NUM_STEPS,
+    "pipeline.bucket_group": 4,  # the whole global batch: the only order there was when the records were made
     "ema": {"decay": 0.8},
     "objective": {"caption_dropout_rate": 0.2, "encoder_dropout_rate": {"clip_l": 0.2, "t5xxl": 0.3}},
     "optimizer": {"lr_scheduler": "cosine", "lr_warmup_steps": 4, "lr_min_ratio": 0.1},

@@ -48,7 +48,8 @@ def without_metadata(record: str) -> str:
 
     The index of a folder of shards has them in its JSON; the shards themselves are compared.
     """
-    return "\n".join(" ".join(word for word in line.split(" ") if not _is_metadata(word, line)) for line in record.splitlines())
+    lines = record.splitlines()
+    return "\n".join(" ".join(word for word in line.split(" ") if not _is_metadata(word, line)) for line in lines)
 
 
 def _is_metadata(word: str, line: str) -> bool:

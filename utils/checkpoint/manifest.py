@@ -19,6 +19,7 @@ FORMAT_VERSION = 2
 STATE_FILE = "state.json"
 NETWORK_FILES = "network files"
 """The entry of a run's identity that holds hashes, which no message should show."""
+GLOBAL_BATCH, BUCKET_GROUP = "global batch", "pipeline.bucket_group"
 _FOLDER_NAME = re.compile(r"step_(\d+)")
 
 
@@ -64,7 +65,10 @@ def _read_state(folder: Path) -> SavedState:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["format"] != FORMAT_VERSION:
             raise CheckpointError(f"{folder} has format {state['format']}; this version reads format {FORMAT_VERSION}")
-        return SavedState(folder, state["step"], state["identity"], state.get("events", {}))
+        identity = state["identity"]
+        # Earlier versions had one bucket per global batch, and no entry for it.
+        identity.setdefault(BUCKET_GROUP, identity[GLOBAL_BATCH])
+        return SavedState(folder, state["step"], identity, state.get("events", {}))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise

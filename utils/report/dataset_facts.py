@@ -13,17 +13,17 @@ class BucketFacts:
     name: str
     """Such as "1024x1024"."""
     num_images: int
-    shown_per_epoch: int
-    """Draws of its examples per epoch, repeats and fillers included."""
-    num_fillers: int
-    """Draws that only fill the last batch."""
+    shown_per_epoch: float
+    """Draws of its examples per epoch, repeats and fillers included, as a mean over epochs."""
+    num_fillers: float
+    """Draws that only fill groups."""
     num_enlarged: int
     """Images that are smaller than the bucket and upscaled."""
 
     @property
     def num_repeats(self) -> int:
         """Draws, other than fillers, beyond the first of each image; 0 where an epoch does not use every image."""
-        return max(0, self.shown_per_epoch - self.num_fillers - self.num_images)
+        return max(0, round(self.shown_per_epoch - self.num_fillers) - self.num_images)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Gatherer:
             ("images", f"{table.num_images:,} files"),
             ("examples", f"{len(table):,}: every image at every resolution ({sizes})"),
             ("captions", f"{len(np.unique(_as_numbers(self._captions.keys), axis=0)):,} distinct"),
-            ("epoch", f"{order.steps_per_epoch:,} steps; {order.num_fillers:,} draws only fill batches"),
+            ("epoch", f"{order.steps_per_epoch:,} steps; draws of examples: {order.epoch_draws()}"),
             ("run", f"{num_steps:,} steps: {epochs:,.2f} epochs"),
             ("cache", f"{folder}: {format_bytes(total)} in all"),
         ]
@@ -116,10 +116,10 @@ class Gatherer:
 
     def _exposure(self) -> list[tuple[float, int]]:
         """(Mean draws per epoch, number of images), with fillers distributed evenly over their bucket."""
-        table, showings = self._table, self._order.bucket_draws()
+        table = self._table
         factors = np.ones(len(table.buckets))
-        for bucket, (shown, fillers) in showings.items():
-            factors[table.buckets.index(bucket)] = shown / (shown - fillers)
+        for bucket, draws in self._order.bucket_draws().items():
+            factors[table.buckets.index(bucket)] = draws.factor
         of_example = table.repeats * factors[table.rows[:, 2]]
         of_image = np.bincount(table.rows[:, 0], weights=of_example)
         values, counts = np.unique(of_image[of_image > 0].round(2), return_counts=True)

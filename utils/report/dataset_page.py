@@ -140,29 +140,44 @@ def _buckets(buckets: Sequence[BucketFacts]) -> str:
     """A table of counts with a bar of the draws per epoch in each row."""
     if not buckets:
         return ""
-    names = ["bucket", "images", "draws per epoch", "repeats", "fillers", "upscaled", ""]
+    names = ["bucket", "images", "draws per epoch", "repeats", "fillers", "factor", "upscaled", ""]
     most = max(1, *(bucket.shown_per_epoch for bucket in buckets))
     rows = "".join(_bucket_row(bucket.name, _numbers(bucket), _bar(bucket, most)) for bucket in buckets)
     if len(buckets) > 1:
-        rows += _bucket_row("all", [sum(column) for column in zip(*map(_numbers, buckets), strict=True)], "")
+        rows += _bucket_row("all", _numbers(*buckets), "")
     key = '<span><i></i>first draws</span><span><i class="again"></i>repeats</span>'
     return (
         '<div class="numbers" tabindex="0" role="region" aria-label="Table of buckets">'
         f'<table class="buckets">{header_row(names)}{rows}</table></div>'
-        f'<div class="key">{key}<span><i class="filler"></i>fillers of the last batch</span></div>'
+        f'<div class="key">{key}<span><i class="filler"></i>fillers, which complete the groups of one bucket that steps '
+        "consist of</span><span>factor: all draws / draws without fillers</span></div>"
     )
 
 
-def _numbers(bucket: BucketFacts) -> list[int]:
-    return [bucket.num_images, bucket.shown_per_epoch, bucket.num_repeats, bucket.num_fillers, bucket.num_enlarged]
+def _numbers(*buckets: BucketFacts) -> list[str]:
+    """The cells of a row for one bucket, or for several together."""
+    draws, fillers = sum(bucket.shown_per_epoch for bucket in buckets), sum(bucket.num_fillers for bucket in buckets)
+    return [
+        f"{sum(bucket.num_images for bucket in buckets):,}",
+        _mean(draws),
+        f"{sum(bucket.num_repeats for bucket in buckets):,}",
+        _mean(fillers),
+        f"{draws / (draws - fillers):.2f}",
+        f"{sum(bucket.num_enlarged for bucket in buckets):,}",
+    ]
 
 
-def _bucket_row(name: str, numbers: Sequence[int], bar: str) -> str:
-    cells = "".join(f"<td>{number:,}</td>" for number in numbers)
+def _mean(number: float) -> str:
+    """A mean over epochs, with a decimal where it is not the same in every epoch."""
+    return f"{number:,.0f}" if abs(number - round(number)) < 0.05 else f"{number:,.1f}"
+
+
+def _bucket_row(name: str, numbers: Sequence[str], bar: str) -> str:
+    cells = "".join(f"<td>{number}</td>" for number in numbers)
     return f'<tr><th scope="row">{html_of(name)}</th>{cells}<td>{bar}</td></tr>'
 
 
-def _bar(bucket: BucketFacts, most: int) -> str:
+def _bar(bucket: BucketFacts, most: float) -> str:
     """A bar whose length is the draws per epoch relative to the largest bucket."""
     first = bucket.shown_per_epoch - bucket.num_repeats - bucket.num_fillers
     parts = [("first", first), ("again", bucket.num_repeats), ("filler", bucket.num_fillers)]

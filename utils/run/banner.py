@@ -49,11 +49,6 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
     if len(buckets) > len(shown):
         shown.append(f"and {len(buckets) - len(shown)} more")
     pipeline = config.pipeline
-    fillers = (
-        f"; {order.num_fillers} images per epoch are repeated to fill the last batches of their buckets"
-        if order.num_fillers
-        else ""
-    )
     num_steps = experiment.num_steps(order)
     return [
         ("model", experiment.family.describe()),
@@ -68,12 +63,23 @@ def summary(experiment: Experiment, order: BatchOrder) -> list[tuple[str, str]]:
         (
             "global batch",
             f"{experiment.global_batch} = {pipeline.micro_batch_size_per_gpu} per micro-batch "
-            f"x {pipeline.gradient_accumulation_steps} micro-batches x {experiment.num_replicas} replicas",
+            f"x {pipeline.gradient_accumulation_steps} micro-batches x {experiment.num_replicas} replicas; "
+            f"{experiment.bucket_group} at a time of one bucket",
         ),
-        ("steps", f"{num_steps}, {order.steps_per_epoch} per epoch{fillers}"),
+        ("draws per epoch", _draws(order)),
+        ("steps", f"{num_steps}, {order.steps_per_epoch} per epoch"),
         ("pipeline bubble", _bubble(experiment)),
         ("cache", f"{config.cache_folder}; at most {format_bytes(_cache_bytes(experiment))} for this dataset"),
     ]
+
+
+def _draws(order: BatchOrder) -> str:
+    """The draws of an epoch in all and by bucket, the most repeated first, and how many are repeated to fill groups."""
+    by_bucket = sorted(order.bucket_draws().items(), key=lambda item: (-item[1].factor, item[0]))
+    shown = [f"{bucket}: {draws}" for bucket, draws in by_bucket[:MAX_BUCKETS_SHOWN]]
+    if len(by_bucket) > len(shown):
+        shown.append(f"and {len(by_bucket) - len(shown)} more")
+    return f"{order.epoch_draws()}; by bucket {', '.join(shown)}"
 
 
 def objective_rows(config: ObjectiveConfig) -> list[tuple[str, str]]:

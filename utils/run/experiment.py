@@ -35,6 +35,8 @@ class Experiment:
     num_stages: int
     num_replicas: int
     global_batch: int
+    bucket_group: int
+    """Images of one bucket that are together in a global batch."""
     bounds: list[int]
     """Stage i consists of layers bounds[i] to bounds[i + 1] - 1."""
     trainable: Trainable
@@ -71,7 +73,7 @@ class Experiment:
 
     def batch_order(self) -> BatchOrder:
         """A new order of the training examples; each user that advances it independently needs its own."""
-        return BatchOrder(self.dataset.examples, self.global_batch, self.config.experiment.seed)
+        return BatchOrder(self.dataset.examples, self.global_batch, self.config.experiment.seed, self.bucket_group)
 
     def num_steps(self, order: BatchOrder) -> int:
         """Optimizer steps of the whole run."""

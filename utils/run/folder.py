@@ -14,7 +14,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from models.family import ModelFamily
-from utils.checkpoint.manifest import NETWORK_FILES, CheckpointError, SavedState, find_checkpoints, identity_errors
+from utils.checkpoint.manifest import (
+    BUCKET_GROUP,
+    GLOBAL_BATCH,
+    NETWORK_FILES,
+    CheckpointError,
+    SavedState,
+    find_checkpoints,
+    identity_errors,
+)
 from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml
 from utils.files.atomic import write_text
 from utils.optim.registry import canonical_name
@@ -71,29 +79,34 @@ def find_run(config: Config, resume: str | None, errors: list[ErrorDetail]) -> P
     return run
 
 
-def find_checkpoint(config: Config, run: Path | None, identity: dict[str, Any]) -> SavedState | None:
-    """The newest checkpoint of the run, if it has one. Raises ConfigError when `identity` differs from the checkpoint's."""
+def find_checkpoint(config: Config, run: Path | None) -> SavedState | None:
+    """The newest checkpoint of the run, if it has one. Raises ConfigError for one that cannot be read."""
     try:
         saved = find_checkpoints(run / CHECKPOINTS) if run is not None else []
     except CheckpointError as error:
         raise ConfigError([ErrorDetail(config.path, "", str(error))]) from error
-    if not saved:
-        return None
-    errors = [ErrorDetail(config.path, "", text) for text in identity_errors(saved[-1], identity)]
+    return saved[-1] if saved else None
+
+
+def check_identity(config: Config, saved: SavedState | None, identity: dict[str, Any]) -> None:
+    """Raises ConfigError when a run of `identity` cannot resume from the checkpoint."""
+    errors = identity_errors(saved, identity) if saved is not None else []
     if errors:
-        raise ConfigError(errors)
-    return saved[-1]
+        raise ConfigError([ErrorDetail(config.path, "", text) for text in errors])
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------------
 
 
-def run_identity(config: Config, family: ModelFamily, trainable: Trainable, global_batch: int) -> dict[str, Any]:
+def run_identity(
+    config: Config, family: ModelFamily, trainable: Trainable, global_batch: int, bucket_group: int
+) -> dict[str, Any]:
     """What a run must share with a checkpoint to resume from it; stored in every checkpoint."""
     experiment = config.experiment
     return {
         "seed": experiment.seed,
-        "global batch": global_batch,
+        GLOBAL_BATCH: global_batch,
+        BUCKET_GROUP: bucket_group,
         "layer list": family.layer_list_version,
         NETWORK_FILES: [sample_hash(path) for path in family.network_files],
         "network settings": family.network_settings,

@@ -21,9 +21,10 @@ from utils.optim.group_checks import group_key_errors
 from utils.optim.registry import find, is_separable, optimizer_errors
 from utils.pipeline.partition import balanced_bounds
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
+from utils.run.batch import bucket_group_error, bucket_group_of, count_replicas
 from utils.run.datasets import MAX_BAD_FILES_SHOWN, Datasets, open_datasets
 from utils.run.experiment import Experiment
-from utils.run.folder import changed_keys, find_checkpoint, find_run, run_identity
+from utils.run.folder import changed_keys, check_identity, find_checkpoint, find_run, run_identity
 from utils.trainable.base import Trainable
 from utils.trainable.choose import make_trainable
 
@@ -44,6 +45,8 @@ def prepare(
     errors += [ErrorDetail(config_path, key, text) for key, text in objective_errors(config.experiment.objective)]
     _check_folders(config, errors)
     num_stages = _check_stages(config, world, errors, check_only)
+    num_replicas = count_replicas(config.experiment.pipeline, world, num_stages, check_only=check_only)
+    _check_bucket_group(config, num_replicas, errors)
     _check_directories(config, errors)
     _check_averages(config, errors)
     _check_optimizer_step(config, world, errors)
@@ -59,13 +62,15 @@ def prepare(
         _check_encoder_names(config, family, errors)
         if world.is_main:
             datasets = open_datasets(config, family, errors, world, may_write=not check_only and not errors)
-    num_replicas = max(1, world.size // num_stages)
     run = find_run(config, resume, errors)
     if errors or family is None or trainable is None:
         raise ConfigError(located(errors, overrides))
     pipeline = config.experiment.pipeline
     global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
-    identity = run_identity(config, family, trainable, global_batch)
+    saved = find_checkpoint(config, run)
+    bucket_group = bucket_group_of(pipeline, num_replicas, saved)
+    identity = run_identity(config, family, trainable, global_batch, bucket_group)
+    check_identity(config, saved, identity)
     return Experiment(
         config=config,
         family=family,
@@ -76,10 +81,11 @@ def prepare(
         num_stages=num_stages,
         num_replicas=num_replicas,
         global_batch=global_batch,
+        bucket_group=bucket_group,
         bounds=bounds,
         trainable=trainable,
         resume_run=run,
-        resume_from=find_checkpoint(config, run, identity),
+        resume_from=saved,
         changed_keys=changed_keys(run, config) if run is not None else [],
         identity=identity,
     )
@@ -164,6 +170,14 @@ def _check_stages(config: Config, world: World, errors: list[ErrorDetail], check
         message = f"= {stages}: must divide the number of processes, {world.size}; start a multiple of {stages} processes"
         errors.append(ErrorDetail(config.path, "pipeline.pipeline_stages", message))
     return stages
+
+
+def _check_bucket_group(config: Config, num_replicas: int, errors: list[ErrorDetail]) -> None:
+    if any(error.key == "pipeline.pipeline_stages" for error in errors):
+        return  # the number of replicas is not known
+    text = bucket_group_error(config.experiment.pipeline, num_replicas)
+    if text is not None:
+        errors.append(ErrorDetail(config.path, "pipeline.bucket_group", text))
 
 
 def _open_model(config: Config, errors: list[ErrorDetail]) -> ModelFamily | None:

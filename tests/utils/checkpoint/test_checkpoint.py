@@ -12,6 +12,7 @@ from torch import nn
 
 from models.family import PipelineLayer
 from utils.checkpoint.manifest import (
+    BUCKET_GROUP,
     NETWORK_FILES,
     CheckpointError,
     SavedState,
@@ -22,13 +23,13 @@ from utils.checkpoint.manifest import (
 from utils.checkpoint.save import save
 from utils.pipeline.stage import LocalLayer
 
-IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, "adapter": "none"}
+IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, BUCKET_GROUP: 2, "adapter": "none"}
 
 
-def make_checkpoint(parent: Path, step: int) -> Path:
+def make_checkpoint(parent: Path, step: int, identity: dict[str, Any] = IDENTITY) -> Path:
     folder = step_folder(parent, step)
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"format": 2, "step": step, "identity": IDENTITY}))
+    (folder / "state.json").write_text(json.dumps({"format": 2, "step": step, "identity": identity}))
     return folder
 
 
@@ -61,6 +62,14 @@ def test_every_difference_of_identity_is_reported_with_both_values(tmp_path: Pat
     assert len(errors) == 2
     assert errors[0].startswith(f"seed was 7 in {saved.folder} and is 8 now")
     assert "adapter was 'none'" in errors[1]
+
+
+def test_checkpoint_of_an_earlier_version_has_one_bucket_per_global_batch(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10, {key: value for key, value in IDENTITY.items() if key != BUCKET_GROUP})
+    (saved,) = find_checkpoints(tmp_path)
+    assert saved.identity == {**IDENTITY, BUCKET_GROUP: 4}
+    (error,) = identity_errors(saved, IDENTITY)
+    assert error.startswith(f"pipeline.bucket_group was 4 in {saved.folder} and is 2 now")
 
 
 def test_entry_of_one_identity_only_is_a_difference(tmp_path: Path) -> None:

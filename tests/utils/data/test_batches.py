@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +12,7 @@ import pytest
 
 from tests.utils.data.tables import DIRECTORY, images_of, table_of
 from utils.data import batches as batches_module
-from utils.data.batches import BatchOrder, SampleDraw
+from utils.data.batches import BatchOrder, SampleDraw, group_sizes
 from utils.data.buckets import Bucket
 from utils.data.examples import Example, ExampleTable, empty_table
 
@@ -104,23 +106,25 @@ def test_the_order_of_buckets_changes_with_every_epoch() -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5])
-def test_order_is_a_function_of_seed_and_step(repeats: float) -> None:
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_order_is_a_function_of_seed_and_step(repeats: float, group: int) -> None:
     examples = make_examples(COUNTS, repeats)
-    straight = BatchOrder(examples, 4, seed=3)
+    straight = BatchOrder(examples, 4, 3, group)
     expected = [straight.global_batch(step) for step in range(30)]
-    random_access = BatchOrder(examples, 4, seed=3)
+    random_access = BatchOrder(examples, 4, 3, group)
     for step in (17, 2, 29, 9, 0, 19, 5):
         assert random_access.global_batch(step) == expected[step]
-    assert [BatchOrder(examples, 4, seed=4).global_batch(step) for step in range(30)] != expected
+    assert [BatchOrder(examples, 4, 4, group).global_batch(step) for step in range(30)] != expected
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5])
-def test_order_does_not_depend_on_the_order_of_buckets(repeats: float) -> None:
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_order_does_not_depend_on_the_order_of_buckets(repeats: float, group: int) -> None:
     """A new folder of images for another bucket does not change the order within a bucket."""
     images = images_of(COUNTS, replace(DIRECTORY, repeats=repeats))
     again = sorted(images, key=lambda image: image.bucket != TALL)
     assert again != images
-    first, second = BatchOrder(table_of(images), 4, seed=3), BatchOrder(table_of(again), 4, seed=3)
+    first, second = BatchOrder(table_of(images), 4, 3, group), BatchOrder(table_of(again), 4, 3, group)
     assert [first.global_batch(step) for step in range(30)] == [second.global_batch(step) for step in range(30)]
 
 
@@ -164,6 +168,121 @@ def test_the_order_of_an_epoch_is_computed_once(monkeypatch: pytest.MonkeyPatch)
     order = BatchOrder(make_examples({SQUARE: 13}), 4, seed=3)
     epoch_of(order, 0)
     assert drawn == [13, 13, 4], "slots of the bucket, fillers, batches"
+
+
+# --- groups ------------------------------------------------------------------------------------------------------------
+
+CASES = range(20)
+
+
+def random_table(case: int) -> tuple[ExampleTable, int, int]:
+    """(Examples of one to seven buckets, size of a group, global batch)."""
+    generator = random.Random(case)
+    buckets = generator.sample([Bucket(16 * x, 16 * y) for x in range(1, 5) for y in range(1, 5)], generator.randint(1, 7))
+    repeats = generator.choice([1, 1, 0.3, 1.5, 3])
+    images = images_of({bucket: generator.randint(1, 30) for bucket in buckets}, replace(DIRECTORY, repeats=repeats))
+    images += images_of({buckets[0]: generator.randint(1, 5)}, replace(DIRECTORY, key_prefix="1", repeats=1))
+    group = generator.choice([1, 2, 3, 8])
+    return table_of(images), group, group * generator.choice([1, 2, 3, 4, 8])
+
+
+def groups_of(order: BatchOrder, epoch: int, group: int) -> list[list[list[SampleDraw]]]:
+    """The groups of each step of an epoch."""
+    return [[batch[start : start + group] for start in range(0, len(batch), group)] for batch in epoch_of(order, epoch)]
+
+
+@pytest.mark.parametrize(("repeats", "digest"), [(1, "0445150d0688a171"), (2.5, "f75a70e328ceed7a")])
+@pytest.mark.parametrize("group", [4, None])
+def test_groups_of_whole_global_batches_give_the_order_of_earlier_versions(
+    repeats: float, digest: str, group: int | None
+) -> None:
+    """The digests are of commit 4df732d, which had no groups; old runs resume in this order."""
+    order = BatchOrder(make_examples(COUNTS, repeats), 4, 3, group)
+    draws = [(draw.example.key, draw.epoch, draw.occurrence) for step in range(40) for draw in order.global_batch(step)]
+    assert hashlib.sha256(repr(draws).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_epoch_of_groups_has_every_example_and_the_fewest_steps(case: int) -> None:
+    examples, group, global_batch = random_table(case)
+    order = BatchOrder(examples, global_batch, case, group)
+    slots = {bucket: round(draws.draws - draws.fillers) for bucket, draws in order.bucket_draws().items()}
+    num_groups = sum(-(-count // group) for count in slots.values())
+    assert order.steps_per_epoch == -(-num_groups * group // global_batch)
+    for epoch in (0, 3):
+        batches = epoch_of(order, epoch)
+        assert {len(batch) for batch in batches} == {global_batch}
+        counts = Counter(draw.example.bucket for batch in batches for draw in batch)
+        assert all(counts[bucket] >= slots[bucket] for bucket in slots)
+        used = set(keys(batches))
+        assert all(example.key in used for example in examples if example.repeats >= 1)
+        draws = [(draw.example.key, draw.epoch, draw.occurrence) for batch in batches for draw in batch]
+        assert len(set(draws)) == len(draws), "no two draws have the same noise and time"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_group_has_one_bucket_and_larger_images_come_first(case: int) -> None:
+    examples, group, global_batch = random_table(case)
+    for step in groups_of(BatchOrder(examples, global_batch, case, group), 1, group):
+        buckets = [{draw.example.bucket for draw in draws} for draws in step]
+        assert all(len(names) == 1 for names in buckets)
+        areas = [bucket.width * bucket.height for names in buckets for bucket in names]
+        assert areas == sorted(areas, reverse=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fillers_are_bounded(case: int) -> None:
+    """Each bucket fills less than a group and the last step less than a global batch; counts in a bucket differ by 1."""
+    examples, group, global_batch = random_table(case)
+    order = BatchOrder(examples, global_batch, case, group)
+    fillers = order.bucket_draws()
+    assert sum(draws.fillers for draws in fillers.values()) == pytest.approx(order.num_fillers)
+    assert 0 <= order.num_fillers <= len(fillers) * (group - 1) + global_batch - group
+    if set(examples.repeats.tolist()) == {1}:
+        shown, counts = counts_of(order, 1), dict[Bucket, list[int]]()
+        for example in examples:
+            counts.setdefault(example.bucket, []).append(shown[example.key])
+        assert all(max(times) - min(times) <= 1 for times in counts.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extra_groups_are_shared_fairly_over_epochs(case: int) -> None:
+    """Only buckets with the lowest factor have any, and each has its mean in every number of epochs, up to two groups."""
+    examples, group, global_batch = random_table(case)
+    order = BatchOrder(examples, global_batch, case, group)
+    means = order.bucket_draws()
+    needed = {bucket: -(-round(one.draws - one.fillers) // group) * group for bucket, one in means.items()}
+    extended = [bucket for bucket, one in means.items() if one.draws > needed[bucket] + 1e-6]
+    lowest = min(one.factor for one in means.values())
+    assert all(means[bucket].factor == pytest.approx(lowest) for bucket in extended)
+    total: Counter[Bucket] = Counter()
+    for epoch in range(12):
+        total.update(draw.example.bucket for batch in epoch_of(order, epoch) for draw in batch)
+        assert all(abs(total[bucket] - one.draws * (epoch + 1)) <= 2 * group for bucket, one in means.items())
+
+
+def test_small_groups_repeat_rare_images_less() -> None:
+    examples = make_examples({SQUARE: 1479, WIDE: 6})
+    factors = {group: BatchOrder(examples, 32, 1, group).bucket_draws()[WIDE].factor for group in (32, 8, 2)}
+    assert factors[32] == pytest.approx(32 / 6)
+    assert factors[8] == pytest.approx(8 / 6), "the fewest, since every example is in every epoch"
+    assert max(BatchOrder(examples, 32, 1, group).epoch_draws().factor for group in (2, 8)) < 1.02
+    assert factors[2] < 1.02
+
+
+def test_draws_are_printed_with_fillers_and_factor() -> None:
+    order = BatchOrder(make_examples({SQUARE: 1500, WIDE: 6}), 8, 0, 4)
+    assert str(order.epoch_draws()) == "1,512 (6 repeated, 1.00x)"
+    assert [str(draws) for draws in order.bucket_draws().values()] == ["1,504 (4 repeated, 1.00x)", "8 (2 repeated, 1.33x)"]
+    assert str(BatchOrder(make_examples({SQUARE: 8}), 8, 0, 4).epoch_draws()) == "8"
+    shared = BatchOrder(make_examples({SQUARE: 8, WIDE: 8, TALL: 8}), 32, 0, 8).bucket_draws()
+    assert {str(draws) for draws in shared.values()} == {"10.7 (2.7 repeated, 1.33x)"}
+
+
+def test_group_sizes_are_whole_micro_batches_of_all_replicas() -> None:
+    assert group_sizes(8, 4, 1) == [8, 16, 32]
+    assert group_sizes(1, 6, 2) == [2, 4, 6, 12]
+    assert group_sizes(3, 1, 1) == [3]
 
 
 # --- repeats -----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ FAMILY: Any = Family()
 def make_feed(layout: Layout = ALONE, *, seed: int = SEED, dtype: torch.dtype = torch.float32, **objective: Any) -> Feed:
     examples = objective.pop("examples", EXAMPLES)
     data = objective.pop("data", Data())
-    order = BatchOrder(examples, 8, seed)
+    order = BatchOrder(examples, layout.global_batch, seed, objective.pop("bucket_group", None))
     return Feed(FAMILY, data, order, make_objective(**objective), seed=seed, layout=layout, dtype=dtype)
 
 

@@ -75,15 +75,21 @@ def test_a_stage_in_the_middle_is_fed_nothing() -> None:
         assert all(part.numel() == 0 for part in micro_batch.target)
 
 
+class Sized(Data):
+    """Latents of the size of the bucket, computed from the example's number."""
+
+    def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
+        size = (SHAPE[0], example.bucket.height // 8, example.bucket.width // 8)
+        return torch.full(size, float(number_of(example)))
+
+
+TWO_SIZES = [replace(one, bucket=(Bucket(32, 32), Bucket(64, 32))[index % 2]) for index, one in enumerate(IMAGES)]
+
+
 @pytest.mark.parametrize("is_first_stage", [True, False])
-def test_every_stage_knows_the_shapes_of_the_samples(is_first_stage: bool) -> None:
-    images = [replace(one, bucket=(Bucket(32, 32), Bucket(64, 32))[index % 2]) for index, one in enumerate(IMAGES)]
-
-    class Sized(Data):
-        def latents(self, example: Example, *, flipped: bool = False) -> Tensor:
-            return torch.zeros(SHAPE[0], example.bucket.height // 8, example.bucket.width // 8)
-
-    settings: dict[str, Any] = {"examples": table_of(images), "data": Sized()}
+@pytest.mark.parametrize("bucket_group", [2, 4, 8])
+def test_every_stage_knows_the_shapes_of_the_samples(is_first_stage: bool, bucket_group: int) -> None:
+    settings: dict[str, Any] = {"examples": table_of(TWO_SIZES), "data": Sized(), "bucket_group": bucket_group}
     other = make_feed(replace(ALONE, is_first_stage=is_first_stage, is_last_stage=False), **settings)
     seen = set()
     for step in range(6):
@@ -117,6 +123,33 @@ def test_every_layout_covers_the_same_global_batch(num_replicas: int, micro_batc
     replicas = [batches(replace(layout, replica=replica)) for replica in range(num_replicas)]
     rows = [part for micro_batch in zip(*replicas, strict=True) for part in micro_batch]
     assert all(torch.equal(one, other) for one, other in zip(joined(rows), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "size", "bucket_group"),
+    [(1, 1, 4), (1, 4, 4), (2, 1, 4), (2, 2, 4), (4, 1, 4), (1, 2, 8), (2, 4, 8), (4, 2, 8)],
+)
+def test_layouts_with_equal_groups_have_the_same_steps(num_replicas: int, size: int, bucket_group: int) -> None:
+    """Images of two sizes in a step, the larger first; the micro-batches of all replicas have the same shape."""
+    settings: dict[str, Any] = {"examples": table_of(TWO_SIZES), "data": Sized(), "bucket_group": bucket_group}
+    layout = Layout(size, 16 // (size * num_replicas), num_replicas, 0, is_first_stage=True, is_last_stage=True)
+    places = [replace(layout, replica=replica) for replica in range(num_replicas)]
+    feeds = [make_feed(place, **settings) for place in places]
+    alone = make_feed(replace(layout, micro_batch_size=1, num_micro_batches=16, num_replicas=1), **settings)
+    mixed = 0
+    for step in range(4):
+        parts = [part for row in zip(*(feed.micro_batches(step) for feed in feeds), strict=True) for part in row]
+        rows = [row for part in parts for row in zip(*inputs_of(part), part.target[0], strict=True)]
+        expected = [(*inputs_of(part), part.target[0]) for part in alone.micro_batches(step)]
+        assert len(rows) == len(expected) == 16
+        for one, other in zip(rows, expected, strict=True):
+            assert all(torch.equal(value, alike[0]) for value, alike in zip(one, other, strict=True))
+        shapes = [feed.shapes(step) for feed in feeds]
+        assert all(of_replica == shapes[0] for of_replica in shapes)
+        areas = [shape.height * shape.width for shape in shapes[0]]
+        assert areas == sorted(areas, reverse=True)
+        mixed += len(set(areas)) > 1
+    assert mixed, "a step has both sizes"
 
 
 @pytest.mark.parametrize(("num_replicas", "num_micro_batches", "size"), [(1, 4, 2), (2, 3, 2), (4, 2, 1), (3, 1, 5)])

@@ -25,7 +25,7 @@ from utils.data.sources.readers import Readers
 from utils.report.dataset_facts import DatasetFacts
 from utils.report.dataset_gather import BAD_FILES, DATASET_REPORT, NUM_THUMBNAILS, Gatherer, write_bad_files, write_page
 
-BATCH = 3
+BATCH = 4
 
 
 class Desk:
@@ -35,11 +35,12 @@ class Desk:
         self.caching, self.images = caching, caching.images
         self.family = FakeFamily(caching.folder, keep_pixels=True)
         self.order: BatchOrder
+        self.group = BATCH
 
     def gather(self, **changes: Any) -> DatasetFacts:
         cached: CachedDataset = self.caching.run(self.family, **changes)
         (table,), dataset = cached.tables, self.caching.scan(**changes)
-        self.order = BatchOrder(table, BATCH, 0)
+        self.order = BatchOrder(table, BATCH, 0, self.group)
         any_family: Any = self.family
         gatherer = Gatherer(any_family, cached.data, table, self.order, 64)
         bad_files = [*dataset.bad_files, *cached.unusable.bad_files]
@@ -54,7 +55,9 @@ def desk(tmp_path: Path, readers: Readers, monkeypatch: pytest.MonkeyPatch) -> D
 # --- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def test_buckets_count_images_draws_and_upscaled_images(desk: Desk) -> None:
+@pytest.mark.parametrize("group", [1, 2, BATCH])
+def test_buckets_count_images_draws_and_upscaled_images(desk: Desk, group: int) -> None:
+    desk.group = group
     facts = desk.gather(resolutions=[32, 64], num_repeats=2)
     assert [(bucket.name, bucket.num_images, bucket.num_enlarged) for bucket in facts.buckets] == [
         ("16x48", 1, 0),
@@ -64,13 +67,16 @@ def test_buckets_count_images_draws_and_upscaled_images(desk: Desk) -> None:
         ("64x64", 2, 2),
         ("96x48", 1, 1),
     ]
+    num_epochs, num_steps = 50, desk.order.steps_per_epoch
     shown = Counter(
-        str(draw.example.bucket) for step in range(desk.order.steps_per_epoch) for draw in desk.order.global_batch(step)
+        str(draw.example.bucket) for step in range(num_epochs * num_steps) for draw in desk.order.global_batch(step)
     )
-    assert {bucket.name: bucket.shown_per_epoch for bucket in facts.buckets} == shown
     for bucket in facts.buckets:
-        assert bucket.shown_per_epoch - bucket.num_fillers == 2 * bucket.num_images
-    assert sum(bucket.num_fillers for bucket in facts.buckets) == desk.order.num_fillers > 0
+        assert bucket.shown_per_epoch == pytest.approx(shown[bucket.name] / num_epochs, abs=2 * group / num_epochs)
+        assert bucket.shown_per_epoch - bucket.num_fillers == pytest.approx(2 * bucket.num_images)
+    assert sum(bucket.num_fillers for bucket in facts.buckets) == pytest.approx(desk.order.num_fillers)
+    assert (desk.order.num_fillers > 0) == (group > 2), "each bucket has two or four draws"
+    assert dict(facts.rows)["epoch"] == f"{num_steps} steps; draws of examples: {desk.order.epoch_draws()}"
 
 
 @pytest.mark.parametrize("repeats", [1, 2.5, 0.25])

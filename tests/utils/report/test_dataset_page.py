@@ -13,7 +13,7 @@ import pytest
 
 from tests.utils.report.html_elements import Page
 from tests.utils.report.make_facts import ATTACK, UNBROKEN, empty_facts, hostile_facts, usual_facts
-from utils.report.dataset_facts import CutCaption, DatasetFacts, EncoderFacts
+from utils.report.dataset_facts import BucketFacts, CutCaption, DatasetFacts, EncoderFacts
 from utils.report.dataset_page import MAX_CHARACTERS, MAX_GROUP, MAX_LISTED, render
 from utils.report.html import html_of
 from utils.report.plots import MAX_BARS, token_bars
@@ -96,8 +96,14 @@ def test_buckets_have_counts_and_bars() -> None:
     text = section(usual_page(), "Buckets")
     assert re.findall(r"<td>([\d,]+)</td>", text)[:5] == ["310", "640", "310", "20", "41"]
     assert re.findall(r"<td>([\d,]+)</td>", text)[-5:] == ["1,412", "1,768", "310", "46", "53"]
+    assert re.findall(r"<td>(\d\.\d\d)</td>", text) == ["1.03", "1.01", "1.02", "5.33", "1.03"], "factors"
     bars = [sum(map(float, re.findall(r"width:([\d.]+)%", bar))) for bar in text.split('class="bar"')[1:]]
     assert bars == pytest.approx([100 * bucket.shown_per_epoch / 808 for bucket in USUAL.buckets], abs=0.01)
+
+
+def test_draws_that_differ_between_epochs_are_means_with_a_decimal() -> None:
+    text = section(render(replace(EMPTY, buckets=[BucketFacts("32x32", 8, 32 / 3, 8 / 3, 0)])), "Buckets")
+    assert re.findall(r"<td>([\d.,]+)</td>", text) == ["8", "10.7", "0", "2.7", "1.33", "0"]
 
 
 def test_card_has_both_images_the_crop_frame_and_its_texts() -> None:

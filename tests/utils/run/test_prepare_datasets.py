@@ -18,7 +18,7 @@ from utils.data.sources.readers import Readers
 from utils.distributed.world import World
 from utils.report.dataset_gather import BAD_FILES, MAX_SHOWN_IN_LOG
 from utils.run import datasets
-from utils.run.banner import describe
+from utils.run.banner import describe, summary
 from utils.run.datasets import BAD_FILE_ADVICE, MAX_BAD_FILES_SHOWN, SMALL_IMAGE_ADVICE, num_readers
 from utils.run.experiment import Experiment
 from utils.run.prepare import prepare
@@ -124,6 +124,24 @@ def test_banner_shows_the_first_skipped_files(checks: DatasetChecks, num_bad: in
     assert len(lines) == min(num_bad, MAX_SHOWN_IN_LOG + 1)
     rest = f"skipped: 3 more files; a run lists all of them in {checks.folder / 'experiment' / 'output' / BAD_FILES}"
     assert (lines[-1] == rest) == (num_bad > MAX_SHOWN_IN_LOG)
+
+
+@pytest.mark.parametrize(
+    ("group", "each", "in_all", "num_steps"),
+    [
+        (None, "2.7 (0.7 repeated, 1.33x)", "8 (2 repeated, 1.33x)", 2),
+        (4, "4 (2 repeated, 2.00x)", "12 (6 repeated, 2.00x)", 3),
+    ],
+)
+def test_banner_shows_how_often_images_are_repeated(
+    checks: DatasetChecks, group: int | None, each: str, in_all: str, num_steps: int
+) -> None:
+    """Two images of each of three buckets, in steps of four."""
+    experiment = checks.prepare(**{"pipeline.bucket_group": group})
+    rows = dict(summary(experiment, experiment.batch_order()))
+    assert rows["global batch"].endswith(f" x 2 micro-batches x 1 replicas; {group or 2} at a time of one bucket")
+    assert rows["draws per epoch"] == f"{in_all}; by bucket 16x48: {each}, 32x32: {each}, 48x16: {each}"
+    assert rows["steps"] == f"4, {num_steps} per epoch"
 
 
 def test_check_with_bad_files_writes_nothing(checks: DatasetChecks) -> None:

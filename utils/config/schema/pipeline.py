@@ -26,6 +26,14 @@ class PipelineConfig(Table):
         "number to keep them busy.",
     )
     recompute: Annotated[Int, Field(ge=0)] | Literal["none", "norms", "matmuls", "all", "auto"] = Field(
+    bucket_group: Annotated[Int, Field(ge=1)] | None = Field(
+        None,
+        description="Size of the groups of images that a step consists of. All images of a group have one bucket; the "
+        "smaller the groups, the fewer images of rare buckets are repeated to fill them. Must be a multiple of "
+        "`micro_batch_size_per_gpu` x replicas that divides the global batch, and cannot change when a run resumes. Unset: "
+        "the smallest, and when a run resumes, that of its checkpoint.",
+    )
+    recompute: Annotated[Int, Field(ge=0)] | Literal["none", "all"] = Field(
         "none",
         description="Activations that are computed again in the backward pass instead of being kept, which saves memory and "
         "takes time; losses are the same. `norms`: norms, modulation and activation functions, a third of the memory. "
