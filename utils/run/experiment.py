@@ -14,6 +14,7 @@ from utils.data.dataset import Dataset
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
 from utils.files.file_index import StoredHashes
+from utils.pipeline.partition import Partition
 from utils.pipeline.stage import StagePlan
 from utils.previews.prompt_list import Prompt
 from utils.trainable.base import Trainable
@@ -34,8 +35,8 @@ class Experiment:
     num_stages: int
     num_replicas: int
     global_batch: int
-    bounds: list[int]
-    """Stage i consists of layers bounds[i] to bounds[i + 1] - 1."""
+    partition: Partition
+    """The layers of each stage. On every rank but 0, any stages until `agree`."""
     trainable: Trainable
     """What is trained."""
     resume_run: Path | None
@@ -55,9 +56,9 @@ class Experiment:
     @property
     def stage_plan(self) -> StagePlan:
         """The layers of each stage, and which of their activations are recomputed."""
-        family, recompute = self.family, self.config.experiment.pipeline.recompute
-        count = recompute if isinstance(recompute, int) else {"none": 0, "all": family.num_blocks}[recompute]
-        return StagePlan(family.layers, family.input_names, family.stream_width, self.bounds, count)
+        family = self.family
+        count = self.config.experiment.pipeline.num_recomputed(family.num_blocks)
+        return StagePlan(family.layers, family.input_names, family.stream_width, self.partition.bounds, count)
 
     @property
     def start_step(self) -> int:
