@@ -72,13 +72,13 @@ def open_experiment(folder: Path, model: Path, dataset: Path, changes: dict[str,
     return prepare(write_experiment(folder, model, dataset, **changes), [], None, World(0, 0, 1, 1))
 
 
-def random_sample(experiment: Experiment, index: int) -> Sample:
-    """A micro-batch of one image."""
+def random_sample(experiment: Experiment, index: int, side: int = LATENT_SIDE) -> Sample:
+    """A micro-batch of one image; `side` in latent pixels."""
     family, dtype = experiment.family, experiment.config.experiment.model.torch_dtype
     generator = torch.Generator().manual_seed(index)
-    shape = family.sample_shape(1, LATENT_SIDE, LATENT_SIDE)
+    shape = family.sample_shape(1, side, side)
     tensors = {
-        "noisy_latents": torch.randn(1, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=generator).to(dtype),
+        "noisy_latents": torch.randn(1, LATENT_CHANNELS, side, side, generator=generator).to(dtype),
         "timestep": 1000 * torch.rand(1, generator=generator),
         "context": torch.randn(1, shape.num_text_tokens, CONTEXT_DIM, generator=generator).to(dtype),
         "pooled": torch.randn(1, POOLED_DIM, generator=generator).to(dtype),
