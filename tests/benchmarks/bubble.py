@@ -1,18 +1,19 @@
 """Measures how much of the pipeline's time is lost:  OMP_NUM_THREADS=1 python -m tests.benchmarks.bubble [--quick]
 
-Two processes train a network of two stages with 8 micro-batches a step, once for each kind of `pipeline.partition`; the steps
-of all kinds alternate. Each stage records when its forward and backward passes begin and end. From these durations follow
+Two processes train a network of two stages with 8 micro-batches a step, once for each kind of `pipeline.partition`; the
+steps of all kinds alternate. Each stage records how long its forward and backward passes take. From these durations follow
 
-    ideal    the time of the schedule (one forward, one backward in turn) with exactly these passes and no transfer or wait
-    even     the time of the schedule if the same work were the same in every pass of both stages: work / 2 * (M + 1) / M
+    ideal   the time of the schedule (one forward, one backward in turn) with exactly these passes, without transfers
+    even    the time of the schedule if the same work were divided evenly among the stages: work / 2 * (M + 1) / M
 
-    engine = ideal / measured: what transfers and waits leave
-    cut    = even / ideal: what the division into stages leaves
-    ratio  = even / measured = engine * cut, at most 1; the schedule's own bubble, 1 / (M + 1), is not in it
+    ratio = ideal / measured: what remains when the engine's transfers and waits are added
+    cut   = even / ideal: what remains because stages consist of whole blocks and their costs are not known exactly
+    total = even / measured = ratio * cut
 
-`speedup` is the time of the same passes in one process, the other idle, over the measured time, and `of bound` is that over
-2 M / (M + 1). Medians over the steps. The optimizer step is not included. `busy` is CPU time over wall time of the passes: below
-1, other programs used the cores.
+The schedule's own bubble, 1 / (M + 1) of the time, is in all three times. `speedup` is the time of the same passes in one
+process, the other one idle, over the measured time, and `of bound` is that over 2 M / (M + 1). Numbers are medians over the
+steps. The optimizer step is not included. `busy` is CPU time over wall time of the passes: below 1, other programs used the
+cores.
 """
 
 from __future__ import annotations
@@ -60,9 +61,8 @@ from utils.run.prepare import prepare
 
 NUM_STAGES = 2
 PARTITIONS = ("uniform", "cost", "measured")
-JUDGED = ("cost", "measured")
 GOAL = 0.95
-"""For the ratio of the judged partitions."""
+"""For the ratio of every partition."""
 Passes = list[tuple[str, float, float, float]]
 """("forward" or "backward", begin, end, CPU seconds) of each pass of a stage in a step."""
 
@@ -133,7 +133,8 @@ def ideal_seconds(durations: Sequence[Sequence[float]]) -> float:
                 source = stage - 1 if kind is ForwardPass else stage + 1
                 if 0 <= source < num_stages and (source, kind, index) not in ends:
                     break
-                clocks[stage] = max(clocks[stage], ends.get((source, kind, index), 0.0)) + durations[stage][positions[stage]]
+                begin = max(clocks[stage], ends.get((source, kind, index), 0.0))
+                clocks[stage] = begin + durations[stage][positions[stage]]
                 ends[stage, kind, index] = clocks[stage]
                 positions[stage] += 1
     return max(clocks)
@@ -176,7 +177,8 @@ def measure(config: Path, num_rounds: int, side: int) -> dict[str, Any]:
         experiment = prepare(config, [f'pipeline.partition="{kind}"'], None, world())
         experiment = replace(experiment, partition=group.broadcast(experiment.partition))
         opened[kind] = measure_partition(experiment, device)
-        pipeline = build_pipeline(opened[kind], Objective(experiment.config.experiment.objective, experiment.family.shift_at))
+        objective = Objective(experiment.config.experiment.objective, experiment.family.shift_at)
+        pipeline = build_pipeline(opened[kind], objective)
         pipeline._engine.instructions.loss = lambda output, _target, _shape: output.float().square().mean()
         recorders[kind] = Recorder(pipeline)
     family, dtype = experiment.family, experiment.config.experiment.model.torch_dtype
@@ -242,7 +244,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    width, depth, num_dual, side, num_rounds = (256, 10, 5, 16, 5) if arguments.quick else (512, 12, 7, 32, 9)
+    width, depth, num_dual, side, num_rounds = (192, 24, 13, 16, 5) if arguments.quick else (256, 24, 13, 24, 9)
     if arguments.rank_of is not None:
         print(json.dumps(measure(arguments.rank_of, num_rounds, side)), flush=True)
         group.finish(0)
@@ -256,20 +258,20 @@ def main() -> None:
             "model.t5xxl_max_token_length": 64,
         }
         make_tiny_dataset(dataset)
-        sizes = {"resolutions": [8 * side], "enable_ar_bucket": False, "min_ar": None, "max_ar": None, "num_ar_buckets": None}
-        config = write_experiment(folder, model, dataset, dataset_file=sizes, **settings)
+        squares = {"resolutions": [8 * side], "enable_ar_bucket": False}
+        squares |= dict.fromkeys(("min_ar", "max_ar", "num_ar_buckets"))
+        config = write_experiment(folder, model, dataset, dataset_file=squares, **settings)
         own = ["--rank-of", str(config), *(["--quick"] if arguments.quick else [])]
         table = run_ranks(own)
     print(f"width {width}, depth {depth}, {num_dual} blocks with a second attention, {side * 8} pixels, M = {count}")
     print(f"{num_rounds} steps of each in turn; ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    heading = ("stages", "measured", "ideal", "engine", "cut", "ratio", "speedup", "of bound", "busy")
+    heading = ("stages", "measured", "ideal", "ratio", "cut", "total", "speedup", "of bound", "busy")
     print(f"{'':10s} {heading[0]:>13s}" + "".join(f"{title:>9s}" for title in heading[1:]))
-    ratios = {}
+    worst = 1.0
     for kind, (description, found) in table.items():
         steps = [Step(**step) for step in found]
-        ratios[kind] = _print_row(kind, steps, 2 * count / (count + 1))
+        worst = min(worst, _print_row(kind, steps, 2 * count / (count + 1)))
         print(f"{'':10s} {description}")
-    worst = min(ratios[kind] for kind in JUDGED)
     print(f"worst ratio {worst:.3f}" + (f" (goal: at least {GOAL})" if worst < GOAL else ""))
 
 
@@ -279,14 +281,15 @@ def _print_row(kind: str, steps: Sequence[Step], bound: float) -> float:
     def median(value: Callable[[Step], float]) -> float:
         return statistics.median(map(value, steps))
 
-    stages = " + ".join(f"{1e3 * median(lambda step, s=s: step.stages[s]):.1f}" for s in range(NUM_STAGES))  # type: ignore[misc]
-    ratio = median(lambda step: step.even / step.measured)
+    each = [statistics.median(step.stages[stage] for step in steps) for stage in range(NUM_STAGES)]
+    stages = " + ".join(f"{1e3 * seconds:.1f}" for seconds in each)
+    ratio = median(lambda step: step.ideal / step.measured)
     numbers = [
         f"{1e3 * median(lambda step: step.measured):9.1f}",
         f"{1e3 * median(lambda step: step.ideal):9.1f}",
-        f"{median(lambda step: step.ideal / step.measured):9.3f}",
-        f"{median(lambda step: step.even / step.ideal):9.3f}",
         f"{ratio:9.3f}",
+        f"{median(lambda step: step.even / step.ideal):9.3f}",
+        f"{median(lambda step: step.even / step.measured):9.3f}",
         f"{median(lambda step: step.alone / step.measured):9.3f}",
         f"{median(lambda step: step.alone / step.measured) / bound:9.3f}",
         f"{median(lambda step: step.busy):9.3f}",
