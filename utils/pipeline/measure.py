@@ -7,7 +7,6 @@ backward on random inputs, as it is in training. Its memory is freed before the 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from utils.distributed.world import world
 from utils.pipeline.cost import PassCost, is_trained_before
 from utils.pipeline.stage import PrepareLayer
 
-NUM_RUNS = 5
-"""Timed runs of a kind, of which the median counts."""
+NUM_RUNS = 12
+"""Timed runs of a kind, of which the fastest passes count: whatever else the machine does makes others slower."""
 NUM_WARMUP_RUNS = 2
 MAX_SECONDS = 4.0
 """No further run of a kind begins after this time; a kind runs at least once."""
@@ -71,7 +70,7 @@ def measure_layers(measured: Measured, device: torch.device) -> list[PassCost]:
 
 
 def time_layer(measured: Measured, index: int, device: torch.device) -> PassCost:
-    """Median seconds of the forward and the backward pass of a layer."""
+    """Seconds of the fastest forward and the fastest backward pass of a layer."""
     module = _build(measured, index, device)
     needs_gradient = is_trained_before(measured.trained)[index]
     has_backward = needs_gradient or bool(measured.trained[index])
@@ -81,7 +80,7 @@ def time_layer(measured: Measured, index: int, device: torch.device) -> PassCost
     while len(passes) < NUM_WARMUP_RUNS + NUM_RUNS and (not passes or time.perf_counter() - began < MAX_SECONDS):
         passes.append(_run(module, inputs, device, has_backward))
     timed = passes[NUM_WARMUP_RUNS:] or passes[-1:]
-    return PassCost(statistics.median(p.forward for p in timed), statistics.median(p.backward for p in timed))
+    return PassCost(min(run.forward for run in timed), min(run.backward for run in timed))
 
 
 def _build(measured: Measured, index: int, device: torch.device) -> nn.Module:
