@@ -25,6 +25,7 @@ from utils.run.events import make_events
 from utils.run.experiment import Experiment
 from utils.run.folder import create_run_folder
 from utils.run.loop import train
+from utils.run.partition import measure_partition
 from utils.run.prepare import prepare
 from utils.tracking.metrics import RunLog
 
@@ -103,7 +104,7 @@ def run(experiment: Experiment) -> None:
     """All ranks, from the start of the process group to the last file."""
     is_main = world().is_main
     device = group.start()
-    experiment = agree(experiment)
+    experiment = measure_partition(agree(experiment), device)
     folder = group.broadcast(create_run_folder(experiment.config, experiment.resume_run) if is_main else Path())
     print_banner(experiment, str(folder))
     data, experiment = encode_dataset(experiment, device)
@@ -127,10 +128,9 @@ def open_log(current: Run) -> RunLog:
 
 
 def agree(experiment: Experiment) -> Experiment:
-    """The experiment with what rank 0 found in folders; another rank may have read them earlier or over a slower mount."""
-    own = (experiment.prompts, experiment.resume_run, experiment.resume_from, experiment.bucket_group)
-    prompts, run, checkpoint, bucket_group = group.broadcast(own)
-    return replace(experiment, prompts=prompts, resume_run=run, resume_from=checkpoint, bucket_group=bucket_group)
+    """The experiment with what rank 0 found in folders; other ranks may have read them earlier, and open no dataset."""
+    names = ("prompts", "partition", "resume_run", "resume_from", "bucket_group")
+    return replace(experiment, **group.broadcast({name: getattr(experiment, name) for name in names}))
 
 
 def print_banner(experiment: Experiment, output: str) -> None:

@@ -114,6 +114,18 @@ class BlockLayer(nn.Module):
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What a layer computes in the forward pass of one micro-batch; utils/pipeline/cost.py turns it into FLOPs."""
+
+    rows: Mapping[str, int]
+    """Linear module or convolution (name within the layer) -> number of rows that its weight is multiplied with."""
+    attention_flops: float = 0.0
+    """FLOPs of the products of queries with keys, and of attention weights with values."""
+    constant_inputs: frozenset[str] = frozenset()
+    """The modules whose inputs are inputs of the network, which need no gradient."""
+
+
+@dataclass(frozen=True)
 class PipelineLayer:
     """One indivisible step of the network: the unit in which the pipeline divides it into stages."""
 
@@ -121,8 +133,8 @@ class PipelineLayer:
     """For tables and messages."""
     prefix: str
     """Turns a parameter name within this layer into the family's native name, such as "joint_blocks.3."."""
-    cost: float
-    """Relative compute cost; only ratios between layers matter."""
+    cost: Callable[[SampleShape], LayerCost]
+    """What the layer computes for a micro-batch of that shape."""
     shapes: Mapping[str, tuple[int, ...]]
     """Parameter name within the layer -> shape."""
     build: Callable[[], nn.Module]
@@ -131,6 +143,8 @@ class PipelineLayer:
     """The streams the layer returns; none for the last layer, which returns one tensor."""
     block: int | None = None
     """Index among the repeated blocks, for a layer that is one; `build` then returns a BlockLayer."""
+    build_empty: Callable[[], nn.Module] | None = None
+    """Builds the layer on the meta device without reading weights; required where layers are timed before they are read."""
 
     @property
     def num_parameters(self) -> int:

@@ -5,7 +5,7 @@ contains a rank, a worker or a number of draws so far. Any number of processes t
 and the last stage of a pipeline draw the same noise without communication, and resuming requires no saved generator. No
 other module draws random numbers that influence the result.
 
-Numbers are drawn on the CPU, so that they are the same for every device, except by `generator`.
+Numbers are drawn on the CPU, so that they are the same for every device, except by `device_integers`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def _generator(seed: int, purpose: str, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(_number(seed, purpose, *key) & (2**63 - 1))
 
 
-def generator(device: torch.device, seed: int, purpose: str, *key: str | int) -> torch.Generator:
-    """Returns a generator of the device, for as many numbers as there are weights. Kinds of devices draw other numbers."""
-    return torch.Generator(device).manual_seed(_number(seed, purpose, *key) & (2**63 - 1))
+def device_integers(seed: int, purpose: str, *key: str | int, high: int, like: Tensor) -> Tensor:
+    """Returns integers in 0 to high - 1, int32, in the shape and on the device of a tensor. Kinds of devices draw others."""
+    generator = torch.Generator(like.device).manual_seed(_number(seed, purpose, *key) & (2**63 - 1))
+    return torch.empty_like(like, dtype=torch.int32).random_(0, high, generator=generator)
 
 
 def fraction(seed: int, purpose: str, *key: str | int) -> float:

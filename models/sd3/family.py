@@ -100,15 +100,17 @@ class SD3Family(ModelFamily):
 
     def _layer(self, index: int) -> PipelineLayer:
         prefix = layer_prefix(self.config, index)
-        build = partial(empty_layer, self.config) if self._files is None else self._files.network.load_layer
+        empty = partial(empty_layer, self.config, index, DTYPES[self._dtype])
+        files = self._files
         return PipelineLayer(
             name=prefix.rstrip(".") or "embedders",
             prefix=prefix,
-            cost=layer_cost(self.config, index),
+            cost=partial(layer_cost, self.config, index),
             shapes=layer_shapes(self.config, index),
-            build=partial(build, index, DTYPES[self._dtype]),
+            build=empty if files is None else partial(files.network.load_layer, index, DTYPES[self._dtype]),
             outputs=layer_outputs(self.config, index),
             block=self.block_of(prefix),
+            build_empty=empty,
         )
 
     def _require_files(self, what: str) -> ModelFiles:

@@ -9,11 +9,12 @@ Shapes as in mmdit.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from models.family import BlockLayer
+from models.family import BlockLayer, LayerCost
 from models.sd3.mmdit import Embedders, FinalLayer, JointBlock
 from models.sd3.variants import MMDiTConfig
 from models.streams import SampleShape, Streams, StreamSpec
@@ -36,7 +37,9 @@ class EmbedLayer(Embedders):
         """(rows, columns) and their position embeddings."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves everything but the position table."""
+        """Moves everything but the position table, unless that has no values yet."""
+        if self.pos_embed.is_meta:
+            return super()._apply(fn, recurse)
         table = self._buffers.pop("pos_embed")
         try:
             return super()._apply(fn, recurse)
@@ -86,14 +89,16 @@ def make_layer(config: MMDiTConfig, index: int) -> nn.Module:
     return OutputLayer(config)
 
 
+def num_image_tokens(config: MMDiTConfig, shape: SampleShape) -> int:
+    """Image tokens of one sample."""
+    return (shape.height // config.patch_size) * (shape.width // config.patch_size)
+
+
 def layer_outputs(config: MMDiTConfig, index: int) -> tuple[StreamSpec, ...]:
     """The streams that layer `index` returns, in the order in which they are packed; none for the output layer."""
 
-    def num_image_tokens(shape: SampleShape) -> int:
-        return (shape.height // config.patch_size) * (shape.width // config.patch_size)
-
     text = StreamSpec("text", lambda shape: shape.num_text_tokens)
-    image = StreamSpec("image", num_image_tokens)
+    image = StreamSpec("image", partial(num_image_tokens, config))
     conditioning = StreamSpec("conditioning", lambda shape: 1, sources=("t_embedder.", "y_embedder."))
     if index < config.depth:
         return (text, image, conditioning)
@@ -112,13 +117,28 @@ def num_layers(config: MMDiTConfig) -> int:
     return config.depth + 2
 
 
-def layer_cost(config: MMDiTConfig, index: int) -> float:
-    """Relative forward cost: multiply-adds of the linear layers for one image token and a third of a text token."""
-    width = config.hidden_size
+def layer_cost(config: MMDiTConfig, index: int, shape: SampleShape) -> LayerCost:
+    """What layer `index` computes for a micro-batch: its linear modules by stream, and its attention.
+
+    The rows of the modulation (adaLN) and of the embedders of timestep and pooled text are one for each image.
+    """
+    image_tokens, text_tokens = num_image_tokens(config, shape), shape.num_text_tokens
+    num_image, num_text = shape.batch * image_tokens, shape.batch * text_tokens
     if index == 0:
-        return float(width * (config.context_dim + config.patch_size**2 * config.in_channels))
+        rows = {"x_embedder.proj": num_image, "context_embedder": num_text}
+        rows |= {f"{name}.mlp.{part}": shape.batch for name in ("t_embedder", "y_embedder") for part in (0, 2)}
+        return LayerCost(rows, constant_inputs=frozenset(rows) - {"t_embedder.mlp.2", "y_embedder.mlp.2"})
     if index > config.depth:
-        return float(width * config.patch_size**2 * config.in_channels)
-    dual = (index - 1) in config.dual_attention_layers
-    last = index == config.depth
-    return float(width**2 * (12 + (4 if dual else 0) + (1 if last else 4)))
+        return LayerCost({"linear": num_image, "adaLN_modulation.1": shape.batch})
+    is_last, is_dual = index == config.depth, index - 1 in config.dual_attention_layers
+    rows = {f"x_block.{name}": num_image for name in _stream_modules(has_output=True, is_dual=is_dual)}
+    rows |= {f"context_block.{name}": num_text for name in _stream_modules(has_output=not is_last, is_dual=False)}
+    rows |= {f"{stream}.adaLN_modulation.1": shape.batch for stream in ("x_block", "context_block")}
+    num_pairs = (image_tokens + text_tokens) ** 2 + (image_tokens**2 if is_dual else 0)
+    return LayerCost(rows, attention_flops=4.0 * shape.batch * config.hidden_size * num_pairs)
+
+
+def _stream_modules(*, has_output: bool, is_dual: bool) -> tuple[str, ...]:
+    """The linear modules that process every token of a stream in a block."""
+    output = ("attn.proj", "mlp.fc1", "mlp.fc2") if has_output else ()
+    return ("attn.qkv", *output, *(("attn2.qkv", "attn2.proj") if is_dual else ()))

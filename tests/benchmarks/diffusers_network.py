@@ -1,7 +1,9 @@
-"""Compares the network with diffusers' SD3Transformer2DModel:  OMP_NUM_THREADS=1 python -m tests.benchmarks.diffusers_network
+"""Compares the network with diffusers' SD3Transformer2DModel.
 
-Both have the same weights and get the same inputs; forward and backward passes alternate in one process. A ratio is the median
-of our times divided by that of diffusers'.
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.diffusers_network
+
+Both have the same weights and get the same inputs; forward and backward passes alternate in one process. A ratio is the
+median of our times divided by that of diffusers'.
 """
 
 from __future__ import annotations

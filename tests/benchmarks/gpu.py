@@ -13,7 +13,7 @@ import torch
 
 MEDIUM = ["--network", "SD3.5-medium"]
 HALF = ["--network", "SD3.5-medium, 12 blocks"]
-"""Of full fine-tuning, two at once fit into 80 GB."""
+"""Two of these in full fine-tuning fit into 80 GB."""
 LORA = ["--cases", "LoRA bf16"]
 ONE = ["--layouts", "1 process"]
 COMMANDS: dict[str, list[str]] = {

@@ -1,9 +1,11 @@
-"""Compares the peak memory of each rank with what it must hold:  OMP_NUM_THREADS=1 python -m tests.benchmarks.memory [--quick]
+"""Compares the peak memory of each rank with what it must hold.
 
-A rank must hold its weights, the float32 weights or remainders beside them, the optimizer's state, float32 gradients, and the
-activations of the micro-batches in flight. On an accelerator the peak is that of PyTorch's allocator. On a CPU it is VmHWM of
-/proc (Linux) above what the process had before it built the network, over two steps after the first; a tiny network has been
-trained and closed by then.
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.memory [--quick]
+
+A rank must hold its weights, the float32 weights or remainders beside them, the optimizer's state, float32 gradients, and
+the activations of the micro-batches in flight. On an accelerator the peak is that of PyTorch's allocator. On a CPU it is
+VmHWM of /proc (Linux) above what the process had before it built the network, over two steps after the first; a tiny
+network has been trained and closed by then.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def parts(engine: Engine) -> dict[str, float]:
     states = [step._optimizer.state.get(one.owned.parameter, {}) for one in step._owned] if step._optimizer else []
     optimizer = sum(tensor.nbytes for state in states for tensor in to_tensors(state).values())
     kept = _activations(engine)
-    found = {"weights": weights + masters, "optimizer": optimizer, "gradients": 4 * pipeline.num_trained, "activations": kept}
+    gradients = 4 * pipeline.num_trained
+    found = {"weights": weights + masters, "optimizer": optimizer, "gradients": gradients, "activations": kept}
     return {name: size / 2**20 for name, size in found.items()}
 
 

@@ -23,7 +23,7 @@ from models.streams import Sample, SampleShape, passed_on
 from utils.config.schema.optimizer import MasterKind, OptimizerConfig
 from utils.optim.registry import is_separable, make_optimizer, num_sums
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
-from utils.pipeline.partition import balanced_bounds
+from utils.pipeline.partition import block_bounds, uniform_counts
 from utils.pipeline.recompute import Recompute
 from utils.pipeline.stage import MicroBatch, StagePlan
 from utils.trainable.base import Trainable
@@ -50,7 +50,7 @@ class Setup:
     device: torch.device
     dtype: str = "bfloat16"
     rank: int | None = None
-    """Of LoRA; None: full fine-tuning."""
+    """Rank of LoRA; None: full fine-tuning."""
     batch: int = 1
     num_micro_batches: int = 1
     optimizer: str = "AdamW"
@@ -131,7 +131,8 @@ class Engine:
     def __init__(self, setup: Setup, num_stages: int = 1) -> None:
         self.setup, self.family = setup, setup.family
         trainable, config = setup.trainable(self.family), setup.optimizer_config
-        bounds = balanced_bounds([layer.cost for layer in self.family.layers], num_stages)
+        blocks = [layer.block is not None for layer in self.family.layers]
+        bounds = block_bounds(blocks, uniform_counts(self.family.num_blocks, num_stages))
         self.pipeline = Pipeline(
             StagePlan(self.family.layers, self.family.input_names, self.family.stream_width, bounds, setup.recompute),
             EngineSettings(

@@ -24,7 +24,9 @@ def run_ranks(module: str, arguments: Sequence[str], count: int) -> list[dict[st
     for rank in range(count):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**child_environment(not torch.accelerator.is_available()), **{key: str(value) for key, value in variables.items()}, **places}
+        environment = {**child_environment(not torch.accelerator.is_available()), **places} | {
+            key: str(value) for key, value in variables.items()
+        }
         if "OMP_NUM_THREADS" in os.environ:
             environment["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
         command = [sys.executable, "-m", module, *arguments]

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from models.sd3 import weights
 from models.sd3.family import SD3Family
 from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, num_layers
 from models.sd3.network_shapes import layer_shapes
+from models.streams import SampleShape
 from models.tensor_files import open_file
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import native_shapes
@@ -37,8 +40,9 @@ from utils.distributed.world import world
 from utils.export.weights import Exporter
 from utils.files.safetensors_writer import Entry, create_file, plan_file
 from utils.optim.schedules import LearningRateSchedule
+from utils.pipeline.cost import training_flops
 from utils.pipeline.engine import EngineSettings, Pipeline
-from utils.pipeline.partition import balanced_bounds
+from utils.pipeline.partition import StageCost, balanced_bounds
 from utils.pipeline.stage import StagePlan
 from utils.trainable.base import ParameterGroup
 from utils.trainable.full import FullTraining
@@ -76,13 +80,20 @@ def make_layers(path: Path) -> list[PipelineLayer]:
         PipelineLayer(
             name=f"layer {index}",
             prefix=layer_prefix(network.config, index),
-            cost=layer_cost(network.config, index),
+            cost=partial(layer_cost, network.config, index),
             outputs=layer_outputs(network.config, index),
             shapes=layer_shapes(network.config, index),
             build=lambda index=index: network.load_layer(index, torch.bfloat16),  # type: ignore[misc]
         )
         for index in range(num_layers(network.config))
     ]
+
+
+def bounds_of(layers: list[PipelineLayer], num_stages: int, is_trained: bool) -> list[int]:
+    """The stages of a run on images of 1024 x 1024 pixels."""
+    trained = [{layer.prefix + name: 1 for name in layer.shapes} if is_trained else {} for layer in layers]
+    costs = training_flops(layers, trained, {SampleShape(1, 128, 128, num_text_tokens=333): 1.0})
+    return balanced_bounds(len(layers), num_stages, StageCost(costs, [False] * len(layers), 0))
 
 
 def freeze(module: nn.Module) -> None:
@@ -97,7 +108,7 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     reset_peak()
     started = time.monotonic()
     pipeline = Pipeline(
-        StagePlan(layers, INPUT_NAMES, balanced_bounds([layer.cost for layer in layers], num_stages)),
+        StagePlan(layers, INPUT_NAMES, WIDTH, bounds_of(layers, num_stages, trained)),
         EngineSettings(micro_batch_size=1, num_micro_batches=num_stages, gradient_clipping=1.0, dtype=torch.bfloat16),
         loss=lambda output, _target, _shape: output.mean(),
         prepare=lambda _layer, module: None if trained else freeze(module),
@@ -178,6 +189,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.rank_of, arguments.stages, arguments.trained)), flush=True)
         group.finish(0)
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    for folder in arguments.folder.glob("out_*/"):  # of an earlier measurement
+        shutil.rmtree(folder)
     path = arguments.folder / "network.safetensors"
     make_file(path, arguments.depth)
     print(f"{arguments.depth} blocks of width {WIDTH}, {path.stat().st_size / 1e9:.2f} GB, {arguments.stages} stages; MiB")

@@ -94,7 +94,7 @@ def measure(folder: Path, count: int) -> None:
     print(f"(making {count:,} images: {time.monotonic() - began:.0f} s)")
     changes = {"resolutions": [16], "directory": [{"path": str(folder / "images"), "recursive": True}]}
     many = write_experiment(folder / "many", model, folder / "images", dataset_file=changes)
-    first = seconds_of(many, "--cache-only", stop_at="cache: to encode")
+    first = seconds_of(many, "--cache-only", stop_at="caching: ")
     print(f"{count:,} images, first start, until encoding starts (headers, captions, hashes): {first:.2f} s")
     fill_cache(many)
     print(f"{count:,} images, complete cache, with the dataset report: {seconds_of(many, '--cache-only'):.2f} s")

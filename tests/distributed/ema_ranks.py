@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.family import PipelineLayer
 from models.streams import Sample, SampleShape, Streams
+from tests.distributed.toy_network import no_cost
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.distributed import group
 from utils.distributed.world import world
@@ -63,7 +64,7 @@ class Trained:
         config = OptimizerConfig(type=optimizer, learning_rate=1.0, args=arguments)
         self._dtype = dtype
         self._pipeline = Pipeline(
-            StagePlan([PipelineLayer("layer", "layer.", 1.0, {}, Layer)], ("rows",), 5, [0, 1]),
+            StagePlan([PipelineLayer("layer", "layer.", no_cost, {}, Layer)], ("rows",), 5, [0, 1]),
             EngineSettings(micro_batch_size=2, num_micro_batches=1, gradient_clipping=0.0, dtype=dtype),
             loss=lambda output, target, shape: nn.functional.mse_loss(output, target[0]),
             prepare=lambda layer, module: None,

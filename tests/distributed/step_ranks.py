@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.family import PipelineLayer
 from models.streams import Sample, SampleShape, Streams, StreamSpec
 from tests.distributed.pipeline_ranks import CASES, Trained, assert_equal, flat
+from tests.distributed.toy_network import no_cost
 from utils.distributed import group
 from utils.distributed.world import world
 from utils.optim.schedules import LearningRateSchedule
@@ -91,8 +92,8 @@ def check_close() -> None:
     """Pipelines that were closed leave no memory behind."""
     rows = (StreamSpec("rows", lambda shape: 1),)
     layers = [
-        PipelineLayer("first", "first.", 1.0, {}, Linear, outputs=rows),
-        PipelineLayer("last", "last.", 1.0, {}, Last),
+        PipelineLayer("first", "first.", no_cost, {}, Linear, outputs=rows),
+        PipelineLayer("last", "last.", no_cost, {}, Last),
     ]
     shape = SampleShape(2, 1, 1, 0)
     sizes = []

@@ -6,6 +6,7 @@ dividing the network into stages moves activations but changes no sum, and the g
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -79,6 +80,31 @@ def test_recomputed_activations_change_no_bit(lab: Lab, changes: dict[str, Any])
 
 def test_three_stages_equal_one_bitwise(lab: Lab) -> None:
     assert_same_run(lab.shared_run(1, FULL), lab.shared_run(3, FULL))
+
+
+@pytest.mark.parametrize(
+    ("changes", "partition", "blocks"),
+    [
+        (FULL, "measured", r"\[[12], [12]\]"),
+        ({**LORA, **BFLOAT16}, "measured", r"\[[12], [12]\]"),
+        (FULL, [2, 1], r"\[2, 1\]"),
+        (FULL, "uniform", r"\[1, 2\]"),
+    ],
+    ids=["measured", "measured lora in bfloat16", "list", "uniform"],
+)
+def test_every_kind_of_partition_equals_one_stage_bitwise(
+    lab: Lab, changes: dict[str, Any], partition: str | list[int], blocks: str
+) -> None:
+    run = lab.run(2, lab.experiment({**changes, "pipeline.partition": partition}))
+    (line,) = [line for line in run.output.splitlines() if line.startswith("  partition")]
+    assert re.search(rf": {blocks} blocks", line)
+    assert ("timing 5 kinds of layers" in run.output) == (partition == "measured")
+    assert_same_run(lab.shared_run(1, changes), run)
+
+
+def test_a_run_resumes_with_another_partition(lab: Lab) -> None:
+    run = lab.run(2, lab.experiment({"pipeline.partition": [2, 1]}), "--set", "max_steps=4")
+    assert_same_run(lab.shared_run(1, FULL), lab.run(2, run.experiment, "--resume", "--set", "pipeline.partition=[1, 2]"))
 
 
 def test_training_changes_every_weight(lab: Lab) -> None:

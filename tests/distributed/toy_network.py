@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from models.family import BlockLayer, PipelineLayer
+from models.family import BlockLayer, LayerCost, PipelineLayer
 from models.streams import Sample, SampleShape, Streams, StreamSpec, passed_on
 from utils import randomness
 from utils.optim.schedules import LearningRateSchedule
@@ -29,6 +29,11 @@ STREAMS = (
     StreamSpec("row", lambda shape: 1),
     StreamSpec("gates", lambda shape: 2, carries_gradient=False),
 )
+
+
+def no_cost(_shape: SampleShape) -> LayerCost:
+    """The cost of layers whose bounds are given."""
+    return LayerCost({})
 
 
 class Embedders(nn.Module):
@@ -95,7 +100,7 @@ def make_layers(dtype: torch.dtype) -> list[PipelineLayer]:
             return module
 
         outputs = () if kind is Output else STREAMS
-        return PipelineLayer(name, f"{name}.", 1.0, {}, build, outputs=outputs, block=block)
+        return PipelineLayer(name, f"{name}.", no_cost, {}, build, outputs=outputs, block=block)
 
     blocks = [layer(f"blocks_{index}", Block, index) for index in range(3)]
     return [layer("embedders", Embedders), *blocks, layer("output", Output)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NUM_RANDOM = 2**16
 _HALF = 2**15
 _UPPER = -(2**16)
 """Mask of the upper half of an int32."""
@@ -28,8 +29,9 @@ def join(rounded: Tensor, remainder: Tensor) -> Tensor:
     return (rounded.float().view(torch.int32) + remainder).view(torch.float32)
 
 
-def round_stochastically(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16: one of the two neighbours, each with the probability that makes the mean exact."""
-    bits = weights.view(torch.int32)
-    drawn = torch.empty_like(bits).random_(0, 2**16, generator=generator)
-    return ((bits + drawn) & _UPPER).view(torch.float32).to(torch.bfloat16)
+def round_at_random(weights: Tensor, drawn: Tensor) -> Tensor:
+    """float32 -> bfloat16: one of the two neighbours, each with the probability that makes the mean exact.
+
+    drawn: uniformly distributed int32 in 0 to NUM_RANDOM - 1, one for each weight.
+    """
+    return ((weights.view(torch.int32) + drawn) & _UPPER).view(torch.float32).to(torch.bfloat16)

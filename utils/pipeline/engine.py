@@ -50,7 +50,7 @@ class EngineSettings:
     step_in_backward: bool = False
     """Update each parameter as soon as its gradient is there; for one process, one micro-batch, no clipping."""
     seed: int = 0
-    """Of stochastic rounding."""
+    """The seed of stochastic rounding."""
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class ScheduleEngine(PipelineEngine):
         return self.instructions.losses
 
     def _set_mode(self, *, training: bool) -> None:
-        """As `train` and `eval` of the module, which visit every part of it, if it is in the other mode."""
+        """As `train` and `eval` of the module, which call every part of it, if it is in the other mode."""
         if self.module.training != training:
             self.module.train(training)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils import randomness
 from utils.config.schema.optimizer import MasterKind
-from utils.optim.rounding import join, round_stochastically, split
+from utils.optim.rounding import NUM_RANDOM, join, round_at_random, split
 
 
 class Master(ABC):
@@ -118,8 +118,8 @@ class StochasticMaster(_Transient):
     def round(self, step: int) -> None:
         """Rounds the float32 weights after step number `step`."""
         weights = self.parameter.data
-        generator = randomness.generator(weights.device, self._seed, "rounding", self._name, step)
-        self.weight.detach().copy_(round_stochastically(weights, generator))
+        drawn = randomness.device_integers(self._seed, "rounding", self._name, step, high=NUM_RANDOM, like=weights)
+        self.weight.detach().copy_(round_at_random(weights, drawn))
 
 
 def make_master(kind: MasterKind, weight: nn.Parameter, name: str, seed: int) -> Master:

@@ -1,7 +1,8 @@
 """The optimizer step over whole parameters: float32 gradient sums, exact norm, clipping, update, exchange between replicas.
 
-Autograd sums the gradients of bfloat16 weights in float32 (`Tensor.grad_dtype`). After the last micro-batch each replica of a stage receives the
-mean gradients of the parameters it owns (ownership.py), updates them, and sends the new weights to the other replicas.
+Autograd sums the gradients of bfloat16 weights in float32 (`Tensor.grad_dtype`). After the last micro-batch each replica of
+a stage receives the mean gradients of the parameters it owns (ownership.py), updates them, and sends the new weights to the
+other replicas.
 Nothing is changed by a step whose loss or gradient norm is not finite.
 
 Needs torch.distributed, but not DeepSpeed.
@@ -67,7 +68,7 @@ class StepSettings:
     """Largest norm of the gradients; 0: no clipping."""
     master: MasterKind = "float32"
     seed: int = 0
-    """Of stochastic rounding."""
+    """The seed of stochastic rounding."""
     is_separable: bool = False
     """Whether the optimizer may update some parameters in one call and others in another."""
     in_backward: bool = False

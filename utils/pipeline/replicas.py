@@ -1,6 +1,6 @@
 """What the replicas of a stage exchange: gradients on their way to the owners, weights on their way back, training state.
 
-Gradients are sent in buckets, each as soon as the last micro-batch's backward pass has completed it, while backward goes on.
+Gradients are sent in buckets, each as soon as the last micro-batch's backward pass has completed it; that pass continues.
 Needs torch.distributed, but not DeepSpeed.
 """
 

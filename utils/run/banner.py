@@ -145,14 +145,17 @@ def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
-    rows = []
-    for stage, (start, stop) in enumerate(itertools.pairwise(experiment.bounds)):
+    partition, several = experiment.partition, experiment.num_stages > 1
+    rows = [("partition", partition.description)] if several else []
+    for stage, (start, stop) in enumerate(itertools.pairwise(partition.bounds)):
         layers = experiment.family.layers[start:stop]
         total = sum(layer.num_parameters for layer in layers)
         trained = num_trained(experiment.trainable, layers)
         plan = experiment.stage_plan
         recomputed = plan.recompute.describe(plan.num_blocks(stage))
         text = f"{layers[0].name} to {layers[-1].name}: {millions(total)} parameters, {millions(trained)} trained"
+        if several:
+            text += f", {partition.shares[stage]:.1%} of the cost"
         if recomputed:
             text += f", {recomputed}"
         rows.append((f"stage {stage + 1} of {experiment.num_stages}", text))

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.streams import Sample, SampleShape
@@ -26,6 +25,7 @@ from utils.pipeline.engine import EngineSettings, Pipeline
 from utils.pipeline.feed import Feed, Layout
 from utils.pipeline.optimizer_step import MASTER
 from utils.run.experiment import Experiment
+from utils.run.partition import random_sample
 from utils.run.schedule import Clock
 from utils.trainable.groups import group_schedules
 
@@ -138,17 +138,12 @@ def fit_recompute(experiment: Experiment, pipeline: Pipeline) -> None:
 
 
 def _largest_sample(experiment: Experiment) -> Sample:
-    """A micro-batch of zeros in the size of the largest bucket."""
+    """A micro-batch in the size of the largest bucket."""
     config, family = experiment.config.experiment, experiment.family
-    count, dtype = config.pipeline.micro_batch_size_per_gpu, config.model.torch_dtype
     bucket = max(experiment.dataset.examples.buckets, key=lambda bucket: bucket.width * bucket.height)
-    size = [side // family.latent.downscale for side in (bucket.height, bucket.width)]
-    text = {
-        f"{encoder.name}.{name}": torch.zeros(count, *shape, dtype=encoder.dtype)
-        for encoder in family.text_encoders
-        for name, shape in encoder.shapes.items()
-    }
-    return family.sample(torch.zeros(count, family.latent.channels, *size, dtype=dtype), torch.zeros(count), text)
+    height, width = bucket.height // family.latent.downscale, bucket.width // family.latent.downscale
+    shape = family.sample_shape(config.pipeline.micro_batch_size_per_gpu, height, width)
+    return random_sample(family, shape, config.model.torch_dtype)
 
 
 def build_feed(experiment: Experiment, pipeline: Pipeline, data: EncodedData, objective: Objective) -> Feed:

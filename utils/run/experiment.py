@@ -14,6 +14,7 @@ from utils.data.dataset import Dataset
 from utils.data.encoding.plan import CacheSettings
 from utils.data.examples import ExampleTable
 from utils.files.file_index import StoredHashes
+from utils.pipeline.partition import Partition
 from utils.pipeline.recompute import Recompute
 from utils.pipeline.stage import StagePlan
 from utils.previews.prompt_list import Prompt
@@ -37,8 +38,8 @@ class Experiment:
     global_batch: int
     bucket_group: int
     """Images of one bucket that are together in a global batch."""
-    bounds: list[int]
-    """Stage i consists of layers bounds[i] to bounds[i + 1] - 1."""
+    partition: Partition
+    """The layers of each stage. On every rank but 0, any stages until `agree`."""
     trainable: Trainable
     """What is trained."""
     resume_run: Path | None
@@ -59,7 +60,7 @@ class Experiment:
     def stage_plan(self) -> StagePlan:
         """The layers of each stage, and which of their activations are recomputed."""
         family, recompute = self.family, self.config.experiment.pipeline.recompute
-        plan = StagePlan(family.layers, family.input_names, family.stream_width, self.bounds)
+        plan = StagePlan(family.layers, family.input_names, family.stream_width, self.partition.bounds)
         if recompute == "none" or recompute == "auto":  # `auto` is chosen once the stage is built
             return plan
         if isinstance(recompute, int):

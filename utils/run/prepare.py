@@ -19,12 +19,12 @@ from utils.export.weights import export_formats
 from utils.objective.validation import objective_errors
 from utils.optim.group_checks import group_key_errors
 from utils.optim.registry import find, is_separable, optimizer_errors
-from utils.pipeline.partition import balanced_bounds
 from utils.previews.prompt_list import Prompt, prompt_errors, read_prompts
 from utils.run.batch import bucket_group_error, bucket_group_of, count_replicas
 from utils.run.datasets import MAX_BAD_FILES_SHOWN, Datasets, open_datasets
 from utils.run.experiment import Experiment
 from utils.run.folder import changed_keys, check_identity, find_checkpoint, find_run, run_identity
+from utils.run.partition import choose_partition, partition_errors
 from utils.trainable.base import Trainable
 from utils.trainable.choose import make_trainable
 
@@ -53,9 +53,10 @@ def prepare(
     prompts = _read_prompts(config, errors)
     family = _open_model(config, errors)
     datasets = Datasets()
-    bounds, trainable = [0, 1], None
+    trainable = None
     if family is not None:
-        bounds = _check_bounds(config, family, num_stages, errors)
+        divided = partition_errors(config.experiment.pipeline, family, num_stages)
+        errors += [ErrorDetail(config.path, key, text) for key, text in divided]
         trainable = _check_trainable(config, family, errors)
         found = prompt_errors(prompts, config.experiment.sampling, family.latent, family.num_blocks)
         errors += [ErrorDetail(config.path, key, text) for key, text in found]
@@ -82,7 +83,7 @@ def prepare(
         num_replicas=num_replicas,
         global_batch=global_batch,
         bucket_group=bucket_group,
-        bounds=bounds,
+        partition=choose_partition(pipeline, family, trainable, num_stages, datasets.training.examples),
         trainable=trainable,
         resume_run=run,
         resume_from=saved,
@@ -188,18 +189,6 @@ def _open_model(config: Config, errors: list[ErrorDetail]) -> ModelFamily | None
         errors += [ErrorDetail(config.path, f"model.{key}", text) for key, text in error.errors]
         return None
     return family
-
-
-def _check_bounds(config: Config, family: ModelFamily, num_stages: int, errors: list[ErrorDetail]) -> list[int]:
-    recompute = config.experiment.pipeline.recompute
-    if isinstance(recompute, int) and recompute > family.num_blocks:
-        text = f"= {recompute}: the network has {family.num_blocks} blocks"
-        errors.append(ErrorDetail(config.path, "pipeline.recompute", text))
-    try:
-        return balanced_bounds([layer.cost for layer in family.layers], num_stages)
-    except ValueError as error:
-        errors.append(ErrorDetail(config.path, "pipeline.pipeline_stages", f"= {num_stages}: {error}"))
-        return [0, len(family.layers)]
 
 
 def _check_trainable(config: Config, family: ModelFamily, errors: list[ErrorDetail]) -> Trainable:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.family import BlockLayer
-from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_prefix, make_layer, num_layers
+from models.sd3.layers import INPUT_NAMES, layer_outputs, layer_prefix, make_layer, num_layers
 from models.sd3.mmdit import MMDiT
 from models.sd3.weights import NetworkFiles
 from models.shared.embedders import unpatchify
@@ -138,15 +138,3 @@ def test_parameter_names_of_all_layers_are_the_native_state_dict(tiny_model: Pat
     ]
     assert len(names) == len(set(names))
     assert set(names) == set(tiny_shapes())
-
-
-def test_cost_is_the_multiply_adds_of_an_image_token_and_a_third_of_a_text_token(tiny_model: Path) -> None:
-    config = NetworkFiles(open_file(tiny_model / "mmdit.safetensors")).config
-    for index in range(1, config.depth + 1):
-        layer = make_layer(config, index)
-        linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        work = {stream: 0 for stream in ("x_block", "context_block")}
-        for name, module in linears:
-            if "adaLN" not in name:
-                work[name.split(".")[0]] += module.weight.numel()
-        assert layer_cost(config, index) == pytest.approx(work["x_block"] + work["context_block"] / 3)

@@ -156,7 +156,7 @@ def comparable(family: SD3Family) -> dict[str, Any]:
     """Returns everything that does not depend on files."""
     shape = family.sample_shape(2, 8, 12)
     return {
-        "layers": [(layer.name, layer.prefix, layer.cost, layer.shapes, layer.block) for layer in family.layers],
+        "layers": [(layer.name, layer.prefix, layer.cost(shape), layer.shapes, layer.block) for layer in family.layers],
         "streams": [[(spec.name, spec.length(shape)) for spec in layer.outputs] for layer in family.layers],
         "adaptable modules": family.adaptable_modules,
         "target groups": (family.lora_target_groups, family.default_lora_targets),

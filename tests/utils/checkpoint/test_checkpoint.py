@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.family import PipelineLayer
+from tests.distributed.toy_network import no_cost
 from utils.checkpoint.manifest import (
     BUCKET_GROUP,
     NETWORK_FILES,
@@ -106,7 +107,7 @@ class OneParameter:
         self._weight = weight
 
     def local_layers(self) -> list[LocalLayer]:
-        return [LocalLayer(0, PipelineLayer("one", "one.", 1.0, {}, nn.Identity), self._layer)]
+        return [LocalLayer(0, PipelineLayer("one", "one.", no_cost, {}, nn.Identity), self._layer)]
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         return {"master": torch.full_like(parameter, self._weight)}

@@ -16,6 +16,7 @@ from models.sd3.layers import INPUT_NAMES, layer_outputs, layer_prefix, make_lay
 from models.sd3.network_shapes import adaptable_modules
 from models.sd3.variants import MMDiTConfig
 from models.streams import SampleShape, Streams
+from tests.distributed.toy_network import no_cost
 from utils.pipeline.recompute import CreatedBytes, Mode, Recompute, least_recompute
 from utils.pipeline.stage import Stage, StagePlan
 from utils.trainable.peft_layers import inject
@@ -52,7 +53,7 @@ def make_stage(*, lora: bool, dtype: torch.dtype, recompute: Recompute, bounds: 
         PipelineLayer(
             name=f"layer {index}",
             prefix=layer_prefix(CONFIG, index),
-            cost=1.0,
+            cost=no_cost,
             shapes={},
             build=partial(make_layer, CONFIG, index),
             outputs=layer_outputs(CONFIG, index),

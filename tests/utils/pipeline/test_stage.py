@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.family import BlockLayer, PipelineLayer
 from models.streams import Sample, SampleShape, Streams, StreamSpec
+from tests.distributed.toy_network import no_cost
 from utils.pipeline.recompute import Recompute
 from utils.pipeline.stage import Stage, StagePlan
 
@@ -53,9 +54,9 @@ class Output(nn.Module):
 
 
 LAYERS = (
-    PipelineLayer("embed", "", 1.0, {}, Embed, outputs=(TOKENS, SCALE)),
-    PipelineLayer("block", "blocks.0.", 1.0, {}, Block, outputs=(TOKENS, SCALE), block=0),
-    PipelineLayer("output", "out.", 1.0, {}, Output),
+    PipelineLayer("embed", "", no_cost, {}, Embed, outputs=(TOKENS, SCALE)),
+    PipelineLayer("block", "blocks.0.", no_cost, {}, Block, outputs=(TOKENS, SCALE), block=0),
+    PipelineLayer("output", "out.", no_cost, {}, Output),
 )
 
 
@@ -163,7 +164,7 @@ def test_a_sample_of_other_tensors_than_declared_is_refused(names: tuple[str, ..
 
 
 def test_the_first_blocks_of_each_stage_are_recomputed() -> None:
-    block = PipelineLayer("block", "blocks.", 1.0, {}, Block, outputs=(TOKENS, SCALE), block=0)
+    block = PipelineLayer("block", "blocks.", no_cost, {}, Block, outputs=(TOKENS, SCALE), block=0)
     layers = (LAYERS[0], *[replace(block, block=index) for index in range(5)], LAYERS[2])
     for count, expected in ((0, [[], []]), (1, [[1], [4]]), (2, [[1, 2], [4, 5]]), (9, [[1, 2, 3], [4, 5]])):
         plan = StagePlan(layers, ("ids",), WIDTH, (0, 4, 7), Recompute("all", count))
