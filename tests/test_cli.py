@@ -80,7 +80,19 @@ WRONG_KEYS_AND_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.learning_rate": None}, "optimizer.learning_rate: is missing"),
     ({"model.type": "sd4"}, "model.type: = 'sd4': unknown model type; known: 'sd3'"),
     ({"pipeline.recompute": 4}, "pipeline.recompute: = 4: the network has 3 blocks"),
-    ({"pipeline.recompute": "some"}, "pipeline.recompute: = 'some': must be a valid integer, or 'none' or 'all'"),
+    (
+        {"pipeline.recompute": "some"},
+        "pipeline.recompute: = 'some': must be a valid integer, or 'none', 'norms', 'matmuls', 'all' or 'auto'",
+    ),
+    (
+        {"optimizer.master": "split"},
+        "optimizer.master: = 'split': only for model.dtype = \"bfloat16\"; float32 weights need nothing beside them",
+    ),
+    ({"optimizer.master": "kahan"}, "optimizer.master: = 'kahan': must be 'float32', 'split' or 'stochastic'"),
+    (
+        {"optimizer.step_in_backward": True, "optimizer.type": "lion"},
+        "optimizer.step_in_backward: = true: needs pipeline.gradient_accumulation_steps = 1, not 2",
+    ),
     ({"optimizer.type": "AdamX"}, "optimizer.type: = 'AdamX': unknown; did you mean 'Adam"),
     ({"optimizer.type": "LBFGS"}, "optimizer.type: = 'LBFGS': cannot be used here: it evaluates the network"),
     ({"optimizer.type": "RAdamScheduleFree", "ema": {}}, "ema: RAdamScheduleFree keeps an average of the weights itself"),

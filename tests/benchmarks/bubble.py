@@ -38,7 +38,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSche
 from safetensors.torch import save_file
 
 from models.streams import Sample
-from tests.benchmarks.overhead import random_sample
+from tests.benchmarks.networks import sample_of
 from tests.distributed.launch import child_environment, free_port
 from tests.tiny_model import (
     CONTEXT_DIM,
@@ -185,7 +185,8 @@ def measure(config: Path, num_rounds: int, side: int) -> dict[str, Any]:
     whole = StagePlan(family.layers, family.input_names, family.stream_width, [0, len(family.layers)])
     stage = Stage(whole, 0, experiment.trainable.prepare, dtype) if world().is_main else None
     count = experiment.config.experiment.pipeline.gradient_accumulation_steps
-    samples = [random_sample(experiment, index, side) for index in range(count)]
+    shape = family.sample_shape(1, side, side)
+    samples = [sample_of(experiment.family.config, shape, dtype, index) for index in range(count)]
     steps: dict[str, list[Step]] = {kind: [] for kind in PARTITIONS}
     for _ in range(num_rounds + 1):
         alone = group.broadcast(run_alone(stage, samples) if stage is not None else 0.0)
@@ -193,7 +194,7 @@ def measure(config: Path, num_rounds: int, side: int) -> dict[str, Any]:
         for kind, recorder in recorders.items():
             batches = [MicroBatch(sample, ()) for sample in samples]
             shapes = [sample.shape for sample in samples]
-            losses.add(recorder.pipeline.train_step(batches, shapes, {"default": 1e-6}, None).loss)
+            losses.add(recorder.pipeline.train_step(batches, shapes, {"default": 1e-6}, None, step=0).loss)
             found = group.gather((recorder.passes, recorder.span))
             steps[kind].append(summarise([passes for passes, _ in found], [span for _, span in found], alone))
         assert len(losses) == 1, f"the partitions train differently: {losses}"

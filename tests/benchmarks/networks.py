@@ -88,25 +88,28 @@ class Setup:
         """The micro-batches of a step, on the device."""
         side, config = self.pixels // family.latent.downscale, family.config
         shape = family.sample_shape(self.batch, side, side)
-        return [self._sample(shape, config, index) for index in range(self.num_micro_batches)]
-
-    def _sample(self, shape: SampleShape, config: MMDiTConfig, index: int) -> Sample:
-        generator = torch.Generator().manual_seed(index)
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(shape.batch, *size, generator=generator).to(self.device, self.torch_dtype)
-
-        tensors = {
-            "noisy_latents": normal(config.in_channels, shape.height, shape.width),
-            "timestep": 1000 * torch.rand(shape.batch, generator=generator).to(self.device),
-            "context": normal(shape.num_text_tokens, config.context_dim),
-            "pooled": normal(config.pooled_dim),
-        }
-        return Sample(tensors, shape)
+        samples = [sample_of(config, shape, self.torch_dtype, index) for index in range(self.num_micro_batches)]
+        return [Sample({name: one.to(self.device) for name, one in each.tensors.items()}, shape) for each in samples]
 
     def target(self, sample: Sample) -> Tensor:
         latents = sample.tensors["noisy_latents"]
         return torch.randn(latents.shape, generator=torch.Generator().manual_seed(99)).to(self.device)
+
+
+def sample_of(config: MMDiTConfig, shape: SampleShape, dtype: torch.dtype, index: int) -> Sample:
+    """Random inputs of a network, on the CPU; `index` chooses among them."""
+    generator = torch.Generator().manual_seed(index)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(shape.batch, *size, generator=generator).to(dtype)
+
+    tensors = {
+        "noisy_latents": normal(config.in_channels, shape.height, shape.width),
+        "timestep": 1000 * torch.rand(shape.batch, generator=generator),
+        "context": normal(shape.num_text_tokens, config.context_dim),
+        "pooled": normal(config.pooled_dim),
+    }
+    return Sample(tensors, shape)
 
 
 def _random_layer(layer: PipelineLayer, device: torch.device) -> nn.Module:

@@ -39,17 +39,14 @@ def prepare(
     """
     config = load_config(config_path, overrides)
     errors: list[ErrorDetail] = []
-    optimizer = config.experiment.optimizer
-    found = optimizer_errors(optimizer) or group_key_errors(optimizer)
-    errors += [ErrorDetail(config_path, key, text) for key, text in found]
     errors += [ErrorDetail(config_path, key, text) for key, text in objective_errors(config.experiment.objective)]
+    _check_optimizer(config, world, errors)
     _check_folders(config, errors)
     num_stages = _check_stages(config, world, errors, check_only)
     num_replicas = count_replicas(config.experiment.pipeline, world, num_stages, check_only=check_only)
     _check_bucket_group(config, num_replicas, errors)
     _check_directories(config, errors)
     _check_averages(config, errors)
-    _check_optimizer_step(config, world, errors)
     prompts = _read_prompts(config, errors)
     family = _open_model(config, errors)
     datasets = Datasets()
@@ -121,9 +118,11 @@ def _check_averages(config: Config, errors: list[ErrorDetail]) -> None:
         errors.append(ErrorDetail(config.path, "ema", text))
 
 
-def _check_optimizer_step(config: Config, world: World, errors: list[ErrorDetail]) -> None:
-    """Checks the keys of `[optimizer]` that depend on other tables and on the number of processes."""
+def _check_optimizer(config: Config, world: World, errors: list[ErrorDetail]) -> None:
+    """Checks the optimizer's name and arguments, and the keys that depend on other tables and on the number of processes."""
     experiment, optimizer = config.experiment, config.experiment.optimizer
+    found = optimizer_errors(optimizer) or group_key_errors(optimizer)
+    errors += [ErrorDetail(config.path, key, text) for key, text in found]
     if optimizer.master not in (None, "float32") and experiment.model.dtype == "float32":
         text = f"= {optimizer.master!r}: only for model.dtype = \"bfloat16\"; float32 weights need nothing beside them"
         errors.append(ErrorDetail(config.path, "optimizer.master", text))

@@ -18,7 +18,7 @@ from utils.distributed.world import World
 from utils.pipeline.cost import PassCost, is_trained_before, training_flops
 from utils.pipeline.measure import Measured, _inputs, layer_kinds, time_layer
 from utils.run.experiment import Experiment
-from utils.run.partition import _random_sample
+from utils.run.partition import random_sample
 from utils.run.prepare import prepare
 
 ATTENTION = {
@@ -48,7 +48,7 @@ def measured_of(experiment: Experiment) -> Measured:
         family.layers,
         trained_sizes(experiment),
         experiment.trainable.prepare,
-        _random_sample(family, family.sample_shape(*SHAPE), torch.float32),
+        random_sample(family, family.sample_shape(*SHAPE), torch.float32),
         family.stream_width,
         torch.float32,
     )
