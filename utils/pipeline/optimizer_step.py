@@ -1,8 +1,7 @@
 """The optimizer step over whole parameters: float32 gradient sums, exact norm, clipping, update, exchange between replicas.
 
-Autograd sums the gradients of bfloat16 weights in float32 (`Tensor.grad_dtype`). After the last micro-batch each replica of
-a stage receives the mean gradients of the parameters it owns (ownership.py), updates them, and sends the new weights to the
-other replicas.
+Gradients are summed in float32 as backward produces them. After the last micro-batch each replica of a stage receives the
+mean gradients of the parameters it owns (ownership.py), updates them, and sends the new weights to the other replicas.
 Nothing is changed by a step whose loss or gradient norm is not finite.
 
 Needs torch.distributed, but not DeepSpeed.
@@ -119,13 +118,12 @@ class OptimizerStep:
         self._owned = [parameter for parameter in self._parameters if parameter.owner == replicas.index]
         for parameter in self._owned:
             parameter.master = make_master(settings.master, parameter.weight, parameter.name, settings.seed)
-        for parameter in self._parameters:
-            parameter.weight.grad_dtype = torch.float32
-        # Called for every micro-batch, each call holds up the launch of the backward pass: only where one is needed.
+        # Each call holds up the launch of the backward pass: only where one is needed. `Tensor.grad_dtype` would sum in
+        # float32 without, but does not round the gradients of RMS norms to bfloat16 first, and so changes the last bits.
         self._hooks = [
             one.weight.register_post_accumulate_grad_hook(partial(self._on_gradient, one))
             for one in self._parameters
-            if replicas.count > 1 or settings.in_backward
+            if one.weight.dtype != torch.float32 or replicas.count > 1 or settings.in_backward
         ]
         buckets = make_buckets(sizes, owners) if replicas.count > 1 else []
         self._exchange = GradientExchange(
@@ -179,6 +177,8 @@ class OptimizerStep:
 
     def _on_gradient(self, parameter: TrainedParameter, _weight: Tensor) -> None:
         """A hook that runs once backward has added the gradient of a micro-batch."""
+        if parameter.weight.dtype != torch.float32:
+            parameter.add_gradient()
         if not self._is_last:
             return
         parameter.take_gradient()

@@ -87,9 +87,19 @@ class TrainedParameter:
         assert self.master is not None
         return self.master
 
+    def add_gradient(self) -> None:
+        """Takes what backward has put into `weight.grad` and adds it in float32."""
+        gradient, self.weight.grad = self.weight.grad, None
+        assert gradient is not None
+        if self.gradient is None:
+            self.gradient = gradient.float()
+        else:
+            self.gradient.add_(gradient)
+
     def take_gradient(self) -> None:
-        """Takes the sum over the step's micro-batches out of `weight.grad`; zeros if the loss does not reach the weight."""
-        self.gradient, self.weight.grad = self.weight.grad, None
+        """Completes the sum over the step's micro-batches; zeros if the loss does not reach the weight."""
+        if self.weight.grad is not None:
+            self.add_gradient()
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.weight, dtype=torch.float32)
 
