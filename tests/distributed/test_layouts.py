@@ -71,10 +71,19 @@ def test_two_stages_equal_one_bitwise(lab: Lab, changes: dict[str, Any]) -> None
     assert_same_run(one, two)
 
 
-@pytest.mark.parametrize("changes", [FULL, {**LORA, **BFLOAT16}], ids=["full", "lora in bfloat16"])
-def test_recomputed_activations_change_no_bit(lab: Lab, changes: dict[str, Any]) -> None:
-    recomputed = lab.run(2, lab.experiment({**changes, "pipeline.recompute": "all"}))
-    assert "activations of its 2 blocks recomputed" in recomputed.output
+@pytest.mark.parametrize(
+    ("changes", "mode", "text"),
+    [
+        (FULL, "all", "activations of its 2 blocks recomputed"),
+        (FULL, "matmuls", "activations but products of its 2 blocks recomputed"),
+        ({**LORA, **BFLOAT16}, "norms", "norms of its 2 blocks recomputed"),
+        ({**LORA, **BFLOAT16}, "auto", "stage 2 of 2: no activations recomputed"),
+    ],
+    ids=["full all", "full matmuls", "lora norms", "lora auto"],
+)
+def test_recomputed_activations_change_no_bit(lab: Lab, changes: dict[str, Any], mode: str, text: str) -> None:
+    recomputed = lab.run(2, lab.experiment({**changes, "pipeline.recompute": mode}))
+    assert text in recomputed.output
     assert_same_run(lab.shared_run(2, changes), recomputed)
 
 
