@@ -35,8 +35,8 @@ from tests.tiny_model import (
 
 COMMAND = "python -m tests.golden.make_old_run"
 FOLDER = Path(__file__).with_name("old_run")
-MADE_IN = "/tmp/mmdit_pipe_old_run"
-"""The folder that stands in the files in place of the one they are copied to."""
+MADE_IN = "/mnt/data/mmdit_old_run"
+"""The folder that stands in the files in place of the one they are copied to. It must not exist before."""
 NUM_IMAGES = 6
 """The last is not trained on."""
 CHECKPOINT_STEP, LOGGED_STEP, LAST_STEP = 2, 3, 4
@@ -136,7 +136,7 @@ def _make_run(folder: Path, kind: str) -> None:
 
 def main() -> None:
     folder = Path(MADE_IN)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     write_models(folder / "model", make_tiny_model(folder / "tiny_model"))
     _write_images(folder)
     for kind in KINDS:
