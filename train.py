@@ -129,7 +129,7 @@ def open_log(current: Run) -> RunLog:
 
 def agree(experiment: Experiment) -> Experiment:
     """The experiment with what rank 0 found in folders; other ranks may have read them earlier, and open no dataset."""
-    names = ("prompts", "partition", "resume_run", "resume_from", "bucket_group")
+    names = ("prompts", "partition", "resume_run", "resume_from", "bucket_group", "master")
     return replace(experiment, **group.broadcast({name: getattr(experiment, name) for name in names}))
 
 

@@ -62,13 +62,25 @@ def unmoved(run: Run, start: dict[str, Tensor]) -> set[str]:
 # --- stages ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("changes", [FULL, LORA, {**FULL, **BFLOAT16}], ids=["full", "lora", "full in bfloat16"])
 def test_two_stages_equal_one_bitwise(lab: Lab, changes: dict[str, Any]) -> None:
     one, two = lab.shared_run(1, changes), lab.shared_run(2, changes)
     assert "stage 2 of 2" in two.output
     assert "stage 2" not in one.output
     assert max(numbers(one, "grad_norm")) > CLIP, "gradients must be clipped, or a wrong norm would not be detected"
     assert_same_run(one, two)
+
+
+def test_updates_in_the_backward_pass_change_no_bit(lab: Lab) -> None:
+    changes = {
+        **BFLOAT16,
+        "optimizer.gradient_clipping": 0.0,
+        "pipeline.gradient_accumulation_steps": 1,
+        "pipeline.micro_batch_size_per_gpu": 2,
+    }
+    after = lab.run(1, lab.experiment(changes))
+    within = lab.run(1, lab.experiment({**changes, "optimizer.step_in_backward": True}))
+    assert_same_run(after, within)
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,19 @@ def test_groups_of_the_checkpoint_are_kept_unless_they_are_configured(lab: Lab, 
     assert prepare(experiment, [], None, World(0, 0, 2, 2)).bucket_group == 1, "a new run"
 
 
+def test_float32_weights_are_kept_as_in_the_checkpoint_unless_it_is_configured(lab: Lab, tmp_path: Path) -> None:
+    experiment = copy_of(lab.shared_run(1, {**FULL, "model.dtype": "bfloat16"}), tmp_path / "copy")
+    assert prepare(experiment, [], None, World(0, 0, 2, 2)).master == "split", "a new run"
+    assert prepare_resume(experiment, "").master == "split"
+    with pytest.raises(ConfigError, match=r"optimizer\.master was 'split' in .* and is 'float32' now; resuming would be"):
+        prepare_resume(experiment, "", "optimizer.master=float32")
+    for path in experiment.parent.glob("output/*/checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        assert state["identity"].pop("optimizer.master") == "split"
+        path.write_text(json.dumps(state))
+    assert prepare_resume(experiment, "").master == "float32", "as in versions without the key"
+
+
 def test_resume_in_a_layout_that_cannot_have_the_groups_is_refused(lab: Lab, tmp_path: Path) -> None:
     experiment = copy_of(lab.shared_run(1, FULL), tmp_path / "copy")
     experiment.write_text(experiment.read_text().replace("bucket_group = 2\n", ""))

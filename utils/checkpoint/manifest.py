@@ -19,7 +19,7 @@ FORMAT_VERSION = 2
 STATE_FILE = "state.json"
 NETWORK_FILES = "network files"
 """The entry of a run's identity that holds hashes, which no message should show."""
-GLOBAL_BATCH, BUCKET_GROUP = "global batch", "pipeline.bucket_group"
+GLOBAL_BATCH, BUCKET_GROUP, MASTER_KIND = "global batch", "pipeline.bucket_group", "optimizer.master"
 _FOLDER_NAME = re.compile(r"step_(\d+)")
 
 
@@ -66,8 +66,9 @@ def _read_state(folder: Path) -> SavedState:
         if state["format"] != FORMAT_VERSION:
             raise CheckpointError(f"{folder} has format {state['format']}; this version reads format {FORMAT_VERSION}")
         identity = state["identity"]
-        # Earlier versions had one bucket per global batch, and no entry for it.
+        # Earlier versions had one bucket per global batch, kept float32 weights, and had no entries for these.
         identity.setdefault(BUCKET_GROUP, identity[GLOBAL_BATCH])
+        identity.setdefault(MASTER_KIND, "float32")
         return SavedState(folder, state["step"], identity, state.get("events", {}))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):

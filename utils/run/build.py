@@ -96,7 +96,7 @@ def build_pipeline(experiment: Experiment, objective: Objective) -> Pipeline:
         dtype=config.model.torch_dtype,
         num_optimizer_sums=num_sums(config.optimizer),
         is_separable=is_separable(config.optimizer),
-        master=config.optimizer.master or trainable.default_master,
+        master=experiment.master,
         step_in_backward=config.optimizer.step_in_backward,
         seed=config.seed,
     )

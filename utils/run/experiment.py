@@ -9,6 +9,7 @@ from typing import Any
 from models.family import ModelFamily
 from utils.checkpoint.manifest import SavedState
 from utils.config.load import Config
+from utils.config.schema.optimizer import MasterKind
 from utils.data.batches import BatchOrder
 from utils.data.dataset import Dataset
 from utils.data.encoding.plan import CacheSettings
@@ -42,6 +43,8 @@ class Experiment:
     """The layers of each stage. On every rank but 0, any stages until `agree`."""
     trainable: Trainable
     """What is trained."""
+    master: MasterKind
+    """How float32 weights are kept beside bfloat16 weights."""
     resume_run: Path | None
     """The run folder to resume in; None for a new one."""
     resume_from: SavedState | None

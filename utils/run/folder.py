@@ -17,6 +17,7 @@ from models.family import ModelFamily
 from utils.checkpoint.manifest import (
     BUCKET_GROUP,
     GLOBAL_BATCH,
+    MASTER_KIND,
     NETWORK_FILES,
     CheckpointError,
     SavedState,
@@ -24,6 +25,7 @@ from utils.checkpoint.manifest import (
     identity_errors,
 )
 from utils.config.load import Config, ConfigError, ErrorDetail, dump_toml
+from utils.config.schema.optimizer import MasterKind
 from utils.files.atomic import write_text
 from utils.optim.registry import canonical_name
 from utils.trainable.base import Trainable
@@ -99,7 +101,7 @@ def check_identity(config: Config, saved: SavedState | None, identity: dict[str,
 
 
 def run_identity(
-    config: Config, family: ModelFamily, trainable: Trainable, global_batch: int, bucket_group: int
+    config: Config, family: ModelFamily, trainable: Trainable, global_batch: int, bucket_group: int, master: MasterKind
 ) -> dict[str, Any]:
     """What a run must share with a checkpoint to resume from it; stored in every checkpoint."""
     experiment = config.experiment
@@ -112,6 +114,7 @@ def run_identity(
         "network settings": family.network_settings,
         **trainable.identity(),
         "optimizer.type": canonical_name(experiment.optimizer.type),
+        MASTER_KIND: master,
         "ema": experiment.ema.model_dump(mode="json") if experiment.ema else "none",
     }
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from models import family_class
 from models.family import ModelFamily, ModelFilesError
+from utils.checkpoint.manifest import MASTER_KIND, SavedState
 from utils.config.load import Config, ConfigError, ErrorDetail, load_config, located
+from utils.config.schema.optimizer import MasterKind
 from utils.data.dataset import directory_errors
 from utils.distributed.world import World
 from utils.export.weights import export_formats
@@ -67,7 +69,8 @@ def prepare(
     global_batch = pipeline.micro_batch_size_per_gpu * pipeline.gradient_accumulation_steps * num_replicas
     saved = find_checkpoint(config, run)
     bucket_group = bucket_group_of(pipeline, num_replicas, saved)
-    identity = run_identity(config, family, trainable, global_batch, bucket_group)
+    master = _master_of(config, trainable, saved)
+    identity = run_identity(config, family, trainable, global_batch, bucket_group, master)
     check_identity(config, saved, identity)
     return Experiment(
         config=config,
@@ -82,6 +85,7 @@ def prepare(
         bucket_group=bucket_group,
         partition=choose_partition(pipeline, family, trainable, num_stages, datasets.training.examples),
         trainable=trainable,
+        master=master,
         resume_run=run,
         resume_from=saved,
         changed_keys=changed_keys(run, config) if run is not None else [],
@@ -142,6 +146,12 @@ def _check_optimizer(config: Config, world: World, errors: list[ErrorDetail]) ->
         reasons.append(f"an optimizer that updates each parameter by itself, such as AdamW, not {optimizer.type}")
     if reasons:
         errors.append(ErrorDetail(config.path, "optimizer.step_in_backward", f"= true: needs {'; and '.join(reasons)}"))
+
+
+def _master_of(config: Config, trainable: Trainable, saved: SavedState | None) -> MasterKind:
+    """How float32 weights are kept: as configured, or else as in the checkpoint, or else as what is trained needs it."""
+    before: MasterKind = trainable.default_master if saved is None else saved.identity[MASTER_KIND]
+    return config.experiment.optimizer.master or before
 
 
 def _read_prompts(config: Config, errors: list[ErrorDetail]) -> list[Prompt]:

@@ -14,6 +14,7 @@ from models.family import PipelineLayer
 from tests.distributed.toy_network import no_cost
 from utils.checkpoint.manifest import (
     BUCKET_GROUP,
+    MASTER_KIND,
     NETWORK_FILES,
     CheckpointError,
     SavedState,
@@ -24,7 +25,7 @@ from utils.checkpoint.manifest import (
 from utils.checkpoint.save import save
 from utils.pipeline.stage import LocalLayer
 
-IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, BUCKET_GROUP: 2, "adapter": "none"}
+IDENTITY: dict[str, Any] = {"seed": 7, "global batch": 4, BUCKET_GROUP: 2, MASTER_KIND: "float32", "adapter": "none"}
 
 
 def make_checkpoint(parent: Path, step: int, identity: dict[str, Any] = IDENTITY) -> Path:
@@ -63,6 +64,12 @@ def test_every_difference_of_identity_is_reported_with_both_values(tmp_path: Pat
     assert len(errors) == 2
     assert errors[0].startswith(f"seed was 7 in {saved.folder} and is 8 now")
     assert "adapter was 'none'" in errors[1]
+
+
+def test_checkpoint_of_an_earlier_version_kept_float32_weights(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10, {key: value for key, value in IDENTITY.items() if key != MASTER_KIND})
+    (saved,) = find_checkpoints(tmp_path)
+    assert saved.identity == IDENTITY
 
 
 def test_checkpoint_of_an_earlier_version_has_one_bucket_per_global_batch(tmp_path: Path) -> None:

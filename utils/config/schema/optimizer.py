@@ -136,7 +136,8 @@ class OptimizerConfig(Table):
         None,
         description="What is kept beside bfloat16 weights so that small updates are not lost. `float32`: float32 weights, 4 "
         "bytes per weight. `split`: the bits that rounding takes away, which make the same float32 weights with 2 bytes. "
-        "`stochastic`: nothing; updates are rounded up or down at random. Default: `float32` for adapters, else `split`. "
+        "`stochastic`: nothing; updates are rounded up or down at random. Cannot change when "
+        "a run resumes. Default: as in the checkpoint it resumes from; for a new run `float32` for adapters, else `split`. "
         'Only for `dtype = "bfloat16"`.',
     )
     step_in_backward: Bool = Field(
