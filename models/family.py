@@ -100,17 +100,17 @@ class TextEncoder(FrozenEncoder):
 # --- layers ------------------------------------------------------------------------------------------------------------
 
 
-class BlockLayer(nn.Module):
+class BlockLayer(nn.Module, ABC):
     """One of the repeated blocks. While `skipped` is set it returns its input: for guidance only, never in training."""
 
     skipped: bool = False
 
+    @abstractmethod
     def recompute_norms(self, active: bool) -> None:
         """Chooses whether norms, modulation and activation functions are computed again in the backward pass.
 
         The inputs of linear layers are then not kept; their outputs are.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from models.streams import passed_on
-from tests.benchmarks.networks import Setup, network_arguments, setup_of, synchronized_time, worst_ratio_line
+from tests.benchmarks.measuring import worst_ratio_line
+from tests.benchmarks.networks import Setup, network_arguments, setup_of
 from utils.distributed import group
+from utils.pipeline.measure import synchronized_time
 
 LIMIT = 1.0
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}

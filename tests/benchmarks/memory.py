@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.networks import Engine, Setup, network_arguments, setup_of, worst_ratio_line
+from tests.benchmarks.measuring import megabytes, peak, reset_peak, worst_ratio_line
+from tests.benchmarks.networks import Engine, Setup, network_arguments, setup_of
 from tests.benchmarks.ranks import print_result, run_ranks
 from utils.distributed import group
 from utils.optim.state_tensors import to_tensors
@@ -35,24 +35,6 @@ LAYOUTS = {"1 process": (1, 1), "2 stages": (2, 2), "2 replicas": (2, 1)}
 """Name -> (processes, stages)."""
 NUM_MICRO_BATCHES = 2
 LIMIT = 1.15
-
-
-def megabytes(what: str) -> float:
-    """Memory of this process in MiB: VmRSS now, VmHWM the highest since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")
-    else:
-        torch.accelerator.reset_peak_memory_stats()
-
-
-def peak(device: torch.device) -> float:
-    """MiB since `reset_peak`."""
-    return megabytes("VmHWM") if device.type == "cpu" else torch.accelerator.max_memory_allocated() / 2**20
 
 
 def parts(engine: Engine) -> dict[str, float]:
@@ -73,19 +55,13 @@ def parts(engine: Engine) -> dict[str, float]:
 
 def _activations(engine: Engine) -> float:
     """Bytes of the blocks' activations, of all micro-batches in flight."""
-    pipeline, position = engine.pipeline, engine.pipeline._engine.instructions.position
-    stage = pipeline._stage
-    if position.is_first:
-        inputs: Any = dict(engine._samples[0].tensors)
-    else:
-        inputs = torch.zeros(stage.received_size(engine.shape), dtype=stage.dtype, device=pipeline.device)
-        inputs.requires_grad_(position.is_trained_before)
-    blocks = stage.measure_blocks(inputs, engine.shape)
-    recompute = engine.setup.recompute
+    pipeline, recompute = engine.pipeline, engine.setup.recompute
+    blocks = pipeline.measure_blocks(engine.sample)
+    pipeline._stage.set_recompute(recompute)
     count = min(recompute.num_blocks, len(blocks))
     kept = sum(block[recompute.mode] for block in blocks[:count]) + sum(block[None] for block in blocks[count:])
     again = max((block[None] for block in blocks[:count]), default=0)
-    return min(position.num_micro_batches, position.num_stages - position.stage) * kept + again
+    return pipeline._engine.instructions.position.num_in_flight * kept + again
 
 
 def run_rank(setup: Setup, num_stages: int) -> None:

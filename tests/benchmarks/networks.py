@@ -6,8 +6,6 @@ They need no files. The same training can be run by the engine (`make_pipeline`)
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ from models.sd3.family import SD3Family
 from models.sd3.settings import DTYPES, TextTokens
 from models.sd3.variants import VARIANTS, MMDiTConfig
 from models.streams import Sample, SampleShape, passed_on
+from utils.config.schema.adapter import AdapterConfig
 from utils.config.schema.optimizer import MasterKind, OptimizerConfig
 from utils.optim.registry import is_separable, make_optimizer, num_sums
 from utils.pipeline.engine import EngineSettings, Pipeline, StepResult
@@ -77,8 +76,6 @@ class Setup:
     def trainable(self, family: SD3Family) -> Trainable:
         if self.rank is None:
             return FullTraining(family, self.optimizer_config)
-        from utils.config.schema.adapter import AdapterConfig
-
         settings = AdapterConfig(type="lora", rank=self.rank)
         targets, errors = choose_modules(settings, family)
         assert not errors
@@ -158,8 +155,9 @@ class Engine:
         self._num_steps = 0
 
     @property
-    def shape(self) -> SampleShape:
-        return self._samples[0].shape
+    def sample(self) -> Sample:
+        """A micro-batch."""
+        return self._samples[0]
 
     def step(self, rate: float = 1e-4) -> StepResult:
         batches = [MicroBatch(sample, (self._target,)) for sample in self._samples]
@@ -225,14 +223,7 @@ class PlainLoop:
         return total / len(self._samples)
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------------
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Seconds, once everything that was started on the device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
+# --- options -------------------------------------------------------------------------------------------------------------
 
 
 def network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,11 +237,3 @@ def network_arguments(parser: argparse.ArgumentParser) -> None:
 def setup_of(arguments: argparse.Namespace, device: torch.device) -> Setup:
     """The network and image size that the options choose."""
     return Setup(arguments.network or ("tiny" if arguments.quick else "small"), arguments.pixels or 192, device)
-
-
-def worst_ratio_line(ratios: Sequence[float], limit: float, *, is_minimum: bool = False) -> str:
-    """The last line of a benchmark's output."""
-    worst = min(ratios) if is_minimum else max(ratios)
-    missed = worst < limit if is_minimum else worst > limit
-    goal = f" (goal: at {'least' if is_minimum else 'most'} {limit})" if missed else ""
-    return f"worst ratio {worst:.3f}{goal}"

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from docs.list_optimizers import ARGUMENTS
@@ -214,13 +213,6 @@ def train(name: str, num_stages: int) -> Outcome:
     return outcome
 
 
-def destroy_groups_of_pipelines() -> None:
-    """Ends all process groups but the one of all ranks. Each has threads, and DeepSpeed makes new ones for each pipeline."""
-    for process_group in list(dist.distributed_c10d._world.pg_map):
-        if process_group is not dist.group.WORLD:
-            dist.destroy_process_group(process_group)
-
-
 def _state_bytes(state: Mapping[str, Tensor]) -> int:
     """Bytes of what the optimizer keeps of one parameter."""
     return sum(value.nbytes for key, value in state.items() if key != MASTER and not key.startswith(GROUP_NUMBER))
@@ -240,7 +232,6 @@ def run(folder: Path, names: Sequence[str]) -> None:
             except Exception:
                 outcome.error = traceback.format_exc()
             torch.save(outcome, outcome_file(folder, name, num_stages, world().rank))
-            destroy_groups_of_pipelines()
             if outcome.error:  # the other rank may wait for this one for ever
                 print(f"{name}:\n{outcome.error}", file=sys.stderr)
                 group.finish(1)

@@ -11,16 +11,10 @@ import argparse
 import statistics
 from dataclasses import replace
 
-from tests.benchmarks.networks import (
-    Engine,
-    PlainLoop,
-    Setup,
-    network_arguments,
-    setup_of,
-    synchronized_time,
-    worst_ratio_line,
-)
+from tests.benchmarks.measuring import worst_ratio_line
+from tests.benchmarks.networks import Engine, PlainLoop, Setup, network_arguments, setup_of
 from utils.distributed import group
+from utils.pipeline.measure import synchronized_time
 
 CASES = {
     "full fp32": {"dtype": "float32"},

@@ -17,14 +17,18 @@ MARK = "result: "
 """Beginning of the line with a rank's result."""
 
 
-def run_ranks(module: str, arguments: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """Runs `python -m module arguments` on `count` ranks; returns the result of each. Raises RuntimeError if one fails."""
+def run_ranks(module: str, arguments: Sequence[str], count: int, *, on_cpu: bool | None = None) -> list[dict[str, Any]]:
+    """Runs `python -m module arguments` on `count` ranks; returns the result of each. Raises RuntimeError if one fails.
+
+    `on_cpu`: None: if there is no accelerator.
+    """
+    on_cpu = not torch.accelerator.is_available() if on_cpu is None else on_cpu
     port = str(free_port())
     processes = []
     for rank in range(count):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**child_environment(not torch.accelerator.is_available()), **places} | {
+        environment = {**child_environment(on_cpu), **places} | {
             key: str(value) for key, value in variables.items()
         }
         if "OMP_NUM_THREADS" in os.environ:

@@ -13,9 +13,10 @@ import gc
 from dataclasses import replace
 from typing import Any
 
-from tests.benchmarks.memory import megabytes, peak, reset_peak
-from tests.benchmarks.networks import Engine, Setup, network_arguments, setup_of, synchronized_time
+from tests.benchmarks.measuring import megabytes, peak, reset_peak
+from tests.benchmarks.networks import Engine, Setup, network_arguments, setup_of
 from utils.distributed import group
+from utils.pipeline.measure import synchronized_time
 from utils.pipeline.recompute import Recompute
 
 KINDS: dict[str, dict[str, Any]] = {"LoRA bf16": {"rank": 16}, "full bf16": {}}

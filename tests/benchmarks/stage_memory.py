@@ -11,12 +11,8 @@ result is what exporting adds. Resident memory is VmHWM of /proc (Linux), reset 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +28,8 @@ from models.sd3.layers import INPUT_NAMES, layer_cost, layer_outputs, layer_pref
 from models.sd3.network_shapes import layer_shapes
 from models.streams import SampleShape
 from models.tensor_files import open_file
-from tests.distributed.launch import child_environment, free_port
+from tests.benchmarks.measuring import megabytes, reset_peak
+from tests.benchmarks.ranks import print_result, run_ranks
 from tests.tiny_model import native_shapes
 from utils.config.schema.optimizer import OptimizerConfig
 from utils.distributed import group
@@ -62,16 +59,6 @@ def make_file(path: Path, depth: int) -> None:
         qk_norm=True,
     )
     create_file(path, plan_file([Entry(name, torch.bfloat16, shape) for name, shape in shapes.items()], {}))
-
-
-def megabytes(what: str) -> float:
-    """Resident memory of this process in MiB: VmRSS now, VmHWM the highest since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def make_layers(path: Path) -> list[PipelineLayer]:
@@ -105,7 +92,7 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     group.start()
     layers = make_layers(path)
     begin = megabytes("VmHWM")
-    reset_peak()
+    reset_peak(torch.device("cpu"))
     started = time.monotonic()
     pipeline = Pipeline(
         StagePlan(layers, INPUT_NAMES, WIDTH, bounds_of(layers, num_stages, trained)),
@@ -119,7 +106,7 @@ def measure(path: Path, num_stages: int, trained: bool) -> dict[str, Any]:
     loaded = megabytes("VmHWM")
     own = sum(tensor.nbytes for layer in pipeline.local_layers() for tensor in layer.module.state_dict().values())
     held = megabytes("VmRSS")
-    reset_peak()
+    reset_peak(torch.device("cpu"))
     started = time.monotonic()
     family, config = _naming(path), SimpleNamespace(save=SimpleNamespace(dtype="bfloat16"))
     trainable = FullTraining(family, OptimizerConfig(learning_rate=1e-3))
@@ -151,32 +138,6 @@ def _naming(path: Path) -> Any:
     )
 
 
-def run_ranks(path: Path, num_stages: int, trained: bool) -> Iterator[dict[str, Any]]:
-    """Starts every rank as a launcher would; yields what each measured."""
-    port = str(free_port())
-    processes = []
-    for rank in range(num_stages):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_stages, "LOCAL_WORLD_SIZE": num_stages}
-        environment = {**child_environment(), **{k: str(v) for k, v in variables.items()}}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [
-            sys.executable,
-            "-m",
-            "tests.benchmarks.stage_memory",
-            "--rank-of",
-            str(path),
-            "--stages",
-            str(num_stages),
-        ]
-        command += ["--trained"] if trained else []
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    for process in processes:
-        output, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(output)
-        yield json.loads(output.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, required=True)
@@ -186,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
-        print(json.dumps(measure(arguments.rank_of, arguments.stages, arguments.trained)), flush=True)
+        print_result(measure(arguments.rank_of, arguments.stages, arguments.trained))
         group.finish(0)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for folder in arguments.folder.glob("out_*/"):  # of an earlier measurement
@@ -195,7 +156,8 @@ def main() -> None:
     make_file(path, arguments.depth)
     print(f"{arguments.depth} blocks of width {WIDTH}, {path.stat().st_size / 1e9:.2f} GB, {arguments.stages} stages; MiB")
     print("rank     own  before    load allowed    held    save    adds   load s  save s")
-    for row in run_ranks(path, arguments.stages, arguments.trained):
+    options = ["--rank-of", str(path), "--stages", str(arguments.stages), *(["--trained"] if arguments.trained else [])]
+    for row in run_ranks("tests.benchmarks.stage_memory", options, arguments.stages, on_cpu=True):
         allowed = ALLOWED_RATIO * row["own"] + ALLOWED_MEGABYTES
         highest = row["save"] - row["held"] if arguments.trained else max(row["load"], row["save"])
         verdict = "" if highest <= (allowed - row["own"] if arguments.trained else allowed) else "  TOO MUCH"

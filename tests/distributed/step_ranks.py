@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.family import PipelineLayer
@@ -89,7 +90,8 @@ def resident() -> int:
 
 
 def check_close() -> None:
-    """Pipelines that were closed leave no memory behind."""
+    """Pipelines that were closed leave no memory and no process groups behind, whose threads would stay."""
+    num_groups = len(dist.distributed_c10d._world.pg_map)
     rows = (StreamSpec("rows", lambda shape: 1),)
     layers = [
         PipelineLayer("first", "first.", no_cost, {}, Linear, outputs=rows),
@@ -110,6 +112,7 @@ def check_close() -> None:
         pipeline.train_step([MicroBatch(sample, ())], [shape], {"all": 1e-3}, ema_decay=0.9, step=0)
         pipeline.close()
         sizes.append(resident())
+    assert len(dist.distributed_c10d._world.pg_map) == num_groups
     assert sizes[-1] - sizes[2] < ALLOWED_GROWTH, [size // 2**20 for size in sizes]
 
 

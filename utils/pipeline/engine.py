@@ -24,7 +24,7 @@ from utils.config.schema.optimizer import MasterKind
 from utils.distributed import group
 from utils.pipeline.instructions import Instructions, LossFunction, Position, ScheduleEngine
 from utils.pipeline.optimizer_step import MakeOptimizer, Network, OptimizerStep, StepReport, StepSettings
-from utils.pipeline.recompute import Recompute, least_recompute
+from utils.pipeline.recompute import KeptBytes, Recompute, least_recompute
 from utils.pipeline.replicas import Replicas
 from utils.pipeline.stage import LocalLayer, MicroBatch, PrepareLayer, Stage, StagePlan
 from utils.trainable.base import ParameterGroup
@@ -90,7 +90,10 @@ class Pipeline:
         make_optimizer: MakeOptimizer,
     ) -> None:
         """`prepare` may freeze and change each layer after it is built; `groups` sorts a stage's trainable parameters."""
+        before = _process_groups()
         self._engine = _start_engine(plan, settings, prepare)
+        self._process_groups = _process_groups() - before
+        """Those that DeepSpeed has made for this pipeline, with threads of their own."""
         (stage,) = self._engine.module.forward_funcs
         assert isinstance(stage, Stage)
         self._stage: Stage = stage
@@ -99,14 +102,14 @@ class Pipeline:
         """The parameter groups of this stage; other stages may have others."""
         _check_groups(self.groups, trainable)
         names = dict(group.gather((self.stage, list(trainable))))
-        before = [name for index in range(self.stage) for name in names[index]]
-        stage.set_trained_before(before)
+        names_before = [name for index in range(self.stage) for name in names[index]]
+        stage.set_trained_before(names_before)
         position = Position(
             stage=self.stage,
             num_stages=self.num_stages,
             num_micro_batches=settings.num_micro_batches,
-            is_trained_before=bool(before),
-            is_trained_until_here=bool(before or trainable),
+            is_trained_before=bool(names_before),
+            is_trained_until_here=bool(names_before or trainable),
         )
         self._engine.instructions = Instructions(stage, loss, position, self.device)
         grid = self._engine.grid
@@ -154,6 +157,7 @@ class Pipeline:
     def close(self) -> None:
         """Frees the memory of weights, gradients and optimizer state. Nothing can be done with the pipeline afterwards.
 
+        The process groups are ended as well. All ranks together.
         DeepSpeed's engine is part of reference cycles, and module-level variables of DeepSpeed refer to its last module.
         """
         self._optimizer_step.close()
@@ -164,6 +168,8 @@ class Pipeline:
         self._engine.destroy()
         del self._engine
         gc.collect()
+        for process_group in self._process_groups:
+            dist.destroy_process_group(process_group)
 
     # --- training and prediction -------------------------------------------------------------------------------------
 
@@ -214,18 +220,20 @@ class Pipeline:
         `sample`: a micro-batch of the largest shape, of any values; off the first stage only its shape is read. If nothing
         fits, all activations are recomputed.
         """
+        kept = self.measure_blocks(sample)
+        chosen = least_recompute(kept, self._engine.instructions.position.num_in_flight, free)
+        self._stage.set_recompute(chosen or Recompute("all", len(kept)))
+        return chosen
+
+    def measure_blocks(self, sample: Sample) -> list[KeptBytes]:
+        """What each block of this stage keeps of such a micro-batch, in each recompute mode; none is set afterwards."""
         if self.stage == 0:
             inputs: Streams | Tensor = {name: tensor.to(self.device) for name, tensor in sample.tensors.items()}
         else:
             size = self._stage.received_size(sample.shape)
             inputs = torch.zeros(size, dtype=self._stage.dtype, device=self.device)
             inputs.requires_grad_(self._engine.instructions.position.is_trained_before)
-        kept = self._stage.measure_blocks(inputs, sample.shape)
-        position = self._engine.instructions.position
-        in_flight = min(position.num_micro_batches, position.num_stages - position.stage)
-        chosen = least_recompute(kept, in_flight, free)
-        self._stage.set_recompute(chosen or Recompute("all", len(kept)))
-        return chosen
+        return self._stage.measure_blocks(inputs, sample.shape)
 
     @property
     def num_trained(self) -> int:
@@ -292,6 +300,11 @@ def _start_engine(plan: StagePlan, settings: EngineSettings, prepare: PrepareLay
     engine.__class__ = ScheduleEngine
     assert isinstance(engine, ScheduleEngine)
     return engine
+
+
+def _process_groups() -> set[dist.ProcessGroup]:
+    """The process groups of this process."""
+    return set(dist.distributed_c10d._world.pg_map)
 
 
 def _mean_loss(report: StepReport, num_replicas: int) -> float:

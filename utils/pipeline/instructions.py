@@ -47,6 +47,11 @@ class Position:
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
 
+    @property
+    def num_in_flight(self) -> int:
+        """The most micro-batches whose activations the stage keeps at once."""
+        return min(self.num_micro_batches, self.num_stages - self.stage)
+
 
 @dataclass
 class InFlight:

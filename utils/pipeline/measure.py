@@ -112,19 +112,19 @@ def _run(module: nn.Module, inputs: Streams, device: torch.device, has_backward:
     """Seconds of one forward and one backward pass."""
     for tensor in (*inputs.values(), *module.parameters()):
         tensor.grad = None
-    began = _now(device)
+    began = synchronized_time(device)
     with torch.set_grad_enabled(has_backward):
         outputs = module(dict(inputs))
-    between = _now(device)
+    between = synchronized_time(device)
     values = list(outputs.values()) if isinstance(outputs, dict) else [outputs]
     differentiable = [value for value in values if value.requires_grad]
     if differentiable:
         torch.autograd.backward(differentiable, [torch.ones_like(value) for value in differentiable])
-    return PassCost(between - began, _now(device) - between if has_backward else 0.0)
+    return PassCost(between - began, synchronized_time(device) - between if has_backward else 0.0)
 
 
-def _now(device: torch.device) -> float:
-    """The time once the device has computed everything so far."""
+def synchronized_time(device: torch.device) -> float:
+    """The time in seconds, once the device has computed everything so far."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

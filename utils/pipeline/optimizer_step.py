@@ -37,8 +37,6 @@ EMA = "ema"
 """Name of the average of the float32 weights over the steps in a parameter's state."""
 GROUP_NUMBER = "group."
 """Beginning of the names of numbers that an optimizer keeps for a whole group; each parameter's state has a copy."""
-
-
 MAX_OPEN_ELEMENTS = 2**25
 """The most float32 weights that are made at once where they are not kept: 128 MiB, and as much to round them."""
 _LOST = (
@@ -143,7 +141,7 @@ class OptimizerStep:
         """Float32 weights -> index of their torch parameter group."""
         self._is_schedule_free = self._is_anywhere(any("train_mode" in entry for entry in self._torch_groups))
         self._kept: dict[TrainedParameter, Tensor] = {}
-        """Float32 working weights that are replaced by those to evaluate."""
+        """Working weights in whose place others are evaluated, where the float32 weights need them."""
 
     @property
     def num_owned(self) -> int:
@@ -173,7 +171,6 @@ class OptimizerStep:
     def begin_last_micro_batch(self) -> None:
         """Says that the next backward pass is the last of the step: gradients are complete once it has computed them."""
         self._is_last = True
-        self._exchange.begin()
 
     def _on_gradient(self, parameter: TrainedParameter, _weight: Tensor) -> None:
         """A hook that runs once backward has added the gradient of a micro-batch."""
@@ -249,7 +246,7 @@ class OptimizerStep:
             for part in self._parts(rest):
                 with self._limited_to(part):
                     self._apply(part, self._optimizer.step)
-        self._share_weights()
+        self._exchange.share_weights()
 
     @torch.no_grad()
     def _update_early(self, parameter: TrainedParameter) -> None:
@@ -295,9 +292,11 @@ class OptimizerStep:
         for parameter in parameters:
             master = parameter.owned.parameter
             groups[self._group_of[master]]["params"].append(master)
-        yield
-        for entry, parameters_of_group in zip(groups, everything, strict=True):
-            entry["params"] = parameters_of_group
+        try:
+            yield
+        finally:
+            for entry, masters in zip(groups, everything, strict=True):
+                entry["params"] = masters
 
     def _step_with_sums(self) -> None:
         """A step of an optimizer with `sums` and `finish` (optim/prodigy.py). Ranks that own nothing take part, too."""
@@ -323,11 +322,6 @@ class OptimizerStep:
 
     # --- working weights -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _share_weights(self) -> None:
-        """Sends the owners' working weights to the other replicas."""
-        self._exchange.share_weights()
-
     @contextlib.contextmanager
     def evaluated_weights(self, *, ema: bool) -> Iterator[None]:
         """Within it, the working weights are those to evaluate, see `read_weights`; afterwards the same weights as before.
@@ -342,7 +336,7 @@ class OptimizerStep:
             if parameter.owned.keeps_weight:
                 self._kept[parameter] = parameter.weight.detach().clone()
             parameter.weight.detach().copy_(shown)
-        self._share_weights()
+        self._exchange.share_weights()
         yield
         # Not in a `finally`: ranks wait for each other here, and where one has failed the others would wait for ever.
         for parameter in self._owned:
@@ -350,7 +344,7 @@ class OptimizerStep:
                 parameter.weight.detach().copy_(kept)
             else:
                 parameter.weight.detach().copy_(parameter.owned.read())
-        self._share_weights()
+        self._exchange.share_weights()
 
     def _shown(self, parameter: TrainedParameter, *, ema: bool) -> Tensor:
         """An owned parameter's float32 weights as they are evaluated and exported."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ class Recompute:
 
     mode: Mode = "all"
     num_blocks: int = 0
+
+    @classmethod
+    def from_key(cls, key: int | Literal["none", "norms", "matmuls", "all", "auto"], num_blocks: int) -> Self:
+        """What `pipeline.recompute` says for a network of `num_blocks` blocks; for "auto" nothing until stages are built."""
+        if key == "none" or key == "auto":
+            return cls()
+        return cls("all", key) if isinstance(key, int) else cls(key, num_blocks)
+
+    @property
+    def num_whole_blocks(self) -> int:
+        """The blocks of each stage whose backward pass begins with a whole forward pass."""
+        return self.num_blocks if self.mode == "all" else 0
 
     def describe(self, num_blocks: int) -> str:
         """In words, for a stage of `num_blocks` blocks; empty if nothing is computed again."""

@@ -6,6 +6,7 @@ Needs torch.distributed, but not DeepSpeed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -126,28 +127,24 @@ class GradientExchange:
     def __init__(self, buckets: Sequence[Members], replicas: Replicas) -> None:
         """`buckets`: in the order in which backward is expected to complete them; none for a single replica."""
         self._buckets, self._replicas = buckets, replicas
-        self._bucket_of = {
-            parameter: index for index, bucket in enumerate(buckets) for parameter in bucket.parameters
-        }
-        self._missing = [0] * len(buckets)
-        """Per bucket: parameters whose gradient is not complete."""
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._bucket_of = {one: index for index, bucket in enumerate(buckets) for one in bucket.parameters}
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         """The buckets that are on their way: the first so many."""
+        self._missing: list[int] = []
+        """Per bucket: parameters whose gradient is not complete in this step."""
         self._arrived: set[TrainedParameter] = set()
-        self._has_begun = False
+        self._begin_step()
 
-    def begin(self) -> None:
-        """From now on, `add` is called once for each parameter whose gradient is complete."""
+    def _begin_step(self) -> None:
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
-        self._sent, self._has_begun = [], True
         self._arrived.clear()
 
     def has(self, parameter: TrainedParameter) -> bool:
-        """Whether the gradient of the parameter was added."""
+        """Whether the gradient of the parameter was added in this step."""
         return parameter in self._arrived
 
     def add(self, parameter: TrainedParameter) -> None:
-        """Takes a complete gradient, and starts to send the buckets that are complete."""
+        """Takes a gradient that is complete for this step, and starts to send the buckets that are complete."""
         if not self._buckets:
             return
         self._arrived.add(parameter)
@@ -163,22 +160,20 @@ class GradientExchange:
 
     def finish(self) -> None:
         """Adds what is missing, waits, and leaves the mean gradients with their owners. Every gradient must exist."""
-        if not self._has_begun:
-            self.begin()
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 if parameter not in self._arrived:
                     self.add(parameter)
         assert len(self._sent) == len(self._buckets)
         for bucket in self._buckets:
-            work, vector = self._sent.pop(0)  # one vector after the other is released
+            work, vector = self._sent.popleft()  # one vector after the other is released
             work.wait()
             if bucket.owner == self._replicas.index:
                 for parameter, part in bucket.parts(vector):
                     parameter.gradient = part.clone()
-        self._has_begun = False
-        self._arrived.clear()
+        self._begin_step()
 
+    @torch.no_grad()
     def share_weights(self) -> None:
         """Sends the owners' working weights to the other replicas."""
         for bucket in self._buckets:

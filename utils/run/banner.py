@@ -145,13 +145,12 @@ def _eval_rows(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def _stage_rows(experiment: Experiment) -> list[tuple[str, str]]:
-    partition, several = experiment.partition, experiment.num_stages > 1
+    partition, plan, several = experiment.partition, experiment.stage_plan, experiment.num_stages > 1
     rows = [("partition", partition.description)] if several else []
     for stage, (start, stop) in enumerate(itertools.pairwise(partition.bounds)):
         layers = experiment.family.layers[start:stop]
         total = sum(layer.num_parameters for layer in layers)
         trained = num_trained(experiment.trainable, layers)
-        plan = experiment.stage_plan
         recomputed = plan.recompute.describe(plan.num_blocks(stage))
         text = f"{layers[0].name} to {layers[-1].name}: {millions(total)} parameters, {millions(trained)} trained"
         if several:

@@ -7,6 +7,7 @@ trained. The checkpoint comes last, so that nothing that belongs to its step is 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +46,8 @@ class TrainingState:
     """Names of the events that have run at this point."""
 
 
-class Event:
-    """One kind of thing that happens now and then. Subclasses implement `run`."""
+class Event(ABC):
+    """One kind of thing that happens now and then."""
 
     name: str
     schedule: Schedule
@@ -55,9 +56,9 @@ class Event:
         """Whether the event happens now; the same on every rank."""
         return self.schedule.due(state.clock)
 
+    @abstractmethod
     def run(self, state: TrainingState) -> None:
         """Called on all ranks together."""
-        raise NotImplementedError
 
     def state(self, clock: Clock) -> dict[str, Any]:
         """What a resumed run needs to know of earlier events; saved as JSON with every checkpoint, if it is not empty."""

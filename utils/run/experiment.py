@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,9 @@ class Experiment:
     @property
     def stage_plan(self) -> StagePlan:
         """The layers of each stage, and which of their activations are recomputed."""
-        family, recompute = self.family, self.config.experiment.pipeline.recompute
-        plan = StagePlan(family.layers, family.input_names, family.stream_width, self.partition.bounds)
-        if recompute == "none" or recompute == "auto":  # `auto` is chosen once the stage is built
-            return plan
-        if isinstance(recompute, int):
-            return replace(plan, recompute=Recompute("all", recompute))
-        return replace(plan, recompute=Recompute(recompute, family.num_blocks))
+        family = self.family
+        recompute = Recompute.from_key(self.config.experiment.pipeline.recompute, family.num_blocks)
+        return StagePlan(family.layers, family.input_names, family.stream_width, self.partition.bounds, recompute)
 
     @property
     def start_step(self) -> int:

@@ -36,6 +36,7 @@ from utils.pipeline.partition import (
     stage_costs,
     uniform_counts,
 )
+from utils.pipeline.recompute import Recompute
 from utils.run.experiment import Experiment
 from utils.trainable.base import Trainable
 
@@ -90,7 +91,8 @@ def _partition(
     config: PipelineConfig, family: ModelFamily, num_stages: int, costs: Sequence[PassCost], how: str
 ) -> Partition:
     is_block = [layer.block is not None for layer in family.layers]
-    stage_cost = StageCost(costs, is_block, config.num_recomputed(family.num_blocks))
+    recompute = Recompute.from_key(config.recompute, family.num_blocks)
+    stage_cost = StageCost(costs, is_block, recompute.num_whole_blocks)
     counts = _configured_counts(config, family, num_stages)
     if counts is None:
         bounds = balanced_bounds(len(family.layers), num_stages, stage_cost)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from docs.list_optimizers import ARGUMENTS, full_name
@@ -40,12 +39,7 @@ KINDS = {full_name(kind): kind for kind in all_kinds() if kind.refusal is None a
 """Those of bitsandbytes and torchao are tested where these packages are installed."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def draw(name: str, purpose: int) -> Tensor:

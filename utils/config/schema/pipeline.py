@@ -48,12 +48,6 @@ class PipelineConfig(Table):
         "as `[11, 13]`. Losses are the same.",
     )
 
-    def num_recomputed(self, num_blocks: int) -> int:
-        """The number of blocks of each stage, from its first on, that are recomputed whole; with `auto` not known here."""
-        if isinstance(self.recompute, int):
-            return self.recompute
-        return num_blocks if self.recompute == "all" else 0
-
     @field_validator("partition", mode="before")
     @classmethod
     def _check_kind(cls, value: Any) -> Any:
